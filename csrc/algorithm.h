@@ -1,0 +1,18 @@
+// Which algorithm runs a given shape: our own ("direct") kernel, or the vendor's library (ATen) with one pass of ours.
+#pragma once
+
+#include "conv_pool_shape.h"
+
+namespace lenet_ext {
+
+enum class Algorithm { Direct, Vendor };
+
+// LENET_EXT_ALGORITHM=direct|vendor forces one for everything (read once per process); used by the tests.
+// `preferred` is what the cost rule says.
+Algorithm choose_algorithm(Algorithm preferred);
+
+// The cost rules, each with its reason beside it.
+Algorithm conv_pool_algorithm_cpu(const ConvPoolShape& shape, bool backward);
+Algorithm linear_algorithm_cpu(int64_t rows, int64_t in_features, int64_t out_features);
+
+}  // namespace lenet_ext

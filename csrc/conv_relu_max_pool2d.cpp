@@ -1,0 +1,258 @@
+// The CPU side of conv_relu_max_pool2d: checks, allocation, choice of the algorithm.
+#include "conv_relu_max_pool2d.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <tuple>
+
+#include "algorithm.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+
+namespace lenet_ext {
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+double dense_flops(const ConvPoolShape& s) {
+  return 2.0 * s.batch * s.out_channels * s.conv_h * s.conv_w * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w;
+}
+
+double winner_flops(const ConvPoolShape& s) {
+  return 4.0 * s.batch * s.out_channels * s.out_h * s.out_w * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w;
+}
+
+at::Tensor vendor_convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                              const ConvPoolOptions& o) {
+  // Gradients flow by the Functions in lenet_ext/autograd.py; what is called from here must not record any.
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const VendorConvolution v = vendor_convolution_input(input, o);
+  return at::convolution(v.input, weight, bias, o.stride, v.padding, o.dilation, false, {0, 0}, o.groups);
+}
+
+template <typename T>
+void forward_direct(const ConvPoolShape& s, const Tensor& input, const Tensor& weight, const Tensor& bias,
+                    const Tensor& output, const Tensor& indices) {
+  const auto& kernels = cpu::conv_pool_table<T>().forward;
+  const cpu::ConvPoolForward<T> job{s,
+                                    cpu::data<T>(input),
+                                    cpu::strides4(input),
+                                    cpu::data<T>(weight),
+                                    bias.defined() ? cpu::data<T>(bias) : nullptr,
+                                    cpu::mutable_data<T>(output),
+                                    indices.defined() ? indices.mutable_data_ptr<uint8_t>() : nullptr,
+                                    cpu::strides4(output)};
+  void* packed = cpu::shared_scratch(kernels.packed_bytes(s));
+  kernels.prepare(job, packed);
+  const int64_t scratch = kernels.scratch_bytes(s);
+  cpu::parallel_units(kernels.units(s), dense_flops(s), [&](int64_t begin, int64_t end) {
+    kernels.run(job, packed, cpu::unit_scratch(scratch), begin, end);
+  });
+}
+
+template <typename T>
+void relu_pool_forward(const ConvPoolShape& s, const Tensor& conv, const Tensor& output, const Tensor& indices) {
+  const cpu::ReluPool<T> job{s,
+                             cpu::data<T>(conv),
+                             cpu::strides4(conv),
+                             cpu::mutable_data<T>(output),
+                             indices.defined() ? indices.mutable_data_ptr<uint8_t>() : nullptr,
+                             cpu::strides4(output)};
+  const auto& kernels = cpu::conv_pool_table<T>().relu_pool;
+  const double flops = 10.0 * s.batch * s.out_channels * s.conv_h * s.conv_w;
+  cpu::parallel_units(s.batch * s.out_channels, flops,
+                      [&](int64_t begin, int64_t end) { kernels.forward(job, begin, end); });
+}
+
+// `indices` stays undefined where they are not wanted.
+void forward(const ConvPoolShape& s, const char* op, const Tensor& input, const Tensor& weight,
+             const OptionalTensor& bias, const ConvPoolOptions& options, const Tensor& output, const Tensor& indices) {
+  if (output.numel() == 0) return;
+  cpu::dispatch(input, op, [&](auto zero) {
+    using T = decltype(zero);
+    if (conv_pool_algorithm_cpu(s, false) == Algorithm::Direct) {
+      const Tensor contiguous_bias = bias.has_value() ? bias->contiguous() : Tensor();
+      forward_direct<T>(s, input, weight.contiguous(), contiguous_bias, output, indices);
+    } else {
+      relu_pool_forward<T>(s, vendor_convolution(input, weight, bias, options), output, indices);
+    }
+  });
+}
+
+Tensor conv_relu_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
+                            IntArrayRef padding, IntArrayRef dilation, int64_t groups, IntArrayRef pool_kernel_size,
+                            IntArrayRef pool_stride, IntArrayRef pool_padding, IntArrayRef pool_dilation,
+                            bool ceil_mode) {
+  constexpr const char* op = "conv_relu_max_pool2d";
+  const ConvPoolOptions options{stride,           padding,     dilation,     groups,
+                                pool_kernel_size, pool_stride, pool_padding, pool_dilation};
+  const ConvPoolShape s = check_conv_relu_max_pool2d(op, input, weight, bias, options, ceil_mode);
+  const Tensor output =
+      at::empty({s.batch, s.out_channels, s.out_h, s.out_w}, input.options(), output_memory_format(input));
+  forward(s, op, input, weight, bias, options, output, Tensor());
+  return output;
+}
+
+std::tuple<Tensor, Tensor> conv_relu_max_pool2d_with_indices(const Tensor& input, const Tensor& weight,
+                                                             const OptionalTensor& bias, IntArrayRef stride,
+                                                             IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                                             IntArrayRef pool_kernel_size, IntArrayRef pool_stride,
+                                                             IntArrayRef pool_padding, IntArrayRef pool_dilation,
+                                                             bool ceil_mode) {
+  constexpr const char* op = "conv_relu_max_pool2d_with_indices";
+  const ConvPoolOptions options{stride,           padding,     dilation,     groups,
+                                pool_kernel_size, pool_stride, pool_padding, pool_dilation};
+  const ConvPoolShape s = check_conv_relu_max_pool2d(op, input, weight, bias, options, ceil_mode);
+  const Tensor output =
+      at::empty({s.batch, s.out_channels, s.out_h, s.out_w}, input.options(), output_memory_format(input));
+  const Tensor indices = at::empty_like(output, output.options().dtype(at::kByte));
+  forward(s, op, input, weight, bias, options, output, indices);
+  return {output, indices};
+}
+
+template <typename T>
+bool backward_direct(const ConvPoolShape& s, const Tensor& grad_output, const Tensor& indices, const Tensor& input,
+                     const Tensor& weight, const Tensor& grad_input, const Tensor& grad_weight,
+                     const Tensor& grad_bias) {
+  const auto& kernels = cpu::conv_pool_table<T>().backward;
+  const bool input_gradient = grad_input.defined();
+  const cpu::ConvPoolBackward<T> job{s,
+                                     cpu::data<T>(grad_output),
+                                     cpu::strides4(grad_output),
+                                     indices.const_data_ptr<uint8_t>(),
+                                     cpu::strides4(indices),
+                                     cpu::data<T>(input),
+                                     cpu::strides4(input),
+                                     cpu::data<T>(weight),
+                                     input_gradient ? cpu::mutable_data<T>(grad_input) : nullptr,
+                                     input_gradient ? cpu::strides4(grad_input) : cpu::Strides4{},
+                                     grad_weight.defined() ? cpu::mutable_data<T>(grad_weight) : nullptr,
+                                     grad_weight.defined() ? cpu::mutable_data<T>(grad_bias) : nullptr};
+  const int64_t units = kernels.units(s);
+  const int64_t packed_bytes = (kernels.packed_bytes(s, input_gradient) + 63) / 64 * 64;
+  const int64_t partial_bytes = grad_weight.defined() ? units * kernels.partial_bytes(s) : 0;
+  char* packed = static_cast<char*>(cpu::shared_scratch(packed_bytes + partial_bytes));
+  void* partials = packed + packed_bytes;
+  if (!kernels.prepare(job, packed)) return false;
+  const int64_t scratch = kernels.scratch_bytes(s, input_gradient);
+  std::atomic<bool> finite{true};
+  cpu::parallel_units(units, winner_flops(s), [&](int64_t begin, int64_t end) {
+    if (!kernels.run(job, packed, partials, cpu::unit_scratch(scratch), begin, end)) finite = false;
+  });
+  if (!finite) return false;
+  if (grad_weight.defined()) kernels.reduce(job, partials);
+  return true;
+}
+
+template <typename T>
+Tensor relu_pool_backward(const ConvPoolShape& s, const Tensor& grad_output, const Tensor& indices,
+                          at::MemoryFormat format) {
+  const Tensor grad_conv = at::empty({s.batch, s.out_channels, s.conv_h, s.conv_w}, grad_output.options(), format);
+  const cpu::ReluPoolBackward<T> job{s,
+                                     cpu::data<T>(grad_output),
+                                     cpu::strides4(grad_output),
+                                     indices.const_data_ptr<uint8_t>(),
+                                     cpu::strides4(indices),
+                                     cpu::mutable_data<T>(grad_conv),
+                                     cpu::strides4(grad_conv)};
+  const auto& kernels = cpu::conv_pool_table<T>().relu_pool;
+  cpu::parallel_units(s.batch * s.out_channels, 10.0 * grad_conv.numel(),
+                      [&](int64_t begin, int64_t end) { kernels.backward(job, begin, end); });
+  return grad_conv;
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward(
+    const Tensor& grad_output, const Tensor& indices, const Tensor& input, const Tensor& weight, IntArrayRef stride,
+    IntArrayRef padding, IntArrayRef dilation, int64_t groups, IntArrayRef pool_kernel_size, IntArrayRef pool_stride,
+    IntArrayRef pool_padding, IntArrayRef pool_dilation, std::array<bool, 3> output_mask) {
+  constexpr const char* op = "conv_relu_max_pool2d_backward";
+  const ConvPoolOptions options{stride,           padding,     dilation,     groups,
+                                pool_kernel_size, pool_stride, pool_padding, pool_dilation};
+  const ConvPoolShape s =
+      check_conv_relu_max_pool2d_backward(op, grad_output, indices, input, weight, std::nullopt, options);
+  const bool any_parameter = output_mask[1] || output_mask[2];
+  const Tensor none = at::empty({0}, input.options());
+  if (grad_output.numel() == 0) {
+    return {output_mask[0] ? at::zeros(input.sizes(), input.options()) : none,
+            output_mask[1] ? at::zeros(weight.sizes(), weight.options()) : none,
+            output_mask[2] ? at::zeros({s.out_channels}, weight.options()) : none};
+  }
+  return cpu::dispatch(input, op, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
+    using T = decltype(zero);
+    const at::MemoryFormat format = output_memory_format(input);
+    if (conv_pool_algorithm_cpu(s, true) == Algorithm::Direct) {
+      const Tensor grad_input = output_mask[0] ? at::empty(input.sizes(), input.options(), format) : Tensor();
+      const Tensor grad_weight =
+          any_parameter ? at::empty(weight.sizes(), weight.options(), at::MemoryFormat::Contiguous) : Tensor();
+      const Tensor grad_bias = any_parameter ? at::empty({s.out_channels}, weight.options()) : Tensor();
+      if (backward_direct<T>(s, grad_output, indices, input, weight.contiguous(), grad_input, grad_weight,
+                             grad_bias)) {
+        return {output_mask[0] ? grad_input : none, output_mask[1] ? grad_weight : none,
+                output_mask[2] ? grad_bias : none};
+      }
+    }
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor grad_conv = relu_pool_backward<T>(s, grad_output, indices, format);
+    const VendorConvolution v = vendor_convolution_input(input, options);
+    auto [grad_input, grad_weight, grad_bias] =
+        at::convolution_backward(grad_conv, v.input, weight, at::IntArrayRef{s.out_channels}, options.stride,
+                                 v.padding, options.dilation, false, {0, 0}, options.groups, output_mask);
+    return {output_mask[0] ? crop_vendor_grad_input(grad_input, s, options).contiguous(format) : none,
+            output_mask[1] ? grad_weight.contiguous() : none, output_mask[2] ? grad_bias : none};
+  });
+}
+
+Tensor conv_at_indices(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Tensor& indices,
+                       IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                       IntArrayRef pool_kernel_size, IntArrayRef pool_stride, IntArrayRef pool_padding,
+                       IntArrayRef pool_dilation) {
+  constexpr const char* op = "conv_at_indices";
+  const ConvPoolOptions options{stride,           padding,     dilation,     groups,
+                                pool_kernel_size, pool_stride, pool_padding, pool_dilation};
+  const ConvPoolShape s =
+      check_conv_relu_max_pool2d_backward(op, Tensor(), indices, input, weight, bias, options);
+  const at::MemoryFormat format = output_memory_format(input);
+  const Tensor output = at::empty(indices.sizes(), input.options(), format);
+  if (output.numel() == 0) return output;
+  const Tensor codes = indices.contiguous(format);
+  const Tensor kernel = weight.contiguous(), offset = bias.has_value() ? bias->contiguous() : Tensor();
+  cpu::dispatch(input, op, [&](auto zero) {
+    using T = decltype(zero);
+    const cpu::ConvAtIndices<T> job{s,
+                                    cpu::data<T>(input),
+                                    cpu::strides4(input),
+                                    cpu::data<T>(kernel),
+                                    offset.defined() ? cpu::data<T>(offset) : nullptr,
+                                    codes.const_data_ptr<uint8_t>(),
+                                    cpu::mutable_data<T>(output),
+                                    cpu::strides4(output)};
+    const auto& kernels = cpu::conv_pool_table<T>().at_indices;
+    void* packed = cpu::shared_scratch(kernels.packed_bytes(s));
+    kernels.prepare(job, packed);
+    const int64_t scratch = kernels.scratch_bytes(s);
+    cpu::parallel_units(s.batch, winner_flops(s), [&](int64_t begin, int64_t end) {
+      kernels.run(job, packed, cpu::unit_scratch(scratch), begin, end);
+    });
+  });
+  return output;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lenet_ext, CPU, m) {
+  m.impl("conv_relu_max_pool2d", &conv_relu_max_pool2d);
+  m.impl("conv_relu_max_pool2d_with_indices", &conv_relu_max_pool2d_with_indices);
+  m.impl("conv_relu_max_pool2d_backward", &conv_relu_max_pool2d_backward);
+  m.impl("conv_at_indices", &conv_at_indices);
+}
+
+}  // namespace lenet_ext

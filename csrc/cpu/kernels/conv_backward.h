@@ -1,0 +1,350 @@
+// Gradients of the fused operator, from the winning positions alone.
+//
+// With g = grad_output and w(o, p) the convolution position that won pooled output p of channel o (nothing where ReLU
+// closed it):
+//
+//   grad_bias[o]         = sum over p of g[o, p]
+//   grad_weight[o, taps] = sum over p of g[o, p] * input[patch under w(o, p)]
+//   grad_input[patch under w(o, p)] += g[o, p] * weight[o, taps]
+//
+// which is a 1 / (pool_stride_h * pool_stride_w) part of the dense arithmetic. The image is laid out with its channels
+// together, so that a kernel row's taps are one contiguous run. The weight gradient walks, for each output channel, the
+// list of its winners; the input gradient gathers, for each pooled position, over the output channels into the small
+// window of the image that they can reach, kept in registers (window_sum.h), instead of scattering one kernel after
+// the other.
+//
+// The batch is cut into a number of slices that depends on its size alone, each with sums of its own, which are
+// added up in order: the result does not depend on the number of threads.
+#pragma once
+
+#include "window_sum.h"
+#include "winners.h"
+
+namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kMaxSlices = 32;
+
+template <typename A>
+struct BackwardPlan {
+  int64_t channels, out_channels;  // of a group
+  Runs runs;
+  int64_t slices, slice_images;
+  int64_t positions;  // pooled positions of a channel
+  int64_t image_size;  // elements of the padded image of a group, with room for a vector read past its end
+
+  // Weight gradient: per output channel `runs.count` rows of `row_length` sums.
+  int64_t row_length, partial_size;
+
+  // Input gradient by windows: what all winners of a pooled position can reach, and kernels framed with zeros so
+  // that shifting the kernel is moving the pointer. Not for dilated kernels, whose frames would be mostly zeros.
+  bool windowed;
+  int64_t window_rows, window_length;        // of the image, in rows and elements
+  int64_t frame_rows, frame_length;          // zeros around a kernel, in rows and elements
+  int64_t framed_stride, framed_size;        // of one framed kernel
+};
+
+template <typename A>
+BackwardPlan<A> backward_plan(const ConvPoolShape& s) {
+  BackwardPlan<A> p;
+  p.channels = s.in_channels / s.groups;
+  p.out_channels = s.out_channels / s.groups;
+  p.runs = kernel_runs(s, p.channels);
+  p.slices = max_of<int64_t>(min_of(s.batch, kMaxSlices), 1);
+  p.slice_images = divide_up(s.batch, p.slices);
+  p.slices = max_of<int64_t>(divide_up(s.batch, max_of<int64_t>(p.slice_images, 1)), 1);
+  p.positions = s.out_h * s.out_w;
+  p.row_length = round_up(p.runs.length, window_lanes<A>(p.runs.length));
+  p.partial_size = round_up(s.out_channels * (p.runs.count * p.row_length + 1), 64 / sizeof(A));
+
+  p.windowed = s.dilation_h == 1 && s.dilation_w == 1;
+  p.frame_rows = (s.pool_kernel_h - 1) * s.pool_dilation_h * s.stride_h;
+  p.frame_length = (s.pool_kernel_w - 1) * s.pool_dilation_w * s.stride_w * p.channels;
+  p.window_rows = s.kernel_h + p.frame_rows;
+  p.window_length = s.kernel_w * p.channels + p.frame_length;
+  const int64_t vector_length = round_up(p.window_length, window_lanes<A>(p.window_length));
+  p.framed_stride = vector_length + p.frame_length;
+  p.framed_size = (p.window_rows + p.frame_rows) * p.framed_stride;
+  if (s.out_channels * p.framed_size > int64_t{1} << 30) p.windowed = false;
+
+  const int64_t slack = max_of(p.row_length, vector_length) + p.frame_length + kLanes<A>;
+  p.image_size = round_up(padded_height(s) * padded_width(s) * p.channels + slack, 64 / sizeof(A));
+  return p;
+}
+
+// One buffer carved up for a run of units.
+template <typename A>
+struct BackwardScratch {
+  A* image;
+  A* grad_image;  // null where no input gradient is wanted
+  A* grad_window;
+  WinnerTables* tables;
+  int32_t* framed_offset;    // [256]: of a code in a framed kernel
+  int64_t* window_offsets;   // [positions]
+  int32_t* list_offsets;     // [positions]: the winners of one channel
+  A* list_scales;
+  int32_t* window_counts;    // [positions]: how many channels have a winner there
+  int32_t* kernel_offsets;   // [positions][out_channels]
+  A* kernel_scales;
+  int64_t bytes;
+};
+
+template <typename A>
+BackwardScratch<A> backward_scratch(const BackwardPlan<A>& p, bool input_gradient, char* base) {
+  BackwardScratch<A> b{};
+  char* at = base;
+  auto take = [&at](int64_t bytes) {
+    char* from = at;
+    at += round_up(bytes, 64);
+    return from;
+  };
+  b.image = reinterpret_cast<A*>(take(p.image_size * sizeof(A)));
+  b.tables = reinterpret_cast<WinnerTables*>(take(sizeof(WinnerTables)));
+  b.framed_offset = reinterpret_cast<int32_t*>(take(256 * sizeof(int32_t)));
+  b.window_offsets = reinterpret_cast<int64_t*>(take(p.positions * sizeof(int64_t)));
+  b.list_offsets = reinterpret_cast<int32_t*>(take((p.positions + 1) * sizeof(int32_t)));
+  b.list_scales = reinterpret_cast<A*>(take((p.positions + 1) * sizeof(A)));
+  if (input_gradient) {
+    b.grad_image = reinterpret_cast<A*>(take(p.image_size * sizeof(A)));
+    b.window_counts = reinterpret_cast<int32_t*>(take(p.positions * sizeof(int32_t)));
+    b.kernel_offsets = reinterpret_cast<int32_t*>(take((p.positions * p.out_channels + 1) * sizeof(int32_t)));
+    b.kernel_scales = reinterpret_cast<A*>(take((p.positions * p.out_channels + 1) * sizeof(A)));
+    b.grad_window = reinterpret_cast<A*>(take(p.window_rows * p.framed_stride * sizeof(A)));
+  }
+  b.bytes = at - base;
+  return b;
+}
+
+template <typename T>
+int64_t backward_packed_bytes(const ConvPoolShape& s, bool input_gradient) {
+  using A = Accumulator<T>;
+  if (!input_gradient) return 0;
+  const BackwardPlan<A> p = backward_plan<A>(s);
+  return s.out_channels * (p.windowed ? p.framed_size : p.runs.count * p.runs.length) * sizeof(A);
+}
+
+template <typename T>
+int64_t backward_scratch_bytes(const ConvPoolShape& s, bool input_gradient) {
+  using A = Accumulator<T>;
+  return backward_scratch<A>(backward_plan<A>(s), input_gradient, nullptr).bytes;
+}
+
+template <typename T>
+int64_t backward_units(const ConvPoolShape& s) {
+  return backward_plan<Accumulator<T>>(s).slices;
+}
+
+template <typename T>
+int64_t backward_partial_bytes(const ConvPoolShape& s) {
+  return backward_plan<Accumulator<T>>(s).partial_size * sizeof(Accumulator<T>);
+}
+
+// Kernels in the image's layout: framed with zeros, or as plain runs.
+template <typename T>
+bool backward_prepare(const ConvPoolBackward<T>& job, void* packed) {
+  using A = Accumulator<T>;
+  const ConvPoolShape& s = job.shape;
+  if (job.grad_input == nullptr) return true;
+  const BackwardPlan<A> p = backward_plan<A>(s);
+  const int64_t size = p.windowed ? p.framed_size : p.runs.count * p.runs.length;
+  A* to = static_cast<A*>(packed);
+  if (p.windowed) {
+    for (int64_t i = 0; i < s.out_channels * size; ++i) to[i] = 0;
+  }
+  const int64_t taps = s.kernel_h * s.kernel_w;
+  for (int64_t o = 0; o < s.out_channels; ++o, to += size) {
+    const T* from = job.weight + o * p.channels * taps;
+    for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
+      A* row = p.windowed ? to + (p.frame_rows + ky) * p.framed_stride + p.frame_length
+                          : to + ky * s.kernel_w * p.channels;
+      for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
+        for (int64_t c = 0; c < p.channels; ++c) {
+          row[kx * p.channels + c] = widen(from[c * taps + ky * s.kernel_w + kx]);
+        }
+      }
+    }
+  }
+  return all_finite(static_cast<const A*>(packed), s.out_channels * size);
+}
+
+// grad[run][i] += scale * kernel[run][i] at one winner: for the kernels that have no framed window.
+template <typename A>
+void scatter_kernel(const Runs& runs, const A* kernel, A scale, A* grad) {
+  for (int64_t run = 0; run < runs.count; ++run, kernel += runs.length) {
+    A* to = grad + run / runs.per_row * runs.row_stride + run % runs.per_row * runs.column_stride;
+    for (int64_t i = 0; i < runs.length; ++i) to[i] += scale * kernel[i];
+  }
+}
+
+// From the padded pixel layout to grad_input, zero where no window reached.
+template <typename T>
+void store_grad_input(const ConvPoolBackward<T>& job, int64_t n, int64_t group, int64_t channels,
+                      const Accumulator<T>* grad_image) {
+  const ConvPoolShape& s = job.shape;
+  const int64_t height = padded_height(s), width = padded_width(s);
+  const Strides4& st = job.grad_input_strides;
+  const int64_t x_end = max_of<int64_t>(min_of(s.width, width - s.pad_left), 0);
+  for (int64_t c = 0; c < channels; ++c) {
+    T* plane = job.grad_input + n * st.n + (group * channels + c) * st.c;
+    for (int64_t y = 0; y < s.height; ++y) {
+      T* out = plane + y * st.h;
+      const int64_t row = y + s.pad_top;
+      int64_t x = 0;
+      if (row < height) {
+        const Accumulator<T>* in = grad_image + (row * width + s.pad_left) * channels + c;
+        for (; x < x_end; ++x) out[x * st.w] = narrow<T>(in[x * channels]);
+      }
+      for (; x < s.width; ++x) out[x * st.w] = narrow<T>(0);
+    }
+  }
+}
+
+template <typename T>
+bool backward_run(const ConvPoolBackward<T>& job, const void* packed, void* partials, void* scratch_base, int64_t begin,
+                  int64_t end) {
+  using A = Accumulator<T>;
+  const ConvPoolShape& s = job.shape;
+  const BackwardPlan<A> p = backward_plan<A>(s);
+  const bool input_gradient = job.grad_input != nullptr, weight_gradient = job.grad_weight != nullptr;
+  const BackwardScratch<A> b = backward_scratch<A>(p, input_gradient, static_cast<char*>(scratch_base));
+  const int64_t row_stride = padded_width(s) * p.channels;
+
+  WinnerTables& tables = *b.tables;
+  make_winner_tables(s, p.channels, tables);
+  for (int64_t code = 0; code < 256; ++code) {
+    // The further into the window the winner is, the more of the zero frame precedes its kernel.
+    b.framed_offset[code] =
+        static_cast<int32_t>((p.frame_rows - tables.row[code] * s.stride_h) * p.framed_stride + p.frame_length -
+                             tables.column[code] * s.stride_w * p.channels);
+  }
+  for (int64_t y = 0; y < s.out_h; ++y) {
+    for (int64_t x = 0; x < s.out_w; ++x) b.window_offsets[y * s.out_w + x] = window_offset(s, p.channels, y, x);
+  }
+  for (int64_t i = padded_height(s) * row_stride; i < p.image_size; ++i) b.image[i] = 0;
+
+  const bool whole_row_runs = p.runs.per_row == 1;
+  const WindowSum<A> weight_sum = window_sum<A>(whole_row_runs ? p.runs.count : 1, p.runs.length);
+  const WindowSum<A> input_sum = window_sum<A>(p.window_rows, p.window_length);
+  const int64_t kernel_size = p.windowed ? p.framed_size : p.runs.count * p.runs.length;
+  const Strides4 &gs = job.grad_output_strides, &is = job.indices_strides;
+
+  for (int64_t slice = begin; slice < end; ++slice) {
+    A* partial = static_cast<A*>(partials) + slice * p.partial_size;
+    A* bias_partial = partial + s.out_channels * p.runs.count * p.row_length;
+    if (weight_gradient) {
+      for (int64_t i = 0; i < p.partial_size; ++i) partial[i] = 0;
+    }
+    const int64_t n_end = min_of(s.batch, (slice + 1) * p.slice_images);
+    for (int64_t n = slice * p.slice_images; n < n_end; ++n) {
+      for (int64_t group = 0; group < s.groups; ++group) {
+        if (weight_gradient && !gather_pixels(s, job.input + n * job.input_strides.n, job.input_strides,
+                                              group * p.channels, p.channels, b.image)) {
+          return false;
+        }
+        if (input_gradient) {
+          for (int64_t i = 0; i < p.positions; ++i) b.window_counts[i] = 0;
+          for (int64_t i = 0; i < p.image_size; ++i) b.grad_image[i] = 0;
+        }
+        for (int64_t o = 0; o < p.out_channels; ++o) {
+          const int64_t channel = group * p.out_channels + o;
+          // The winners of this channel, and of each pooled position. Entries are written always and kept only if
+          // there is a winner: a branch here would be mispredicted half the time.
+          int64_t count = 0;
+          const T* g = job.grad_output + n * gs.n + channel * gs.c;
+          const uint8_t* codes = job.indices + n * is.n + channel * is.c;
+          for (int64_t y = 0, position = 0; y < s.out_h; ++y) {
+            for (int64_t x = 0; x < s.out_w; ++x, ++position) {
+              const uint8_t code = codes[y * is.h + x * is.w];
+              const A scale = widen(g[y * gs.h + x * gs.w]);
+              const bool won = names_winner(s, tables, code, y, x);
+              b.list_offsets[count] = static_cast<int32_t>(b.window_offsets[position] + tables.offset[code]);
+              b.list_scales[count] = scale;
+              count += won;
+              if (input_gradient && p.windowed) {
+                const int64_t entry = position * p.out_channels + b.window_counts[position];
+                b.kernel_offsets[entry] = static_cast<int32_t>(o * kernel_size + b.framed_offset[code]);
+                b.kernel_scales[entry] = scale;
+                b.window_counts[position] += won;
+              }
+            }
+          }
+          const A bias_sum = sum_of(b.list_scales, count);
+          if (!all_finite(&bias_sum, 1)) return false;
+          if (weight_gradient) {
+            bias_partial[channel] += bias_sum;
+            A* sums = partial + channel * p.runs.count * p.row_length;
+            if (whole_row_runs) {
+              weight_sum.add({b.image, p.runs.stride, b.list_offsets, b.list_scales, count}, sums, p.row_length);
+            } else {
+              for (int64_t run = 0; run < p.runs.count; ++run) {
+                const int64_t at = run / p.runs.per_row * p.runs.row_stride + run % p.runs.per_row * p.runs.column_stride;
+                weight_sum.add({b.image + at, 0, b.list_offsets, b.list_scales, count}, sums + run * p.row_length, 0);
+              }
+            }
+          }
+          if (input_gradient && !p.windowed) {
+            const A* kernel = static_cast<const A*>(packed) + channel * kernel_size;
+            for (int64_t e = 0; e < count; ++e) {
+              scatter_kernel(p.runs, kernel, b.list_scales[e], b.grad_image + b.list_offsets[e]);
+            }
+          }
+        }
+        if (!input_gradient) continue;
+        if (p.windowed) {
+          const A* kernels = static_cast<const A*>(packed) + group * p.out_channels * kernel_size;
+          for (int64_t y = 0, position = 0; y < s.out_h; ++y) {
+            for (int64_t x = 0; x < s.out_w; ++x, ++position) {
+              const WindowList<A> list{kernels, p.framed_stride, b.kernel_offsets + position * p.out_channels,
+                                       b.kernel_scales + position * p.out_channels, b.window_counts[position]};
+              const int64_t offset = b.window_offsets[position];
+              if (tables.inside) {
+                input_sum.add(list, b.grad_image + offset, row_stride);
+                continue;
+              }
+              // A window that hangs over the border is summed apart; what lies outside is zero.
+              for (int64_t i = 0; i < p.window_rows * p.framed_stride; ++i) b.grad_window[i] = 0;
+              input_sum.add(list, b.grad_window, p.framed_stride);
+              const int64_t top = (y * s.pool_stride_h - s.pool_pad_h) * s.stride_h;
+              const int64_t left = (x * s.pool_stride_w - s.pool_pad_w) * s.stride_w * p.channels;
+              for (int64_t r = max_of<int64_t>(-top, 0); r < min_of(p.window_rows, padded_height(s) - top); ++r) {
+                for (int64_t i = max_of<int64_t>(-left, 0); i < min_of(p.window_length, row_stride - left); ++i) {
+                  b.grad_image[(top + r) * row_stride + left + i] += b.grad_window[r * p.framed_stride + i];
+                }
+              }
+            }
+          }
+        }
+        store_grad_input(job, n, group, p.channels, b.grad_image);
+      }
+    }
+  }
+  return true;
+}
+
+template <typename T>
+void backward_reduce(const ConvPoolBackward<T>& job, const void* partials) {
+  using A = Accumulator<T>;
+  const ConvPoolShape& s = job.shape;
+  const BackwardPlan<A> p = backward_plan<A>(s);
+  const A* slices = static_cast<const A*>(partials);
+  auto total = [&](int64_t at) {
+    A sum = 0;
+    for (int64_t slice = 0; slice < p.slices; ++slice) sum += slices[slice * p.partial_size + at];
+    return sum;
+  };
+  const int64_t taps = s.kernel_h * s.kernel_w;
+  for (int64_t o = 0; o < s.out_channels; ++o) {
+    for (int64_t c = 0; c < p.channels; ++c) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t run = p.runs.per_row == 1 ? tap / s.kernel_w : tap;
+        const int64_t in_run = p.runs.per_row == 1 ? tap % s.kernel_w * p.channels + c : c;
+        job.grad_weight[(o * p.channels + c) * taps + tap] =
+            narrow<T>(total((o * p.runs.count + run) * p.row_length + in_run));
+      }
+    }
+    job.grad_bias[o] = narrow<T>(total(s.out_channels * p.runs.count * p.row_length + o));
+  }
+}
+
+}  // namespace
+}  // namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY

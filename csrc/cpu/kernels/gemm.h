@@ -1,0 +1,227 @@
+// The matrix products of small linear layers: outputs in the lanes, sums in registers.
+//
+// A tile is `rows` x `vectors` vectors of the output; per step of k it loads `vectors` vectors of b and broadcasts
+// `rows` values of a. Where a row is no multiple of the lanes its last vector overlaps the one before: those columns are
+// computed twice, to the same value, and no masked loads are needed.
+#pragma once
+
+#include "gemm_kernels.h"
+#include "simd.h"
+
+namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY {
+namespace {
+
+// relu(x) that passes NaN.
+template <typename V>
+LENET_EXT_INLINE V relu(V x) {
+  return x <= V{} ? V{} : x;
+}
+
+template <typename A, int lanes, int vectors, int rows>
+void gemm_tile(const Gemm<A>& g, int64_t row, int64_t column) {
+  using V = Vec<A, lanes>;
+  const int64_t last = min_of<int64_t>((vectors - 1) * lanes, g.n - lanes - column);
+  auto at = [last](int v) __attribute__((always_inline)) { return v < vectors - 1 ? v * lanes : last; };
+  V sum[rows][vectors] = {};
+  const A* a = g.a + row * g.a_row;
+  const A* b = g.b + column;
+  for (int64_t k = 0; k < g.k; ++k, a += g.a_column, b += g.b_row) {
+    V right[vectors];
+    LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) right[v] = load<V>(b + at(v));
+    LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) {
+      const V left = broadcast<V>(a[r * g.a_row]);
+      LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) sum[r][v] += left * right[v];
+    }
+  }
+  LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) {
+    const V bias = g.bias != nullptr ? load<V>(g.bias + column + at(v)) : V{};
+    LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) {
+      V value = sum[r][v] + bias;
+      if (g.relu) value = relu(value);
+      store(g.output + (row + r) * g.output_row + column + at(v), value);
+    }
+  }
+}
+
+constexpr int kMaxGemmVectors = kRegisters == 32 ? 5 : 3;
+
+// Most rows of a tile of so many vectors: rows * vectors sums, `vectors` operands and a broadcast stay in registers.
+LENET_EXT_INLINE constexpr int gemm_rows(int vectors) {
+  return min_of((kRegisters - 1 - vectors) / vectors, 8);
+}
+
+template <typename A>
+using GemmTile = void (*)(const Gemm<A>&, int64_t row, int64_t column);
+
+template <typename A, int lanes, int vectors>
+GemmTile<A> gemm_tile_of(int64_t rows) {
+  constexpr int most = gemm_rows(vectors);
+  switch (rows) {
+    case 1:
+      return gemm_tile<A, lanes, vectors, 1>;
+    case 2:
+      return gemm_tile<A, lanes, vectors, min_of(2, most)>;
+    case 3:
+      return gemm_tile<A, lanes, vectors, min_of(3, most)>;
+    case 4:
+      return gemm_tile<A, lanes, vectors, min_of(4, most)>;
+    case 5:
+      return gemm_tile<A, lanes, vectors, min_of(5, most)>;
+    case 6:
+      return gemm_tile<A, lanes, vectors, min_of(6, most)>;
+    case 7:
+      return gemm_tile<A, lanes, vectors, min_of(7, most)>;
+    case 8:
+      return gemm_tile<A, lanes, vectors, min_of(8, most)>;
+  }
+  return nullptr;
+}
+
+// How the columns are cut: tiles of nearly equal numbers of vectors.
+struct GemmColumns {
+  int lanes;
+  int64_t vectors, tiles;
+};
+
+template <typename A>
+GemmColumns gemm_columns(int64_t n) {
+  constexpr int full = kLanes<A>;
+  GemmColumns c;
+  c.lanes = n >= full ? full : n >= 4 && full > 4 ? 4 : 1;
+  c.vectors = divide_up(n, c.lanes);
+  c.tiles = divide_up(c.vectors, kMaxGemmVectors);
+  return c;
+}
+
+constexpr int64_t kGemmUnitRows = 64;
+
+template <typename A>
+int64_t gemm_units(const Gemm<A>& g) {
+  return gemm_columns<A>(g.n).tiles * divide_up(g.m, kGemmUnitRows);
+}
+
+template <typename A, int lanes>
+GemmTile<A> gemm_tile_for(int64_t vectors, int64_t rows) {
+  switch (vectors) {
+    case 1:
+      return gemm_tile_of<A, lanes, 1>(rows);
+    case 2:
+      return gemm_tile_of<A, lanes, min_of(2, kMaxGemmVectors)>(rows);
+    case 3:
+      return gemm_tile_of<A, lanes, min_of(3, kMaxGemmVectors)>(rows);
+    case 4:
+      return gemm_tile_of<A, lanes, min_of(4, kMaxGemmVectors)>(rows);
+    case 5:
+      return gemm_tile_of<A, lanes, min_of(5, kMaxGemmVectors)>(rows);
+  }
+  return nullptr;
+}
+
+template <typename A>
+void gemm_run(const Gemm<A>& g, int64_t begin, int64_t end) {
+  constexpr int full = kLanes<A>, quarter = full > 4 ? 4 : 1;
+  const GemmColumns c = gemm_columns<A>(g.n);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t tile = unit % c.tiles, row_begin = unit / c.tiles * kGemmUnitRows;
+    const int64_t row_end = min_of(row_begin + kGemmUnitRows, g.m);
+    const int64_t first = tile * c.vectors / c.tiles, vectors = (tile + 1) * c.vectors / c.tiles - first;
+    const int64_t column = first * c.lanes;
+    const int64_t tile_rows = gemm_rows(static_cast<int>(vectors));
+    // Row tiles of nearly equal height.
+    const int64_t row_tiles = divide_up(row_end - row_begin, tile_rows);
+    for (int64_t i = 0, row = row_begin; i < row_tiles; ++i) {
+      const int64_t rows = divide_up(row_end - row, row_tiles - i);
+      const GemmTile<A> run = c.lanes == full  ? gemm_tile_for<A, full>(vectors, rows)
+                              : c.lanes == quarter ? gemm_tile_for<A, quarter>(vectors, rows)
+                                                   : gemm_tile_for<A, 1>(vectors, rows);
+      run(g, row, column);
+      row += rows;
+    }
+  }
+}
+
+// Dot products of `rows` rows of a with `columns` rows of b, the lanes along k: needs no transposed weight, and is
+// the better choice for few rows.
+template <typename A, int rows, int columns>
+void gemm_nt_tile(const GemmNT<A>& g, int64_t row, int64_t column) {
+  constexpr int lanes = kLanes<A>;
+  using V = Vec<A, lanes>;
+  const A* a = g.a + row * g.k;
+  const A* b = g.b + column * g.k;
+  V sum[rows][columns] = {};
+  int64_t k = 0;
+  for (; k + lanes <= g.k; k += lanes) {
+    V left[rows];
+    LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) left[r] = load<V>(a + r * g.k + k);
+    LENET_EXT_UNROLL for (int c = 0; c < columns; ++c) {
+      const V right = load<V>(b + c * g.k + k);
+      LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) sum[r][c] += left[r] * right;
+    }
+  }
+  LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) {
+    LENET_EXT_UNROLL for (int c = 0; c < columns; ++c) {
+      A total = sum_lanes<A, lanes>(sum[r][c]);
+      for (int64_t i = k; i < g.k; ++i) total += a[r * g.k + i] * b[c * g.k + i];
+      if (g.bias != nullptr) total += g.bias[column + c];
+      g.output[(row + r) * g.n + column + c] = g.relu && total <= 0 ? A(0) : total;
+    }
+  }
+}
+
+constexpr int64_t kNTUnitColumns = 16;
+
+template <typename A>
+int64_t gemm_nt_units(const GemmNT<A>& g) {
+  return divide_up(g.n, kNTUnitColumns);
+}
+
+template <typename A, int rows>
+void gemm_nt_rows(const GemmNT<A>& g, int64_t row, int64_t column_begin, int64_t column_end) {
+  constexpr int columns = rows == 1 ? 8 : 4;
+  int64_t column = column_begin;
+  for (; column + columns <= column_end; column += columns) gemm_nt_tile<A, rows, columns>(g, row, column);
+  for (; column < column_end; ++column) gemm_nt_tile<A, rows, 1>(g, row, column);
+}
+
+template <typename A>
+void gemm_nt_run(const GemmNT<A>& g, int64_t begin, int64_t end) {
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t column = unit * kNTUnitColumns, column_end = min_of(column + kNTUnitColumns, g.n);
+    int64_t row = 0;
+    for (; row + 4 <= g.m; row += 4) gemm_nt_rows<A, 4>(g, row, column, column_end);
+    if (row + 2 <= g.m) {
+      gemm_nt_rows<A, 2>(g, row, column, column_end);
+      row += 2;
+    }
+    if (row < g.m) gemm_nt_rows<A, 1>(g, row, column, column_end);
+  }
+}
+
+// In blocks whose rows and columns both stay in the L1 cache.
+template <typename A>
+void transpose(const A* from, int64_t rows, int64_t columns, A* to) {
+  constexpr int64_t block = 16;
+  for (int64_t r = 0; r < rows; r += block) {
+    for (int64_t c = 0; c < columns; c += block) {
+      for (int64_t j = c; j < min_of(c + block, columns); ++j) {
+        for (int64_t i = r; i < min_of(r + block, rows); ++i) to[j * rows + i] = from[i * columns + j];
+      }
+    }
+  }
+}
+
+template <typename A>
+void relu_backward(const A* grad, const A* output, int64_t count, A* masked) {
+  for (int64_t i = 0; i < count; ++i) masked[i] = output[i] <= 0 ? A(0) : grad[i];
+}
+
+template <typename A>
+void column_sums(const A* values, int64_t rows, int64_t columns, A* sums) {
+  for (int64_t c = 0; c < columns; ++c) sums[c] = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) sums[c] += values[r * columns + c];
+  }
+}
+
+}  // namespace
+}  // namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY

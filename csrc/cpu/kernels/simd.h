@@ -1,0 +1,190 @@
+// Vectors for kernels that are compiled once per instruction set from one source.
+//
+// A Vec<T, N> is a GCC / Clang vector: +, *, comparisons and ?: work lane by lane and become the instructions of
+// whatever set the file is compiled for. `a * b + c` becomes a fused multiply-add where the set has one
+// (-ffp-contract=fast).
+//
+// Kernel files include nothing of the standard library but the C headers here: an inline function that two
+// objects share would be merged by the linker into one copy, perhaps the one with AVX-512 instructions, and
+// crash older processors. Everything below therefore has internal linkage or lives in a namespace that carries
+// the name of the instruction set.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross an object's border, so their ABI does not matter
+
+#define LENET_EXT_INLINE inline __attribute__((always_inline))
+#define LENET_EXT_UNROLL _Pragma("GCC unroll 32")
+
+// The build compiles each kernel file with one of (default_, 16), (avx2, 32), (avx512, 64).
+#ifndef LENET_EXT_CPU_CAPABILITY
+#define LENET_EXT_CPU_CAPABILITY default_
+#define LENET_EXT_VECTOR_BYTES 16
+#endif
+
+namespace lenet_ext {
+
+// Storage of a bfloat16, the upper half of a float32.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+namespace cpu::LENET_EXT_CPU_CAPABILITY {
+
+// Accumulators that fit into the registers next to the operands: AVX-512 has 32 registers, the others 16.
+constexpr int kRegisters = LENET_EXT_VECTOR_BYTES == 64 ? 32 : 16;
+
+// Arithmetic type of a storage type: bfloat16 accumulates in float32.
+template <typename T>
+struct AccumulatorOf {
+  using type = T;
+};
+template <>
+struct AccumulatorOf<BFloat16> {
+  using type = float;
+};
+template <typename T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+template <typename T>
+constexpr int kLanes = LENET_EXT_VECTOR_BYTES / sizeof(T);
+
+template <typename T>
+struct IntegerOf;
+template <>
+struct IntegerOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntegerOf<double> {
+  using type = int64_t;
+};
+
+template <typename T, int N>
+struct VecOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * N)));
+  typedef typename IntegerOf<T>::type Integer;
+  typedef Integer integers __attribute__((vector_size(sizeof(T) * N)));
+};
+template <typename T, int N>
+using Vec = typename VecOf<T, N>::type;
+template <typename T, int N>
+using IntVec = typename VecOf<T, N>::integers;
+
+template <typename V, typename T>
+LENET_EXT_INLINE V load(const T* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <typename V, typename T>
+LENET_EXT_INLINE void store(T* to, V v) {
+  __builtin_memcpy(to, &v, sizeof(V));
+}
+
+template <typename V, typename T>
+LENET_EXT_INLINE V broadcast(T x) {
+  return x - V{};  // the compiler turns it into one broadcast
+}
+
+template <typename T>
+LENET_EXT_INLINE bool is_nan(T x) {
+  return x != x;
+}
+
+template <typename T>
+LENET_EXT_INLINE constexpr T min_of(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+LENET_EXT_INLINE constexpr T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+LENET_EXT_INLINE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+LENET_EXT_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+LENET_EXT_INLINE float widen(float x) { return x; }
+LENET_EXT_INLINE double widen(double x) { return x; }
+LENET_EXT_INLINE float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+template <typename T>
+LENET_EXT_INLINE T narrow(Accumulator<T> x) {
+  return x;
+}
+// Round to nearest, ties to even; NaN stays a NaN.
+template <>
+LENET_EXT_INLINE BFloat16 narrow<BFloat16>(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return BFloat16{static_cast<uint16_t>(is_nan(x) ? 0x7fc0u : rounded)};
+}
+
+// An infinity or NaN has all exponent bits set. Integer arithmetic, so that the compiler may vectorise the loop.
+LENET_EXT_INLINE bool all_finite(const float* values, int64_t count) {
+  uint32_t bad = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, values + i, sizeof bits);
+    bad |= (bits & 0x7f800000u) == 0x7f800000u;
+  }
+  return bad == 0;
+}
+LENET_EXT_INLINE bool all_finite(const double* values, int64_t count) {
+  uint64_t bad = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint64_t bits;
+    __builtin_memcpy(&bits, values + i, sizeof bits);
+    bad |= (bits & 0x7ff0000000000000u) == 0x7ff0000000000000u;
+  }
+  return bad == 0;
+}
+
+// Sum of the lanes, pairwise, in a fixed order.
+template <typename T, int N>
+LENET_EXT_INLINE T sum_lanes(Vec<T, N> v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    Vec<T, N / 2> low, high;
+    __builtin_memcpy(&low, &v, sizeof low);
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return sum_lanes<T, N / 2>(low + high);
+  }
+}
+
+// Sum of an array in a fixed order.
+template <typename A>
+LENET_EXT_INLINE A sum_of(const A* values, int64_t count) {
+  constexpr int lanes = kLanes<A>;
+  using V = Vec<A, lanes>;
+  V sum{};
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) sum += load<V>(values + i);
+  A total = sum_lanes<A, lanes>(sum);
+  for (; i < count; ++i) total += values[i];
+  return total;
+}
+
+template <typename A>
+LENET_EXT_INLINE A dot(const A* a, const A* b, int64_t count) {
+  constexpr int lanes = kLanes<A>;
+  using V = Vec<A, lanes>;
+  V sum{};
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) sum += load<V>(a + i) * load<V>(b + i);
+  A total = sum_lanes<A, lanes>(sum);
+  for (; i < count; ++i) total += a[i] * b[i];
+  return total;
+}
+
+}  // namespace cpu::LENET_EXT_CPU_CAPABILITY
+}  // namespace lenet_ext

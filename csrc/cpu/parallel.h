@@ -1,0 +1,64 @@
+// Running a kernel's units of work over at::parallel_for, each thread with a scratch buffer of its own.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <cstdlib>
+#include <new>
+
+#ifndef _OPENMP
+#error "compile with -fopenmp: without it at::parallel_for silently runs on one thread"
+#endif
+
+namespace lenet_ext::cpu {
+
+// Uninitialised memory aligned to a cache line, kept per thread between calls: a malloc of this size would hand fresh
+// pages back and forth with the system, and touching those costs more than the arithmetic of a small network.
+class ThreadScratch {
+ public:
+  static void* get(size_t bytes, int slot) {
+    static thread_local ThreadScratch scratch[2];
+    return scratch[slot].at_least(bytes);
+  }
+
+  ~ThreadScratch() { std::free(data_); }
+
+ private:
+  void* at_least(size_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = 0;
+      const size_t rounded = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+      data_ = std::aligned_alloc(64, rounded);
+      if (data_ == nullptr) throw std::bad_alloc();
+      size_ = rounded;
+    }
+    return data_;
+  }
+
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Memory that all units read, prepared by the calling thread.
+inline void* shared_scratch(size_t bytes) { return ThreadScratch::get(bytes, 0); }
+// Memory of the thread that runs a unit.
+inline void* unit_scratch(size_t bytes) { return ThreadScratch::get(bytes, 1); }
+
+// A thread is worth waking for about 20 microseconds of work.
+constexpr double kFlopsPerThread = 1e6;
+
+// Calls run(begin, end) over [0, units); `flops` is the work of all of them.
+template <typename F>
+void parallel_units(int64_t units, double flops, const F& run) {
+  if (units <= 0) return;
+  const double per_unit = flops / static_cast<double>(units);
+  const int64_t grain = per_unit >= kFlopsPerThread ? 1 : static_cast<int64_t>(kFlopsPerThread / (per_unit + 1)) + 1;
+  if (grain >= units) {
+    run(0, units);
+  } else {
+    at::parallel_for(0, units, grain, run);
+  }
+}
+
+}  // namespace lenet_ext::cpu

@@ -1,0 +1,36 @@
+// Every operator's schema, in one place, and the Python module. The kernels register themselves for their
+// device where they are defined (csrc/<op>.cpp for the CPU, csrc/<op>_cuda.cpp for CUDA), the fake
+// implementations in lenet_ext/ops.py.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include "build_info.h"
+
+// `padding` is (top, bottom, left, right): padding="same" with an even kernel is not symmetric.
+#define CONV_POOL_OPTIONS                                                        \
+  "int[2] stride, int[4] padding, int[2] dilation, int groups, "                 \
+  "int[2] pool_kernel_size, int[2] pool_stride, int[2] pool_padding, int[2] pool_dilation"
+
+TORCH_LIBRARY(lenet_ext, m) {
+  m.set_python_module("lenet_ext.ops");
+
+  m.def("conv_relu_max_pool2d(Tensor input, Tensor weight, Tensor? bias, " CONV_POOL_OPTIONS
+        ", bool ceil_mode) -> Tensor");
+  m.def("conv_relu_max_pool2d_with_indices(Tensor input, Tensor weight, Tensor? bias, " CONV_POOL_OPTIONS
+        ", bool ceil_mode) -> (Tensor output, Tensor indices)");
+  m.def("conv_relu_max_pool2d_backward(Tensor grad_output, Tensor indices, Tensor input, Tensor weight, " CONV_POOL_OPTIONS
+        ", bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def("conv_at_indices(Tensor input, Tensor weight, Tensor? bias, Tensor indices, " CONV_POOL_OPTIONS ") -> Tensor");
+
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("linear_relu(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("linear_backward(Tensor grad_output, Tensor input, Tensor weight, bool[3] output_mask)"
+        " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def("linear_relu_backward(Tensor grad_output, Tensor output, Tensor input, Tensor weight, bool[3] output_mask)"
+        " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Operators of lenet_ext; importing this module registers torch.ops.lenet_ext.*";
+  m.def("build_info", &lenet_ext::build_info, "Facts about this build, as lenet_ext.build_info() reports them.");
+}

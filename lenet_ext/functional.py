@@ -1,0 +1,313 @@
+"""The fused operations as functions, in the style of ``torch.nn.functional``."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from operator import index
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from lenet_ext import ops
+from lenet_ext._build import require_cuda
+from lenet_ext.autograd import ConvReLUMaxPool2dFunction, LinearFunction, LinearReLUFunction, _apply
+
+__all__ = ["conv_relu_max_pool2d", "linear", "linear_relu"]
+
+_CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
+_CUDA_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+_KERNEL_DTYPES = {"cpu": _CPU_DTYPES, "cuda": _CUDA_DTYPES, "meta": _CUDA_DTYPES}
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, (bool, float, str, Tensor)) or not hasattr(value, "__index__"):
+        raise TypeError(f"conv_relu_max_pool2d: {name} must be an int or a pair of ints, got {value!r}")
+    number = index(value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"conv_relu_max_pool2d: {name} must fit into 64 bits, got {value!r}")
+    return number
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    if isinstance(value, (tuple, list)):
+        if len(value) == 1:
+            value = value[0]
+        elif len(value) == 2:
+            return _integer(name, value[0]), _integer(name, value[1])
+        else:
+            raise RuntimeError(f"conv_relu_max_pool2d: {name} must be an int or a pair of ints, got {value!r}")
+    number = _integer(name, value)
+    return number, number
+
+
+def _padding(
+    padding: Any, stride: tuple[int, int], dilation: tuple[int, int], kernel: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right). "same" puts the odd one at the bottom and at the right, as stock does."""
+    if isinstance(padding, str):
+        if padding == "valid":
+            return 0, 0, 0, 0
+        if padding != "same":
+            raise RuntimeError(f"conv_relu_max_pool2d: padding must be 'valid', 'same' or ints, got {padding!r}")
+        if stride != (1, 1):
+            raise RuntimeError(f"conv_relu_max_pool2d: padding='same' needs stride=1, got stride={stride}")
+        height, width = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+        return height // 2, height - height // 2, width // 2, width - width // 2
+    vertical, horizontal = _pair("padding", padding)
+    return vertical, vertical, horizontal, horizontal
+
+
+def normalize_options(
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    pool_kernel_size: Any,
+    pool_stride: Any,
+    pool_padding: Any,
+    pool_dilation: Any,
+    ceil_mode: Any,
+    kernel_size: tuple[int, int],
+) -> tuple:
+    """The options as the operators take them. Raises TypeError, ValueError, RuntimeError where stock would."""
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    if not isinstance(ceil_mode, bool):
+        raise TypeError(f"conv_relu_max_pool2d: ceil_mode must be a bool, got {ceil_mode!r}")
+    pool_kernel_size = _pair("pool_kernel_size", pool_kernel_size)
+    if pool_stride is None or (isinstance(pool_stride, (tuple, list)) and not pool_stride):
+        pool_stride = pool_kernel_size
+    return (
+        stride,
+        _padding(padding, stride, dilation, kernel_size),
+        dilation,
+        _integer("groups", groups),
+        pool_kernel_size,
+        _pair("pool_stride", pool_stride),
+        _pair("pool_padding", pool_padding),
+        _pair("pool_dilation", pool_dilation),
+        ceil_mode,
+    )
+
+
+# `typed` tells True and 1.0 from 1, but only at the top level: calls with pairs are not cached.
+_cached_options = lru_cache(maxsize=1024, typed=True)(normalize_options)
+_SCALARS = frozenset({int, str, bool, float, type(None)})
+
+
+def _check_tensors(op: str, input: Any, weight: Any, bias: Any) -> None:
+    for name, value in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
+
+
+def _autocast(device_type: str, *tensors: Tensor | None) -> list[Tensor | None]:
+    """What autocast does to the arguments of stock conv2d and linear: floating types, but not float64, are cast."""
+    dtype = torch.get_autocast_dtype(device_type)
+    return [
+        tensor.to(dtype) if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    ]
+
+
+def _has_kernel(input: Tensor) -> bool:
+    device_type = input.device.type
+    dtypes = _KERNEL_DTYPES.get(device_type)
+    if dtypes is None or input.dtype not in dtypes or input.layout is not torch.strided:
+        return False
+    if device_type == "cuda":
+        require_cuda()
+    return True
+
+
+def _needs_function(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Is a derivative wanted, of any kind? Otherwise the operator is called without an autograd.Function."""
+    if torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# --- the operations --------------------------------------------------------------------------------------------------
+
+
+def conv_relu_max_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    pool_kernel_size: Any = 2,
+    pool_stride: Any = None,
+    pool_padding: Any = 0,
+    pool_dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    r"""2-D convolution, ReLU and 2-D max pooling in one kernel.
+
+    Equivalent to ``F.max_pool2d(F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups)),
+    pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)``, but the convolution's output is never
+    stored on the direct path.
+
+    Args:
+        input: ``(N, C, H, W)`` or ``(C, H, W)``, any strides; float32, float64, bfloat16 (and float16 on CUDA) have
+            kernels, whatever else stock accepts goes through the stock composition.
+        weight: ``(O, C / groups, kH, kW)``, of input's dtype and device.
+        bias: ``(O,)`` or ``None``.
+        stride, dilation: int or pair, of the convolution.
+        padding: int, pair, ``"valid"`` or ``"same"``, of the convolution.
+        groups: blocks of channels that are convolved apart.
+        pool_kernel_size, pool_stride, pool_padding, pool_dilation: int or pair, of the pooling; ``pool_stride=None``
+            means ``pool_kernel_size``.
+        ceil_mode: whether a last pooling window may overhang.
+
+    Returns:
+        ``(N, O, H', W')`` or ``(O, H', W')``, contiguous for a contiguous input, channels_last for a channels_last
+        one. It never aliases an argument.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit together, or an option is out of range.
+        TypeError: an argument is of the wrong type.
+        ValueError: an integer does not fit into 64 bits.
+        NotImplementedError: forward-mode AD.
+
+    Ties go to the first value in row-major order, NaN wins over numbers and passes ReLU, ReLU's gradient at 0 is 0.
+
+    Example:
+        >>> import torch, lenet_ext
+        >>> output = lenet_ext.functional.conv_relu_max_pool2d(torch.randn(8, 1, 32, 32), torch.randn(6, 1, 5, 5))
+        >>> output.shape
+        torch.Size([8, 6, 14, 14])
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(
+            conv_relu_max_pool2d,
+            (input, weight, bias),
+            input,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            pool_kernel_size=pool_kernel_size,
+            pool_stride=pool_stride,
+            pool_padding=pool_padding,
+            pool_dilation=pool_dilation,
+            ceil_mode=ceil_mode,
+        )
+    _check_tensors("conv_relu_max_pool2d", input, weight, bias)
+    if weight.dim() != 4:
+        raise RuntimeError(f"conv_relu_max_pool2d: weight must be 4-D, got shape {tuple(weight.shape)}")
+    arguments = (
+        stride,
+        padding,
+        dilation,
+        groups,
+        pool_kernel_size,
+        pool_stride,
+        pool_padding,
+        pool_dilation,
+        ceil_mode,
+    )
+    kernel_size = (weight.shape[2], weight.shape[3])
+    cacheable = not torch.compiler.is_compiling() and _SCALARS.issuperset(map(type, arguments))
+    options = (_cached_options if cacheable else normalize_options)(*arguments, kernel_size)
+    return conv_relu_max_pool2d_normalized(input, weight, bias, options)
+
+
+def conv_relu_max_pool2d_normalized(input: Tensor, weight: Tensor, bias: Tensor | None, options: tuple) -> Tensor:
+    """:func:`conv_relu_max_pool2d` with options from :func:`normalize_options`, which a module computes once."""
+    device_type = input.device.type
+    if torch.is_autocast_enabled(device_type):
+        input, weight, bias = _autocast(device_type, input, weight, bias)  # type: ignore[assignment]
+    if not _has_kernel(input) or options[4][0] * options[4][1] > ops.MAX_WINDOW:
+        return _stock_conv_relu_max_pool2d(input, weight, bias, options)
+    dim = input.dim()
+    if dim == 3:
+        input = input.unsqueeze(0)
+    elif dim != 4:
+        raise RuntimeError(
+            f"conv_relu_max_pool2d: input must be 3-D (unbatched) or 4-D (batched), got shape {tuple(input.shape)}"
+        )
+    if _needs_function(input, weight, bias):
+        output = _apply(ConvReLUMaxPool2dFunction, input, weight, bias, *options)[0]
+    else:
+        output = ops.conv_relu_max_pool2d(input, weight, bias, *options)
+    return output.squeeze(0) if dim == 3 else output
+
+
+def _stock_conv_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor | None, options: tuple) -> Tensor:
+    """The composition that the kernels replace, for what has no kernel."""
+    stride, (top, bottom, left, right), dilation, groups, *pool = options
+    if (top, left) != (bottom, right):
+        input, top, left = F.pad(input, (left, right, top, bottom)), 0, 0
+    return F.max_pool2d(F.relu(F.conv2d(input, weight, bias, stride, (top, left), dilation, groups)), *pool)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""``F.linear(input, weight, bias)``, :math:`y = x W^T + b`, with a kernel for small layers.
+
+    Args:
+        input: ``(*, in_features)``, any leading dimensions and strides, float32, float64 or bfloat16 (and float16 on
+            CUDA); other dtypes go to stock.
+        weight: ``(out_features, in_features)``, of input's dtype and device.
+        bias: ``(out_features,)`` or ``None``.
+
+    Returns:
+        ``(*, out_features)``, contiguous.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit together.
+        TypeError: an argument is not a tensor.
+        NotImplementedError: forward-mode AD.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
+    _check_tensors("linear", input, weight, bias)
+    device_type = input.device.type
+    if torch.is_autocast_enabled(device_type):
+        input, weight, bias = _autocast(device_type, input, weight, bias)  # type: ignore[assignment]
+    # F.linear also takes a vector as weight and a bias that broadcasts.
+    if not _has_kernel(input) or weight.dim() != 2 or _broadcasts(bias, weight):
+        return F.linear(input, weight, bias)
+    if _needs_function(input, weight, bias):
+        return _apply(LinearFunction, input, weight, bias)
+    return ops.linear(input, weight, bias)
+
+
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""``F.relu(F.linear(input, weight, bias))`` in one kernel, :math:`y = \max(0, x W^T + b)`.
+
+    Arguments, result and errors are those of :func:`linear`. NaN passes ReLU, whose gradient at 0 is 0.
+
+    Example:
+        >>> import torch, lenet_ext
+        >>> lenet_ext.functional.linear_relu(torch.ones(2, 3), -torch.ones(1, 3))
+        tensor([[0.],
+                [0.]])
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
+    _check_tensors("linear_relu", input, weight, bias)
+    device_type = input.device.type
+    if torch.is_autocast_enabled(device_type):
+        input, weight, bias = _autocast(device_type, input, weight, bias)  # type: ignore[assignment]
+    if not _has_kernel(input) or weight.dim() != 2 or _broadcasts(bias, weight):
+        return F.relu(F.linear(input, weight, bias))
+    if _needs_function(input, weight, bias):
+        return _apply(LinearReLUFunction, input, weight, bias)
+    return ops.linear_relu(input, weight, bias)
+
+
+def _broadcasts(bias: Tensor | None, weight: Tensor) -> bool:
+    return bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0])

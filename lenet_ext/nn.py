@@ -1,0 +1,128 @@
+"""The fused operations as modules: subclasses of ``nn.Conv2d`` and ``nn.Linear`` with the same parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lenet_ext import functional
+
+__all__ = ["ConvReLUMaxPool2d", "Linear", "LinearReLU"]
+
+
+class ConvReLUMaxPool2d(nn.Conv2d):
+    """``nn.Sequential(nn.Conv2d(...), nn.ReLU(), nn.MaxPool2d(...))`` in one kernel.
+
+    Parameters, their initial values and the keys of the ``state_dict`` are those of ``nn.Conv2d``.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device, dtype: as in
+            ``nn.Conv2d``.
+        pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode: as in ``nn.MaxPool2d``.
+
+    Shape:
+        ``(N, C, H, W)`` or ``(C, H, W)`` to ``(N, O, H', W')`` or ``(O, H', W')``; see
+        :func:`lenet_ext.functional.conv_relu_max_pool2d`, which also lists the errors.
+
+    Example:
+        >>> import torch, lenet_ext
+        >>> lenet_ext.nn.ConvReLUMaxPool2d(1, 6, 5)(torch.randn(1, 1, 32, 32)).shape
+        torch.Size([1, 6, 14, 14])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        pool_kernel_size: Any = 2,
+        pool_stride: Any = None,
+        pool_padding: Any = 0,
+        pool_dilation: Any = 1,
+        ceil_mode: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, device=device, dtype=dtype
+        )
+        self.pool_kernel_size = pool_kernel_size
+        self.pool_stride = pool_kernel_size if pool_stride is None else pool_stride
+        self.pool_padding = pool_padding
+        self.pool_dilation = pool_dilation
+        self.ceil_mode = ceil_mode
+
+    def _options(self) -> tuple:
+        """The normalised options, computed again only when an attribute was replaced."""
+        attributes = (
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.pool_kernel_size,
+            self.pool_stride,
+            self.pool_padding,
+            self.pool_dilation,
+            self.ceil_mode,
+        )
+        cached = self.__dict__.get("_normalized")
+        if cached is None or any(new is not old for new, old in zip(attributes, cached[0], strict=True)):
+            kernel_size = (self.weight.shape[2], self.weight.shape[3])
+            cached = (attributes, functional.normalize_options(*attributes, kernel_size))
+            self._normalized = cached
+        return cached[1]
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or torch.overrides.has_torch_function_variadic(input, self.weight):
+            return functional.conv_relu_max_pool2d(
+                input,
+                self.weight,
+                self.bias,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.groups,
+                pool_kernel_size=self.pool_kernel_size,
+                pool_stride=self.pool_stride,
+                pool_padding=self.pool_padding,
+                pool_dilation=self.pool_dilation,
+                ceil_mode=self.ceil_mode,
+            )
+        return functional.conv_relu_max_pool2d_normalized(input, self.weight, self.bias, self._options())
+
+    def extra_repr(self) -> str:
+        pool = [f"pool_kernel_size={self.pool_kernel_size}"]
+        if self.pool_stride != self.pool_kernel_size:
+            pool.append(f"pool_stride={self.pool_stride}")
+        if self.pool_padding not in (0, (0, 0)):
+            pool.append(f"pool_padding={self.pool_padding}")
+        if self.pool_dilation not in (1, (1, 1)):
+            pool.append(f"pool_dilation={self.pool_dilation}")
+        if self.ceil_mode:
+            pool.append("ceil_mode=True")
+        return ", ".join([super().extra_repr(), *pool])
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` on the kernel of :func:`lenet_ext.functional.linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input, self.weight, self.bias)
+
+
+class LinearReLU(nn.Linear):
+    """``nn.Sequential(nn.Linear(...), nn.ReLU())`` in one kernel, :func:`lenet_ext.functional.linear_relu`.
+
+    Parameters, their initial values and the keys of the ``state_dict`` are those of ``nn.Linear``.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear_relu(input, self.weight, self.bias)

@@ -1,0 +1,221 @@
+"""Handles of the registered operators, and what each of them does to shapes.
+
+The kernels are C++ and CUDA (``csrc/``); the fake implementations here compute the shape, dtype and memory format of
+their outputs without data, which is what ``torch.compile``, ``torch.export`` and the meta device need.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from lenet_ext import _C  # noqa: F401  registers torch.ops.lenet_ext.*
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    Pair = Sequence[int]
+
+# Bound once: looking an operator up by attribute costs more than a microsecond of every call.
+conv_relu_max_pool2d = torch.ops.lenet_ext.conv_relu_max_pool2d.default
+conv_relu_max_pool2d_with_indices = torch.ops.lenet_ext.conv_relu_max_pool2d_with_indices.default
+conv_relu_max_pool2d_backward = torch.ops.lenet_ext.conv_relu_max_pool2d_backward.default
+conv_at_indices = torch.ops.lenet_ext.conv_at_indices.default
+linear = torch.ops.lenet_ext.linear.default
+linear_relu = torch.ops.lenet_ext.linear_relu.default
+linear_backward = torch.ops.lenet_ext.linear_backward.default
+linear_relu_backward = torch.ops.lenet_ext.linear_relu_backward.default
+
+MAX_WINDOW = 255
+"""Most positions of a pooling window whose winner fits into one byte (``csrc/conv_pool_shape.h``)."""
+
+
+def _check(condition: bool, message: Callable[[], str]) -> None:
+    torch._check(condition, message)
+
+
+def _check_together(op: str, **tensors: Tensor | None) -> None:
+    """All tensors on one device and of one dtype, as the kernels demand."""
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first_name, first = next(iter(present.items()))
+    for name, tensor in present.items():
+        _check(
+            tensor.device == first.device,
+            lambda name=name, tensor=tensor: (
+                f"{op}: all tensors must be on one device, but {name} is on {tensor.device} "
+                f"and {first_name} is on {first.device}"
+            ),
+        )
+        _check(
+            tensor.dtype == first.dtype,
+            lambda name=name, tensor=tensor: (
+                f"{op}: all tensors must have one dtype, but {name} is {tensor.dtype} and {first_name} is {first.dtype}"
+            ),
+        )
+
+
+def _memory_format(input: Tensor) -> torch.memory_format:
+    """channels_last for an input that is laid out so and not contiguous at the same time, else contiguous."""
+    if not input.is_contiguous() and torch._prims_common.suggest_memory_format(input) == torch.channels_last:
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _convolution_size(size: int, pad_before: int, pad_after: int, dilation: int, kernel: int, stride: int) -> int:
+    """Source: PyTorch documentation of ``torch.nn.Conv2d``, "Shape"."""
+    return (size + pad_before + pad_after - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _pooled_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
+    """Source: PyTorch documentation of ``torch.nn.MaxPool2d``, "Shape" and ``ceil_mode``."""
+    span = size + 2 * padding - dilation * (kernel - 1) - 1
+    out = (span + (stride - 1 if ceil_mode else 0)) // stride + 1
+    if ceil_mode and (out - 1) * stride >= size + padding:
+        out -= 1
+    return out
+
+
+def _pooled_shape(
+    op: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Sequence[int],
+    dilation: Pair,
+    groups: int,
+    pool_kernel_size: Pair,
+    pool_stride: Pair,
+    pool_padding: Pair,
+    pool_dilation: Pair,
+    ceil_mode: bool,
+) -> tuple[int, int, int, int]:
+    _check_together(op, input=input, weight=weight, bias=bias)
+    _check(input.dim() == 4, lambda: f"{op}: input must be 4-D, got shape {tuple(input.shape)}")
+    _check(weight.dim() == 4, lambda: f"{op}: weight must be 4-D, got shape {tuple(weight.shape)}")
+    _check(groups > 0, lambda: f"{op}: groups must be positive, got {groups}")
+    batch, channels, *size = input.shape
+    out_channels, group_channels, *kernel = weight.shape
+    _check(
+        channels == group_channels * groups,
+        lambda: (
+            f"{op}: input must have {group_channels * groups} channels for weight of shape {tuple(weight.shape)} and "
+            f"groups={groups}, got shape {tuple(input.shape)}"
+        ),
+    )
+    _check(
+        out_channels % groups == 0,
+        lambda: f"{op}: weight's {out_channels} output channels must be divisible by groups={groups}",
+    )
+    if bias is not None:
+        _check(
+            bias.dim() == 1 and bias.shape[0] == out_channels,
+            lambda: f"{op}: bias must have shape [{out_channels}], got {tuple(bias.shape)}",
+        )
+    shape = [batch, out_channels]
+    for i in range(2):
+        convolved = _convolution_size(
+            size[i], padding[2 * i], padding[2 * i + 1], dilation[i], kernel[i], stride[i]
+        )
+        _check(
+            convolved > 0,
+            lambda: f"{op}: input of shape {tuple(input.shape)} is smaller than the kernel of weight",
+        )
+        pooled = _pooled_size(
+            convolved, pool_kernel_size[i], pool_stride[i], pool_padding[i], pool_dilation[i], ceil_mode
+        )
+        _check(
+            pooled > 0,
+            lambda: f"{op}: pool_kernel_size={list(pool_kernel_size)} is too large for the convolution's output",
+        )
+        shape.append(pooled)
+    return cast("tuple[int, int, int, int]", tuple(shape))
+
+
+@torch.library.register_fake("lenet_ext::conv_relu_max_pool2d")
+def _(input, weight, bias, *options):
+    shape = _pooled_shape("conv_relu_max_pool2d", input, weight, bias, *options)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
+
+
+@torch.library.register_fake("lenet_ext::conv_relu_max_pool2d_with_indices")
+def _(input, weight, bias, *options):
+    shape = _pooled_shape("conv_relu_max_pool2d_with_indices", input, weight, bias, *options)
+    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
+    return output, torch.empty_like(output, dtype=torch.uint8)
+
+
+def _empty_or_none(wanted: bool, like: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    shape = like.shape if wanted else (0,)
+    return torch.empty(
+        shape,
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=memory_format if wanted else torch.contiguous_format,
+    )
+
+
+@torch.library.register_fake("lenet_ext::conv_relu_max_pool2d_backward")
+def _(grad_output, indices, input, weight, *options):
+    _check_together("conv_relu_max_pool2d_backward", input=input, weight=weight, grad_output=grad_output)
+    output_mask = options[-1]
+    return (
+        _empty_or_none(output_mask[0], input, _memory_format(input)),
+        _empty_or_none(output_mask[1], weight),
+        weight.new_empty(weight.shape[0] if output_mask[2] else 0),
+    )
+
+
+@torch.library.register_fake("lenet_ext::conv_at_indices")
+def _(input, weight, bias, indices, *options):
+    _check_together("conv_at_indices", input=input, weight=weight, bias=bias)
+    return torch.empty(indices.shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
+
+
+def _linear_shape(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> list[int]:
+    _check_together(op, input=input, weight=weight, bias=bias)
+    _check(weight.dim() == 2, lambda: f"{op}: weight must be 2-D, got shape {tuple(weight.shape)}")
+    _check(
+        input.dim() >= 1 and input.shape[-1] == weight.shape[1],
+        lambda: (
+            f"{op}: input must have shape [..., {weight.shape[1]}] for weight of shape {tuple(weight.shape)}, "
+            f"got shape {tuple(input.shape)}"
+        ),
+    )
+    if bias is not None:
+        _check(
+            bias.dim() == 1 and bias.shape[0] == weight.shape[0],
+            lambda: f"{op}: bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}",
+        )
+    return [*input.shape[:-1], weight.shape[0]]
+
+
+@torch.library.register_fake("lenet_ext::linear")
+def _(input, weight, bias):
+    return input.new_empty(_linear_shape("linear", input, weight, bias))
+
+
+@torch.library.register_fake("lenet_ext::linear_relu")
+def _(input, weight, bias):
+    return input.new_empty(_linear_shape("linear_relu", input, weight, bias))
+
+
+def _linear_gradients(op, grad_output, input, weight, output_mask):
+    _check_together(op, input=input, weight=weight, grad_output=grad_output)
+    return (
+        _empty_or_none(output_mask[0], input),
+        _empty_or_none(output_mask[1], weight),
+        weight.new_empty(weight.shape[0] if output_mask[2] else 0),
+    )
+
+
+@torch.library.register_fake("lenet_ext::linear_backward")
+def _(grad_output, input, weight, output_mask):
+    return _linear_gradients("linear_backward", grad_output, input, weight, output_mask)
+
+
+@torch.library.register_fake("lenet_ext::linear_relu_backward")
+def _(grad_output, output, input, weight, output_mask):
+    return _linear_gradients("linear_relu_backward", grad_output, input, weight, output_mask)
