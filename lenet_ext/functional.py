@@ -20,6 +20,7 @@ __all__ = ["conv_relu_max_pool2d", "linear", "linear_relu"]
 
 _CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 _CUDA_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+_AUTOCAST_DEVICES = frozenset({"cpu", "cuda"})  # elsewhere the stock composition does it
 _KERNEL_DTYPES = {"cpu": _CPU_DTYPES, "cuda": _CUDA_DTYPES, "meta": _CUDA_DTYPES}
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def conv_relu_max_pool2d(
 def conv_relu_max_pool2d_normalized(input: Tensor, weight: Tensor, bias: Tensor | None, options: tuple) -> Tensor:
     """:func:`conv_relu_max_pool2d` with options from :func:`normalize_options`, which a module computes once."""
     device_type = input.device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
         input, weight, bias = _autocast(device_type, input, weight, bias)  # type: ignore[assignment]
     if not _has_kernel(input) or options[4][0] * options[4][1] > ops.MAX_WINDOW:
         return _stock_conv_relu_max_pool2d(input, weight, bias, options)
@@ -275,7 +276,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
     _check_tensors("linear", input, weight, bias)
     device_type = input.device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
         input, weight, bias = _autocast(device_type, input, weight, bias)  # type: ignore[assignment]
     # F.linear also takes a vector as weight and a bias that broadcasts.
     if not _has_kernel(input) or weight.dim() != 2 or _broadcasts(bias, weight):
@@ -300,7 +301,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
     _check_tensors("linear_relu", input, weight, bias)
     device_type = input.device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
         input, weight, bias = _autocast(device_type, input, weight, bias)  # type: ignore[assignment]
     if not _has_kernel(input) or weight.dim() != 2 or _broadcasts(bias, weight):
         return F.relu(F.linear(input, weight, bias))

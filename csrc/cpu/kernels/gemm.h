@@ -43,11 +43,15 @@ void gemm_tile(const Gemm<A>& g, int64_t row, int64_t column) {
   }
 }
 
-constexpr int kMaxGemmVectors = kRegisters == 32 ? 5 : 3;
+// Most vectors of a tile. Rows narrower than a full vector are cut into quarter vectors (or single values), of which
+// they have at most three.
+template <typename A, int lanes>
+constexpr int kMaxGemmVectors = lanes < kLanes<A> ? 3 : kRegisters == 32 ? 5 : 3;
 
 // Most rows of a tile of so many vectors: rows * vectors sums, `vectors` operands and a broadcast stay in registers.
+template <typename A, int lanes>
 LENET_EXT_INLINE constexpr int gemm_rows(int vectors) {
-  return min_of((kRegisters - 1 - vectors) / vectors, 8);
+  return lanes < kLanes<A> ? 4 : min_of((kRegisters - 1 - vectors) / vectors, 8);
 }
 
 template <typename A>
@@ -55,7 +59,7 @@ using GemmTile = void (*)(const Gemm<A>&, int64_t row, int64_t column);
 
 template <typename A, int lanes, int vectors>
 GemmTile<A> gemm_tile_of(int64_t rows) {
-  constexpr int most = gemm_rows(vectors);
+  constexpr int most = gemm_rows<A, lanes>(vectors);
   switch (rows) {
     case 1:
       return gemm_tile<A, lanes, vectors, 1>;
@@ -77,6 +81,24 @@ GemmTile<A> gemm_tile_of(int64_t rows) {
   return nullptr;
 }
 
+template <typename A, int lanes>
+GemmTile<A> gemm_tile_for(int64_t vectors, int64_t rows) {
+  constexpr int most = kMaxGemmVectors<A, lanes>;
+  switch (vectors) {
+    case 1:
+      return gemm_tile_of<A, lanes, 1>(rows);
+    case 2:
+      return gemm_tile_of<A, lanes, min_of(2, most)>(rows);
+    case 3:
+      return gemm_tile_of<A, lanes, min_of(3, most)>(rows);
+    case 4:
+      return gemm_tile_of<A, lanes, min_of(4, most)>(rows);
+    case 5:
+      return gemm_tile_of<A, lanes, min_of(5, most)>(rows);
+  }
+  return nullptr;
+}
+
 // How the columns are cut: tiles of nearly equal numbers of vectors.
 struct GemmColumns {
   int lanes;
@@ -85,11 +107,11 @@ struct GemmColumns {
 
 template <typename A>
 GemmColumns gemm_columns(int64_t n) {
-  constexpr int full = kLanes<A>;
+  constexpr int full = kLanes<A>, quarter = full > 4 ? 4 : 1;
   GemmColumns c;
-  c.lanes = n >= full ? full : n >= 4 && full > 4 ? 4 : 1;
+  c.lanes = n >= full ? full : n >= quarter ? quarter : 1;
   c.vectors = divide_up(n, c.lanes);
-  c.tiles = divide_up(c.vectors, kMaxGemmVectors);
+  c.tiles = divide_up(c.vectors, c.lanes == full ? kMaxGemmVectors<A, full> : kMaxGemmVectors<A, 1>);
   return c;
 }
 
@@ -98,23 +120,6 @@ constexpr int64_t kGemmUnitRows = 64;
 template <typename A>
 int64_t gemm_units(const Gemm<A>& g) {
   return gemm_columns<A>(g.n).tiles * divide_up(g.m, kGemmUnitRows);
-}
-
-template <typename A, int lanes>
-GemmTile<A> gemm_tile_for(int64_t vectors, int64_t rows) {
-  switch (vectors) {
-    case 1:
-      return gemm_tile_of<A, lanes, 1>(rows);
-    case 2:
-      return gemm_tile_of<A, lanes, min_of(2, kMaxGemmVectors)>(rows);
-    case 3:
-      return gemm_tile_of<A, lanes, min_of(3, kMaxGemmVectors)>(rows);
-    case 4:
-      return gemm_tile_of<A, lanes, min_of(4, kMaxGemmVectors)>(rows);
-    case 5:
-      return gemm_tile_of<A, lanes, min_of(5, kMaxGemmVectors)>(rows);
-  }
-  return nullptr;
 }
 
 template <typename A>
@@ -126,7 +131,8 @@ void gemm_run(const Gemm<A>& g, int64_t begin, int64_t end) {
     const int64_t row_end = min_of(row_begin + kGemmUnitRows, g.m);
     const int64_t first = tile * c.vectors / c.tiles, vectors = (tile + 1) * c.vectors / c.tiles - first;
     const int64_t column = first * c.lanes;
-    const int64_t tile_rows = gemm_rows(static_cast<int>(vectors));
+    const int64_t tile_rows =
+        c.lanes == full ? gemm_rows<A, full>(static_cast<int>(vectors)) : gemm_rows<A, 1>(static_cast<int>(vectors));
     // Row tiles of nearly equal height.
     const int64_t row_tiles = divide_up(row_end - row_begin, tile_rows);
     for (int64_t i = 0, row = row_begin; i < row_tiles; ++i) {

@@ -1,0 +1,59 @@
+# `make demo` and `make test` need nothing but Python, a C++ compiler and the network for pip: they create $(VENV) with
+# torch in it where there is none, install the package and run.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+# What an installed package is made of: touched files mean building again.
+SOURCES := setup.py pyproject.toml $(shell find csrc lenet_ext build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
+LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+
+.PHONY: help demo test bench lint format clean
+
+help:
+	@echo "make demo     train on real digits, then compare with stock PyTorch"
+	@echo "make test     run the tests; PYTEST_ARGS='-k linear' passes arguments on"
+	@echo "make bench    the full benchmark of this machine, results in benchmarks/results"
+	@echo "make lint     ruff, mypy and clang-format; make format applies what they can mend"
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install --quiet ".[test]"
+	@touch $@
+
+$(VENV)/lint: $(VENV)/installed Makefile
+	$(BIN)/pip install --quiet $(LINT_TOOLS)
+	@touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/lenet-ext train --data digits
+	$(BIN)/lenet-ext bench --quick
+
+# From the tests' folder, so that the installed package is tested and not the source tree.
+test: $(VENV)/installed
+	cd tests && ../$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/installed
+	$(BIN)/lenet-ext bench --json benchmarks/results/cpu.json --plot benchmarks/results/cpu.png
+
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PYTHON_FILES := setup.py build_backend lenet_ext tests benchmarks examples
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/lint
+	$(BIN)/ruff check --fix $(PYTHON_FILES)
+	$(BIN)/ruff format $(PYTHON_FILES)
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build dist *.egg-info $(VENV)

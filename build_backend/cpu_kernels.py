@@ -1,0 +1,59 @@
+"""The CPU kernels: each source once per instruction set, from which the library chooses at run time."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+from compile_objects import ObjectFile
+
+# No -march=native: the result must run on machines other than this one. No fast math: NaN, infinities and the order of
+# additions are part of the contract. The three -f flags change no value (but for fusing a * b + c, which rounds once
+# instead of twice).
+FLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+]
+
+# name: (C++ namespace, bytes of a vector, flags)
+CAPABILITIES = {"default": ("default_", 16, [])}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    CAPABILITIES["avx2"] = ("avx2", 32, ["-mavx2", "-mfma"])
+    CAPABILITIES["avx512"] = (
+        "avx512",
+        64,
+        [
+            *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"),
+            "-mprefer-vector-width=512",
+        ],
+    )
+
+
+def _accepts(compiler: list[str], flags: list[str]) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "empty.cpp")
+        source.write_text("int main() { return 0; }\n")
+        command = [*compiler, *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def supported_capabilities(compiler: list[str]) -> list[str]:
+    return [name for name, (_, _, flags) in CAPABILITIES.items() if _accepts(compiler, flags)]
+
+
+def cpu_objects(
+    compiler: list[str], capabilities: list[str], sources: list[Path], build_directory: Path, extra: list[str]
+) -> list[ObjectFile]:
+    objects = []
+    for source in sources:
+        for name in capabilities:
+            namespace, vector_bytes, flags = CAPABILITIES[name]
+            definitions = [
+                f"-DLENET_EXT_CPU_CAPABILITY={namespace}",
+                f"-DLENET_EXT_VECTOR_BYTES={vector_bytes}",
+            ]
+            output = build_directory / f"{source.stem}.{name}.o"
+            objects.append(ObjectFile(source, output, [*compiler, *FLAGS, *flags, *definitions, *extra]))
+    return objects

@@ -1,0 +1,123 @@
+"""Finds nvcc and decides for which architectures the CUDA kernels are compiled."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from compile_objects import ObjectFile
+
+DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0+PTX"]
+
+
+@dataclass(frozen=True)
+class CudaToolkit:
+    nvcc: str
+    version: str  # e.g. 13.0
+    include: Path
+    libraries: Path
+    architectures: list[str]  # e.g. ["8.0", "9.0+PTX"]
+
+    def gencode(self) -> list[str]:
+        flags = []
+        for architecture in self.architectures:
+            number = architecture.removesuffix("+PTX").replace(".", "")
+            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            if architecture.endswith("+PTX"):
+                flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        return flags
+
+
+def _wanted() -> bool | None:
+    """LENET_EXT_CUDA, or FORCE_CUDA as other packages call it: True, False, or None for "if nvcc is there"."""
+    value = os.environ.get("LENET_EXT_CUDA") or ("1" if os.environ.get("FORCE_CUDA") == "1" else "")
+    if value not in ("", "0", "1"):
+        sys.exit(f"lenet_ext: LENET_EXT_CUDA must be 0 or 1, got {value!r}")
+    return None if value == "" else value == "1"
+
+
+def _find_nvcc() -> str | None:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(variable):
+            nvcc = Path(home, "bin", "nvcc")
+            if nvcc.is_file():
+                return str(nvcc)
+    return shutil.which("nvcc")
+
+
+def _toolkit_root(nvcc: str) -> Path:
+    # nvcc on the PATH may be a wrapper script; nvcc itself knows where its toolkit is.
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
+    return Path(top[1].strip()).resolve() if top else Path(nvcc).resolve().parents[1]
+
+
+def _first_with(root: Path, folders: list[str], pattern: str) -> Path:
+    for folder in folders:
+        if any((root / folder).glob(pattern)):
+            return root / folder
+    sys.exit(f"lenet_ext: nvcc was found, but its toolkit in {root} has no {pattern}; set CUDA_HOME to a complete one")
+
+
+def _architectures(nvcc: str) -> list[str]:
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if listed:
+        architectures = re.split(r"[;,\s]+", listed.strip())
+        for architecture in architectures:
+            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", architecture):
+                sys.exit(f"lenet_ext: TORCH_CUDA_ARCH_LIST must look like '8.0;9.0+PTX', got {listed!r}")
+        return architectures
+    import torch
+
+    if torch.cuda.is_available():
+        devices = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return [f"{major}.{minor}" for major, minor in sorted(devices)]
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
+    numbers = {name.removeprefix("compute_") for name in known}
+    usable = [a for a in DEFAULT_ARCHITECTURES if a.removesuffix("+PTX").replace(".", "") in numbers]
+    if usable and not usable[-1].endswith("+PTX"):
+        usable[-1] += "+PTX"
+    return usable or DEFAULT_ARCHITECTURES
+
+
+def find_cuda_toolkit() -> CudaToolkit | str:
+    """The toolkit, or the reason why CUDA is not built."""
+    import torch
+
+    wanted = _wanted()
+    if wanted is False:
+        return "LENET_EXT_CUDA=0 was set"
+    nvcc = _find_nvcc()
+    if nvcc is None:
+        if wanted:
+            sys.exit("lenet_ext: LENET_EXT_CUDA=1 needs nvcc, which is neither in CUDA_HOME nor on the PATH; set CUDA_HOME")
+        return "no nvcc was found, neither in CUDA_HOME nor on the PATH"
+    release = re.search(r"release (\d+\.\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if release is None:
+        sys.exit(f"lenet_ext: {nvcc} --version does not name a release; set CUDA_HOME to a working CUDA toolkit")
+    version = release[1]
+    # torch's own rule: another major version is an error, another minor one works.
+    if torch.version.cuda is not None and torch.version.cuda.split(".")[0] != version.split(".")[0]:
+        sys.exit(
+            f"lenet_ext: {nvcc} is CUDA {version}, but torch was built with CUDA {torch.version.cuda}; "
+            f"set CUDA_HOME to a CUDA {torch.version.cuda.split('.')[0]} toolkit, or LENET_EXT_CUDA=0 for the CPU alone"
+        )
+    root = _toolkit_root(nvcc)
+    include = _first_with(root, ["include", "targets/x86_64-linux/include", "targets/sbsa-linux/include"], "cuda_runtime.h")
+    libraries = _first_with(root, ["lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"], "libcudart_static.a")
+    return CudaToolkit(nvcc, version, include, libraries, _architectures(nvcc))
+
+
+def cuda_objects(
+    toolkit: CudaToolkit, compiler: list[str], sources: list[Path], build_directory: Path, debug: bool
+) -> list[ObjectFile]:
+    command = [
+        *(toolkit.nvcc, "-std=c++17", "-g" if debug else "-O3", *toolkit.gencode()),
+        *("-ccbin", compiler[0], "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "-Werror", "all-warnings"),
+    ]
+    return [ObjectFile(source, build_directory / f"{source.stem}.cu.o", command) for source in sources]

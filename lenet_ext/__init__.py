@@ -1,0 +1,13 @@
+"""Fused C++ and CUDA kernels for small convolutional networks in PyTorch."""
+
+import torch  # noqa: F401  loads the libraries that ours is linked against
+
+from lenet_ext._build import build_info, check_build
+from lenet_ext._version import __version__
+
+check_build()
+
+from lenet_ext import autograd, functional, nn  # noqa: E402  only after the check
+from lenet_ext.net import Net, ReferenceNet  # noqa: E402
+
+__all__ = ["Net", "ReferenceNet", "__version__", "autograd", "build_info", "functional", "nn"]
