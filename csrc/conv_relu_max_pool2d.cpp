@@ -14,6 +14,7 @@
 
 #include "algorithm.h"
 #include "cpu/dispatch.h"
+#include "cpu/ops.h"
 #include "cpu/parallel.h"
 
 namespace lenet_ext {
@@ -88,18 +89,27 @@ void forward(const ConvPoolShape& s, const char* op, const Tensor& input, const 
   });
 }
 
+}  // namespace
+
+Tensor conv_relu_max_pool2d_cpu(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                const ConvPoolOptions& options, bool ceil_mode, Tensor* indices) {
+  const ConvPoolShape s = check_conv_relu_max_pool2d(op, input, weight, bias, options, ceil_mode);
+  const Tensor output =
+      at::empty({s.batch, s.out_channels, s.out_h, s.out_w}, input.options(), output_memory_format(input));
+  if (indices != nullptr) *indices = at::empty_like(output, output.options().dtype(at::kByte));
+  forward(s, op, input, weight, bias, options, output, indices != nullptr ? *indices : Tensor());
+  return output;
+}
+
+namespace {
+
 Tensor conv_relu_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
                             IntArrayRef padding, IntArrayRef dilation, int64_t groups, IntArrayRef pool_kernel_size,
                             IntArrayRef pool_stride, IntArrayRef pool_padding, IntArrayRef pool_dilation,
                             bool ceil_mode) {
-  constexpr const char* op = "conv_relu_max_pool2d";
   const ConvPoolOptions options{stride,           padding,     dilation,     groups,
                                 pool_kernel_size, pool_stride, pool_padding, pool_dilation};
-  const ConvPoolShape s = check_conv_relu_max_pool2d(op, input, weight, bias, options, ceil_mode);
-  const Tensor output =
-      at::empty({s.batch, s.out_channels, s.out_h, s.out_w}, input.options(), output_memory_format(input));
-  forward(s, op, input, weight, bias, options, output, Tensor());
-  return output;
+  return conv_relu_max_pool2d_cpu("conv_relu_max_pool2d", input, weight, bias, options, ceil_mode, nullptr);
 }
 
 std::tuple<Tensor, Tensor> conv_relu_max_pool2d_with_indices(const Tensor& input, const Tensor& weight,
@@ -108,14 +118,11 @@ std::tuple<Tensor, Tensor> conv_relu_max_pool2d_with_indices(const Tensor& input
                                                              IntArrayRef pool_kernel_size, IntArrayRef pool_stride,
                                                              IntArrayRef pool_padding, IntArrayRef pool_dilation,
                                                              bool ceil_mode) {
-  constexpr const char* op = "conv_relu_max_pool2d_with_indices";
   const ConvPoolOptions options{stride,           padding,     dilation,     groups,
                                 pool_kernel_size, pool_stride, pool_padding, pool_dilation};
-  const ConvPoolShape s = check_conv_relu_max_pool2d(op, input, weight, bias, options, ceil_mode);
+  Tensor indices;
   const Tensor output =
-      at::empty({s.batch, s.out_channels, s.out_h, s.out_w}, input.options(), output_memory_format(input));
-  const Tensor indices = at::empty_like(output, output.options().dtype(at::kByte));
-  forward(s, op, input, weight, bias, options, output, indices);
+      conv_relu_max_pool2d_cpu("conv_relu_max_pool2d_with_indices", input, weight, bias, options, ceil_mode, &indices);
   return {output, indices};
 }
 
@@ -170,13 +177,13 @@ Tensor relu_pool_backward(const ConvPoolShape& s, const Tensor& grad_output, con
   return grad_conv;
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward(
-    const Tensor& grad_output, const Tensor& indices, const Tensor& input, const Tensor& weight, IntArrayRef stride,
-    IntArrayRef padding, IntArrayRef dilation, int64_t groups, IntArrayRef pool_kernel_size, IntArrayRef pool_stride,
-    IntArrayRef pool_padding, IntArrayRef pool_dilation, std::array<bool, 3> output_mask) {
-  constexpr const char* op = "conv_relu_max_pool2d_backward";
-  const ConvPoolOptions options{stride,           padding,     dilation,     groups,
-                                pool_kernel_size, pool_stride, pool_padding, pool_dilation};
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cpu(const char* op, const Tensor& grad_output,
+                                                                     const Tensor& indices, const Tensor& input,
+                                                                     const Tensor& weight,
+                                                                     const ConvPoolOptions& options,
+                                                                     std::array<bool, 3> output_mask) {
   const ConvPoolShape s =
       check_conv_relu_max_pool2d_backward(op, grad_output, indices, input, weight, std::nullopt, options);
   const bool any_parameter = output_mask[1] || output_mask[2];
@@ -209,6 +216,18 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward(
     return {output_mask[0] ? crop_vendor_grad_input(grad_input, s, options).contiguous(format) : none,
             output_mask[1] ? grad_weight.contiguous() : none, output_mask[2] ? grad_bias : none};
   });
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward(
+    const Tensor& grad_output, const Tensor& indices, const Tensor& input, const Tensor& weight, IntArrayRef stride,
+    IntArrayRef padding, IntArrayRef dilation, int64_t groups, IntArrayRef pool_kernel_size, IntArrayRef pool_stride,
+    IntArrayRef pool_padding, IntArrayRef pool_dilation, std::array<bool, 3> output_mask) {
+  const ConvPoolOptions options{stride,           padding,     dilation,     groups,
+                                pool_kernel_size, pool_stride, pool_padding, pool_dilation};
+  return conv_relu_max_pool2d_backward_cpu("conv_relu_max_pool2d_backward", grad_output, indices, input, weight,
+                                           options, output_mask);
 }
 
 Tensor conv_at_indices(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Tensor& indices,

@@ -1,9 +1,4 @@
 // The CUDA side of conv_relu_max_pool2d: checks, allocation, choice of the algorithm. Compiled only where nvcc is found.
-//
-// Gradients and infinities: stock's backward multiplies zeros with the operands at positions that did not win, so an
-// infinite operand turns its gradients into NaN there. The vendor path does the same. The direct kernels see
-// winners alone and leave such gradients finite; the CPU side notices by reading the operands, which a launch that
-// a CUDA graph may capture cannot.
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
@@ -11,6 +6,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
 #include <tuple>
 
@@ -31,9 +27,9 @@ Algorithm conv_pool_algorithm_cuda(const ConvPoolShape& s, cuda::DType dtype, bo
   // LeNet's two layers have kernels of their own, which never store the convolution's output.
   if (cuda::has_lenet_kernels(dtype, s)) return choose_algorithm(Algorithm::Direct);
   // A problem that takes less time than a launch (2 to 3 us): one launch of ours against the vendor's two or more. Our
-  // general kernel does perhaps 1e12 multiply-adds a second. The gradient of the input looks at each window position.
-  const double multiply_adds = double(s.batch) * s.out_channels * s.out_h * s.out_w * s.pool_kernel_h *
-                               s.pool_kernel_w * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w;
+  // general kernels do perhaps 1e12 multiply-adds a second forward, fewer backward.
+  const double multiply_adds = double(s.batch) * s.out_channels * std::max(s.conv_h * s.conv_w, s.out_h * s.out_w) *
+                               (s.in_channels / s.groups) * s.kernel_h * s.kernel_w;
   return choose_algorithm(multiply_adds <= (backward ? 1e6 : 4e6) ? Algorithm::Direct : Algorithm::Vendor);
 }
 

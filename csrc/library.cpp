@@ -28,6 +28,14 @@ TORCH_LIBRARY(lenet_ext, m) {
         " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def("linear_relu_backward(Tensor grad_output, Tensor output, Tensor input, Tensor weight, bool[3] output_mask)"
         " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+
+  // The whole network. `parameters`: weight and bias of conv1, conv2, fc1, fc2, fc3.
+  m.def("lenet(Tensor input, Tensor[] parameters) -> Tensor");
+  m.def("lenet_with_activations(Tensor input, Tensor[] parameters) -> (Tensor output, Tensor pooled1, Tensor indices1,"
+        " Tensor pooled2, Tensor indices2, Tensor hidden1, Tensor hidden2)");
+  m.def("lenet_backward(Tensor grad_output, Tensor input, Tensor[] parameters, Tensor pooled1, Tensor indices1,"
+        " Tensor pooled2, Tensor indices2, Tensor hidden1, Tensor hidden2, bool input_gradient)"
+        " -> (Tensor grad_input, Tensor[] grad_parameters)");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

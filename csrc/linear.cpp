@@ -13,6 +13,7 @@
 
 #include "algorithm.h"
 #include "cpu/dispatch.h"
+#include "cpu/ops.h"
 #include "cpu/parallel.h"
 #include "linear.h"
 
@@ -47,7 +48,9 @@ void forward_direct(const LinearShape& s, const A* input, const A* weight, const
                         output, s.out_features, bias, relu});
 }
 
-Tensor forward(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool relu) {
+}  // namespace
+
+Tensor linear_cpu(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool relu) {
   const LinearShape s = check_linear(op, input, weight, bias);
   const at::AutoDispatchBelowADInplaceOrView guard;
   const bool direct = input.scalar_type() != at::kBFloat16 &&
@@ -74,18 +77,21 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& weight, const 
   return output;
 }
 
+namespace {
+
 Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  return forward("linear", input, weight, bias, false);
+  return linear_cpu("linear", input, weight, bias, false);
 }
 
 Tensor linear_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  return forward("linear_relu", input, weight, bias, true);
+  return linear_cpu("linear_relu", input, weight, bias, true);
 }
 
-// `output` is undefined for plain linear.
-std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Tensor& grad_output, const Tensor& output,
-                                            const Tensor& input, const Tensor& weight,
-                                            std::array<bool, 3> output_mask) {
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const char* op, const Tensor& grad_output, const Tensor& output,
+                                                       const Tensor& input, const Tensor& weight,
+                                                       std::array<bool, 3> output_mask) {
   const LinearShape s = check_linear_backward(op, grad_output, output, input, weight);
   const at::AutoDispatchBelowADInplaceOrView guard;
   const Tensor none = at::empty({0}, input.options());
@@ -131,16 +137,18 @@ std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Tensor& grad_o
   return {grad_input, grad_weight, grad_bias};
 }
 
+namespace {
+
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, const Tensor& input,
                                                    const Tensor& weight, std::array<bool, 3> output_mask) {
-  return backward("linear_backward", grad_output, Tensor(), input, weight, output_mask);
+  return linear_backward_cpu("linear_backward", grad_output, Tensor(), input, weight, output_mask);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_output, const Tensor& output,
                                                         const Tensor& input, const Tensor& weight,
                                                         std::array<bool, 3> output_mask) {
   TORCH_CHECK(output.defined(), "linear_relu_backward: output is undefined");
-  return backward("linear_relu_backward", grad_output, output, input, weight, output_mask);
+  return linear_backward_cpu("linear_relu_backward", grad_output, output, input, weight, output_mask);
 }
 
 }  // namespace

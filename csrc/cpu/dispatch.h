@@ -8,11 +8,13 @@
 #include "capability.h"
 #include "kernels/conv_pool_kernels.h"
 #include "kernels/gemm_kernels.h"
+#include "kernels/lenet_kernels.h"
 
 namespace lenet_ext::cpu {
 
 LENET_EXT_CPU_DECLARE(ConvPoolKernels, conv_pool_kernels)
 LENET_EXT_CPU_DECLARE(GemmKernels, gemm_kernels)
+LENET_EXT_CPU_DECLARE(LenetKernels, lenet_kernels)
 
 template <typename T>
 const ConvPoolTable<T>& conv_pool_table() {

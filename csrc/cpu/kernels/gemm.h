@@ -11,12 +11,6 @@
 namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY {
 namespace {
 
-// relu(x) that passes NaN.
-template <typename V>
-LENET_EXT_INLINE V relu(V x) {
-  return x <= V{} ? V{} : x;
-}
-
 template <typename A, int lanes, int vectors, int rows>
 void gemm_tile(const Gemm<A>& g, int64_t row, int64_t column) {
   using V = Vec<A, lanes>;

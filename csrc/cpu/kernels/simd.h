@@ -13,6 +13,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>  // its functions are always inlined, so they never become shared copies
+#endif
+
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross an object's border, so their ABI does not matter
 
 #define LENET_EXT_INLINE inline __attribute__((always_inline))
@@ -146,6 +150,73 @@ LENET_EXT_INLINE bool all_finite(const double* values, int64_t count) {
     bad |= (bits & 0x7ff0000000000000u) == 0x7ff0000000000000u;
   }
   return bad == 0;
+}
+
+// max(0, x) that passes NaN. In this operand order it is one max instruction.
+template <typename V>
+LENET_EXT_INLINE V relu(V x) {
+  return V{} > x ? V{} : x;
+}
+
+// The greatest of four, NaN if one of them is. Max instructions return their second operand where one is NaN, so the
+// NaNs are looked for apart.
+template <typename V>
+LENET_EXT_INLINE V max_of_four(V a, V b, V c, V d) {
+  V best = a > b ? a : b;
+  const V other = c > d ? c : d;
+  best = best > other ? best : other;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64 && sizeof(a[0]) == 4) {
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) |
+                          _mm512_cmp_ps_mask((__m512)c, (__m512)d, _CMP_UNORD_Q);
+    return (V)_mm512_mask_mov_ps((__m512)best, nan, _mm512_set1_ps(__builtin_nanf("")));
+  }
+#endif
+  const auto nan = (a != a) | (b != b) | (c != c) | (d != d);
+  return nan ? broadcast<V>(static_cast<decltype(+a[0])>(__builtin_nanf(""))) : best;
+}
+
+#if defined(__clang__)
+#define LENET_EXT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LENET_EXT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, IntVec<float, N>{__VA_ARGS__})
+#endif
+
+// a0 b0 a1 b1 ... of the lower (upper) halves.
+template <int N>
+LENET_EXT_INLINE Vec<float, N> interleave_low(Vec<float, N> a, Vec<float, N> b) {
+  if constexpr (N == 4) {
+    return LENET_EXT_SHUFFLE(a, b, 0, 4, 1, 5);
+  } else if constexpr (N == 8) {
+    return LENET_EXT_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  } else {
+    return LENET_EXT_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  }
+}
+template <int N>
+LENET_EXT_INLINE Vec<float, N> interleave_high(Vec<float, N> a, Vec<float, N> b) {
+  if constexpr (N == 4) {
+    return LENET_EXT_SHUFFLE(a, b, 2, 6, 3, 7);
+  } else if constexpr (N == 8) {
+    return LENET_EXT_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  } else {
+    return LENET_EXT_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+}
+#undef LENET_EXT_SHUFFLE
+
+// Transposes an N x N tile in registers: interleaving rows i and i + N/2 log2(N) times.
+template <int N>
+LENET_EXT_INLINE void transpose_tile(Vec<float, N> (&rows)[N]) {
+  using V = Vec<float, N>;
+  LENET_EXT_UNROLL for (int stage = 1; stage < N; stage *= 2) {
+    V next[N];
+    LENET_EXT_UNROLL for (int i = 0; i < N / 2; ++i) {
+      next[2 * i] = interleave_low<N>(rows[i], rows[i + N / 2]);
+      next[2 * i + 1] = interleave_high<N>(rows[i], rows[i + N / 2]);
+    }
+    LENET_EXT_UNROLL for (int i = 0; i < N; ++i) rows[i] = next[i];
+  }
 }
 
 // Sum of the lanes, pairwise, in a fixed order.

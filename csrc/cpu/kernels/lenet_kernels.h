@@ -1,0 +1,24 @@
+// What the host file of the whole-network operators calls on the CPU. Raw pointers and sizes, no torch.
+#pragma once
+
+#include <stdint.h>
+
+namespace lenet_ext::cpu {
+
+// Inference of LeNet (float32, one input channel); parameters contiguous, as the layers hold them.
+struct LenetInference {
+  int64_t batch, classes;
+  const float* input;  // images contiguous, `image_stride` apart
+  int64_t image_stride;
+  const float *conv1_weight, *conv1_bias, *conv2_weight, *conv2_bias;
+  const float *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias, *fc3_weight, *fc3_bias;
+  float* output;  // [batch][classes]
+};
+
+struct LenetKernels {
+  int64_t lanes;          // images of a unit of work
+  int64_t scratch_bytes;  // of one run call
+  void (*run)(const LenetInference&, void* scratch, int64_t begin, int64_t end);  // units: ceil(batch / lanes)
+};
+
+}  // namespace lenet_ext::cpu

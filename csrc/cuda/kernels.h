@@ -1,0 +1,118 @@
+// The CUDA side as its host files (csrc/*_cuda.cpp) and the tests without a GPU see it: raw pointers, sizes, a stream.
+// No torch in here. Launchers allocate nothing and synchronise nothing, so they may be captured in a CUDA graph; the
+// caller has made the pointers' device current. Nothing is launched for an empty batch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../conv_pool_shape.h"
+
+namespace lenet_ext::cuda {
+
+// Storage of all floating-point operands of a call. Arithmetic is float32, and float64 for float64.
+enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+inline int64_t accumulator_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
+// Of a launcher, which may launch several kernels: the first error and the kernel that caused it.
+struct LaunchResult {
+  cudaError_t error = cudaSuccess;
+  const char* kernel = "none";
+};
+
+struct Strides4 {
+  int64_t n, c, h, w;  // in elements
+};
+
+// Weights, biases and their gradients are contiguous, everything else has strides.
+
+// output = max_pool2d(relu(conv2d(input, weight, bias))); winner codes too where `indices` is not null.
+struct ConvPoolForward {
+  ConvPoolShape shape;
+  const void* input;
+  Strides4 input_strides;
+  const void* weight;
+  const void* bias;  // null: none
+  void* output;
+  uint8_t* indices;          // null: not wanted
+  Strides4 output_strides;  // of output and of indices
+};
+LaunchResult launch_conv_pool_forward(DType dtype, const ConvPoolForward& call, cudaStream_t stream);
+
+// The gradients, from the winning positions.
+struct ConvPoolBackward {
+  ConvPoolShape shape;
+  const void* grad_output;
+  Strides4 grad_output_strides;
+  const uint8_t* indices;
+  Strides4 indices_strides;
+  const void* input;  // may be null where grad_weight is
+  Strides4 input_strides;
+  const void* weight;  // may be null where grad_input is
+  void* grad_input;    // null: not wanted
+  Strides4 grad_input_strides;
+  void* grad_weight;  // null: not wanted
+  void* grad_bias;    // null: not wanted
+  void* workspace;    // of conv_pool_backward_workspace() bytes; its contents are overwritten
+};
+int64_t conv_pool_backward_workspace(DType dtype, const ConvPoolShape& shape, bool grad_weight);
+LaunchResult launch_conv_pool_backward(DType dtype, const ConvPoolBackward& call, cudaStream_t stream);
+
+// The convolution at the winning positions, 0 where there is none.
+struct ConvAtIndices {
+  ConvPoolShape shape;
+  const void* input;
+  Strides4 input_strides;
+  const void* weight;
+  const void* bias;  // null: none
+  const uint8_t* indices;
+  void* output;
+  Strides4 output_strides;  // of output and of indices
+};
+LaunchResult launch_conv_at_indices(DType dtype, const ConvAtIndices& call, cudaStream_t stream);
+
+// One pass over the output of the vendor's convolution: bias, ReLU, pooling, winner codes.
+struct BiasReluPool {
+  ConvPoolShape shape;
+  const void* conv;  // [batch, out_channels, conv_h, conv_w], without the bias
+  Strides4 conv_strides;
+  const void* bias;  // null: none
+  void* output;
+  uint8_t* indices;          // null: not wanted
+  Strides4 output_strides;  // of output and of indices
+};
+LaunchResult launch_bias_relu_pool(DType dtype, const BiasReluPool& call, cudaStream_t stream);
+
+// Its backward: the dense gradient of the convolution's output, which the vendor's convolution backward takes.
+struct BiasReluPoolBackward {
+  ConvPoolShape shape;
+  const void* grad_output;
+  Strides4 grad_output_strides;
+  const uint8_t* indices;
+  Strides4 indices_strides;
+  void* grad_conv;
+  Strides4 grad_conv_strides;
+};
+LaunchResult launch_bias_relu_pool_backward(DType dtype, const BiasReluPoolBackward& call, cudaStream_t stream);
+
+// Whether this problem has kernels of its own, made for its sizes (LeNet's two layers, contiguous tensors).
+bool has_lenet_kernels(DType dtype, const ConvPoolShape& shape);
+
+// output[i, j] = sum over r of a[i, r] * b[j, r], which is every product of a linear layer and its backward.
+struct SmallMatrixProduct {
+  int64_t rows, columns, depth;
+  const void* a;
+  int64_t a_row_stride, a_depth_stride;
+  const void* b;
+  int64_t b_row_stride, b_depth_stride;
+  void* output;         // [rows, columns], contiguous
+  const void* bias;     // [columns], or null
+  bool relu;            // output = relu(output)
+  const void* a_mask;   // null, or as `a`: a counts as 0 where a_mask <= 0 (the backward of ReLU)
+  void* a_row_sums;     // null, or [rows]: the sum of each (masked) row of a
+};
+LaunchResult launch_small_matrix_product(DType dtype, const SmallMatrixProduct& call, cudaStream_t stream);
+
+}  // namespace lenet_ext::cuda

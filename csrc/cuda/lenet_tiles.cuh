@@ -1,0 +1,113 @@
+// LeNet's two convolutions, cut into what one thread holds in registers.
+#pragma once
+
+#include "conv_pool_dims.cuh"
+
+namespace lenet_ext::cuda {
+
+constexpr int kTap = 5, kTaps = kTap * kTap;  // both kernels are 5 x 5, both pools 2 x 2
+
+// kChannels: output channels that a thread computes at once.
+template <int kInChannels, int kOutChannels, int kInputSize, int kChannelsOfThread>
+struct LeNetLayer {
+  static constexpr int kIn = kInChannels, kOut = kOutChannels, kSize = kInputSize, kChannels = kChannelsOfThread;
+  static constexpr int kConv = kSize - kTap + 1, kPool = kConv / 2, kWindows = kPool * kPool;
+  static constexpr int kImage = kIn * kSize * kSize;       // elements of an input image
+  static constexpr int kMap = kOut * kConv * kConv;        // of a convolution output
+  static constexpr int kPooled = kOut * kWindows;          // of an output image
+  static constexpr int kWeights = kIn * kTaps;             // of one output channel
+};
+using Conv1 = LeNetLayer<1, 6, 32, 6>;
+using Conv2 = LeNetLayer<6, 16, 14, 8>;
+
+template <typename L>
+bool is_layer(const ConvPoolShape& s) {
+  return s.in_channels == L::kIn && s.height == L::kSize && s.width == L::kSize && s.out_channels == L::kOut &&
+         s.kernel_h == kTap && s.kernel_w == kTap && s.groups == 1 && s.stride_h == 1 && s.stride_w == 1 &&
+         s.pad_top == 0 && s.pad_bottom == 0 && s.pad_left == 0 && s.pad_right == 0 && s.dilation_h == 1 &&
+         s.dilation_w == 1 && s.pool_kernel_h == 2 && s.pool_kernel_w == 2 && s.pool_stride_h == 2 &&
+         s.pool_stride_w == 2 && s.pool_pad_h == 0 && s.pool_pad_w == 0 && s.pool_dilation_h == 1 &&
+         s.pool_dilation_w == 1;
+}
+
+// The six values of a row that a 2-wide tile sees. `row` is at an even offset of a 16-byte aligned buffer.
+LX_DEVICE void load_row(float (&values)[kTap + 1], const float* row) {
+#pragma unroll
+  for (int j = 0; j <= kTap; j += 2) {
+    const lx::Pack<float, 2> pair = lx::load_pack<2>(row + j);
+    values[j] = pair[0];
+    values[j + 1] = pair[1];
+  }
+}
+
+// The multiply-adds of one input plane with a 5 x 5 kernel: sums[image][position][channel] for 2 x 2 neighbouring
+// positions (row-major) in kImages images and kChannels output channels.
+//
+// planes[i]: the tile's top left input value in image i, rows `pitch` apart. weights: [tap][kPitch] in shared memory,
+// the same for (nearly) all lanes of a warp. The weights are why one thread takes 4 positions in 2 images: a broadcast
+// load of 16 bytes occupies the shared memory for 4 cycles, and with only 4 multiply-adds for each weight the kernel
+// would wait for it.
+// The loop over the rows is not unrolled, or the compiler keeps all the weights in registers and spills the sums.
+template <int kImages, int kChannels, int kPitch>
+LX_DEVICE void add_plane(float (&sums)[kImages][4][kChannels], const float* const (&planes)[kImages], int pitch,
+                         const float* weights) {
+  float top[kImages][kTap + 1], bottom[kImages][kTap + 1];
+#pragma unroll
+  for (int image = 0; image < kImages; ++image) load_row(top[image], planes[image]);
+#pragma unroll 1
+  for (int i = 0; i < kTap; ++i) {
+#pragma unroll
+    for (int image = 0; image < kImages; ++image) load_row(bottom[image], planes[image] + (i + 1) * pitch);
+#pragma unroll
+    for (int j = 0; j < kTap; ++j) {
+      constexpr int kWide = kChannels % 4 == 0 && kPitch % 4 == 0 ? 4 : 2;
+      float weight[kChannels];
+#pragma unroll
+      for (int c = 0; c < kChannels; c += kWide) {
+        const lx::Pack<float, kWide> pack = lx::load_pack<kWide>(weights + (i * kTap + j) * kPitch + c);
+#pragma unroll
+        for (int k = 0; k < kWide; ++k) weight[c + k] = pack[k];
+      }
+#pragma unroll
+      for (int image = 0; image < kImages; ++image) {
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) {
+          sums[image][0][c] += top[image][j] * weight[c];
+          sums[image][1][c] += top[image][j + 1] * weight[c];
+          sums[image][2][c] += bottom[image][j] * weight[c];
+          sums[image][3][c] += bottom[image][j + 1] * weight[c];
+        }
+      }
+    }
+#pragma unroll
+    for (int image = 0; image < kImages; ++image) {
+#pragma unroll
+      for (int j = 0; j <= kTap; ++j) top[image][j] = bottom[image][j];
+    }
+  }
+}
+
+// The pooled value and code of one channel of a tile.
+template <int kChannels>
+LX_DEVICE Winner<float> winner_of(const float (&sums)[4][kChannels], int channel) {
+  Winner<float> winner;
+#pragma unroll
+  for (int position = 0; position < 4; ++position) winner.consider(sums[position][channel], position);
+  return winner;
+}
+
+// The block copies weights [out][in][tap] to shared memory as [in][tap][out].
+template <typename L, typename T>
+LX_DEVICE void transpose_weights(float* to, const T* weight) {
+  for (int i = threadIdx.x; i < L::kOut * L::kWeights; i += blockDim.x) {
+    to[i] = lx::widen(weight[i % L::kOut * L::kWeights + i / L::kOut]);
+  }
+}
+
+// Four gradients, row-major, of a window's positions in the convolution's output: zero but for the winner's.
+LX_DEVICE void expand_window(float (&gradient)[4], float value, int code) {
+#pragma unroll
+  for (int position = 0; position < 4; ++position) gradient[position] = code == position ? value : 0.0f;
+}
+
+}  // namespace lenet_ext::cuda

@@ -1,0 +1,140 @@
+// Matrix products with few rows: the linear layers of a small batch, where a vendor GEMM is all latency, and their
+// gradients. Large products go to the vendor (csrc/linear_cuda.cpp).
+#include "device.cuh"
+
+namespace lenet_ext::cuda {
+namespace {
+
+constexpr unsigned kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kRows = 16, kColumns = 32;  // outputs of a block
+
+// Depth that is in shared memory at once, and the pitch that keeps the 16-byte loads of eight lanes in different banks.
+template <typename A>
+constexpr int kDepth = 512 / sizeof(A);
+template <typename A>
+constexpr int kPitch = kDepth<A> + 16 / static_cast<int>(sizeof(A));
+
+// [a tile | b tile], and after the last product [partial sums of each warp | row sums of each warp].
+template <typename A>
+constexpr int64_t shared_bytes() {
+  const int64_t tiles = lx::taken<A>((kRows + kColumns) * kPitch<A>);
+  const int64_t sums = lx::taken<A>(kWarps * kRows * kColumns) + lx::taken<A>(kWarps * kRows);
+  return tiles > sums ? tiles : sums;
+}
+
+// Copies rows [row, row + kTile) at depth [depth, depth + kDepth) into a tile, 0 outside of the matrix. Consecutive
+// threads follow the direction in which the matrix is contiguous.
+template <typename T, int kTile>
+LX_DEVICE void fill_tile(lx::Accumulator<T>* tile, const T* matrix, const T* mask, int64_t row, int64_t rows,
+                         int64_t row_stride, int64_t depth, int64_t depths, int64_t depth_stride) {
+  using A = lx::Accumulator<T>;
+  for (int i = threadIdx.x; i < kTile * kDepth<A>; i += kThreads) {
+    const int r = depth_stride == 1 ? i / kDepth<A> : i % kTile, k = depth_stride == 1 ? i % kDepth<A> : i / kTile;
+    A value = 0;
+    if (row + r < rows && depth + k < depths) {
+      const int64_t at = (row + r) * row_stride + (depth + k) * depth_stride;
+      if (mask == nullptr || !(lx::widen(mask[at]) <= 0)) value = lx::widen(matrix[at]);
+    }
+    tile[r * kPitch<A> + k] = value;
+  }
+}
+
+// block -> 16 x 32 outputs. The depth is cut among the 8 warps, because with few outputs there is not enough to do
+// otherwise; the warps' sums are then added in order. lane -> 4 x 4 outputs: rows 4 (l / 8) + i, columns l % 8 + 8 j, so
+// that a step of 4 in depth costs 8 loads of 16 bytes for 64 multiply-adds.
+// Shared memory: 25 KB (float), 34 KB (double). Any size: blocks loop over the tiles.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) small_matrix_product_kernel(SmallMatrixProduct p) {
+  using A = lx::Accumulator<T>;
+  LX_SMEM(shared);
+  unsigned char* const begin = shared;
+  A* a_tile = lx::take<A>(shared, kRows * kPitch<A>);
+  A* b_tile = lx::take<A>(shared, kColumns * kPitch<A>);
+  shared = begin;
+  A* partial = lx::take<A>(shared, kWarps * kRows * kColumns);
+  A* partial_row_sums = lx::take<A>(shared, kWarps * kRows);
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first_row = lane / 8 * 4, first_column = lane % 8;
+  const int64_t column_tiles = lx::divide_up<int64_t>(p.columns, kColumns);
+  const int64_t tiles = lx::divide_up<int64_t>(p.rows, kRows) * column_tiles;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int64_t row = tile / column_tiles * kRows, column = tile % column_tiles * kColumns;
+    const bool sums_rows = p.a_row_sums != nullptr && column == 0;
+    A sum[4][4] = {}, row_sum = 0;
+    for (int64_t depth = 0; depth < p.depth; depth += kDepth<A>) {
+      __syncthreads();  // the last readers of the shared memory are done
+      fill_tile<T, kRows>(a_tile, static_cast<const T*>(p.a), static_cast<const T*>(p.a_mask), row, p.rows,
+                          p.a_row_stride, depth, p.depth, p.a_depth_stride);
+      fill_tile<T, kColumns>(b_tile, static_cast<const T*>(p.b), nullptr, column, p.columns, p.b_row_stride, depth,
+                             p.depth, p.b_depth_stride);
+      __syncthreads();
+      constexpr int kShare = kDepth<A> / kWarps;
+#pragma unroll
+      for (int k = 0; k < kShare; k += 4) {
+        const int at = warp * kShare + k;
+        lx::Pack<A, 4> a[4], b[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          a[i] = lx::load_pack<4>(a_tile + (first_row + i) * kPitch<A> + at);
+          b[i] = lx::load_pack<4>(b_tile + (first_column + 8 * i) * kPitch<A> + at);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+#pragma unroll
+            for (int step = 0; step < 4; ++step) sum[i][j] += a[i][step] * b[j][step];
+          }
+        }
+      }
+      if (sums_rows && lane < kRows) {
+        for (int k = 0; k < kShare; ++k) row_sum += a_tile[lane * kPitch<A> + warp * kShare + k];
+      }
+    }
+
+    __syncthreads();  // the tiles become the partial sums
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        partial[(warp * kRows + first_row + i) * kColumns + first_column + 8 * j] = sum[i][j];
+      }
+    }
+    if (lane < kRows) partial_row_sums[warp * kRows + lane] = row_sum;
+    __syncthreads();
+    for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) {
+      const int64_t r = row + i / kColumns, c = column + i % kColumns;
+      if (r >= p.rows || c >= p.columns) continue;
+      A value = 0;
+      for (int w = 0; w < kWarps; ++w) value += partial[w * kRows * kColumns + i];
+      if (p.bias != nullptr) value += lx::widen(static_cast<const T*>(p.bias)[c]);
+      if (p.relu && value <= 0) value = 0;  // NaN passes
+      static_cast<T*>(p.output)[r * p.columns + c] = lx::narrow<T>(value);
+    }
+    if (sums_rows && threadIdx.x < kRows && row + threadIdx.x < p.rows) {
+      A value = 0;
+      for (int w = 0; w < kWarps; ++w) value += partial_row_sums[w * kRows + threadIdx.x];
+      static_cast<T*>(p.a_row_sums)[row + threadIdx.x] = lx::narrow<T>(value);
+    }
+  }
+}
+
+template <typename T>
+LaunchResult product(const SmallMatrixProduct& call, cudaStream_t stream) {
+  LaunchResult result;
+  const int64_t tiles = lx::divide_up<int64_t>(call.rows, kRows) * lx::divide_up<int64_t>(call.columns, kColumns);
+  lx::launch(result, "small_matrix_product_kernel", small_matrix_product_kernel<T>, lx::grid_for(tiles, 1), kThreads,
+             shared_bytes<lx::Accumulator<T>>(), stream, call);
+  return result;
+}
+
+}  // namespace
+
+LaunchResult launch_small_matrix_product(DType dtype, const SmallMatrixProduct& call, cudaStream_t stream) {
+  if (call.rows == 0 || call.columns == 0) return {};
+  LX_DISPATCH(dtype, product, call, stream)
+}
+
+}  // namespace lenet_ext::cuda
