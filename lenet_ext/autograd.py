@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from lenet_ext import ops
 
-__all__ = ["ConvReLUMaxPool2dFunction", "LinearFunction", "LinearReLUFunction"]
+__all__ = ["ConvReLUMaxPool2dFunction", "LeNetFunction", "LinearFunction", "LinearReLUFunction"]
 
 
 class _ReverseModeFunction(Function):
@@ -119,11 +119,11 @@ class ConvReLUMaxPool2dFunction(_ReverseModeFunction):
     def vmap(info: Any, in_dims: tuple, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple:
         size = info.batch_size
         if in_dims[1] is None and in_dims[2] is None:
-            output, indices = _apply(
+            output, indices = apply(
                 ConvReLUMaxPool2dFunction, input.movedim(in_dims[0], 0).flatten(0, 1), weight, bias, *options
             )
             return (output.unflatten(0, (size, -1)), indices.unflatten(0, (size, -1))), (0, 0)
-        output, indices = _apply(
+        output, indices = apply(
             ConvReLUMaxPool2dFunction,
             _to_channels(input, in_dims[0], size, 1),
             _to_channels(weight, in_dims[1], size, 0),
@@ -138,7 +138,7 @@ def _conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Grad mode is on in a backward pass when a graph of it is wanted (create_graph, torch.func).
     if torch.is_grad_enabled():
-        return _apply(_ConvBackwardFunction, grad_output, indices, input, weight, *options, mask)
+        return apply(_ConvBackwardFunction, grad_output, indices, input, weight, *options, mask)
     return ops.conv_relu_max_pool2d_backward(grad_output, indices, input, weight, *options, mask)
 
 
@@ -175,10 +175,10 @@ class _ConvBackwardFunction(_ReverseModeFunction):
         to_grad = to_input = to_weight = None
         if ctx.needs_input_grad[0]:
             if from_input is not None:
-                to_grad = _apply(_ConvAtIndicesFunction, from_input, weight, from_bias, indices, *options)
+                to_grad = apply(_ConvAtIndicesFunction, from_input, weight, from_bias, indices, *options)
                 from_bias = None
             if from_weight is not None:
-                second = _apply(_ConvAtIndicesFunction, input, from_weight, from_bias, indices, *options)
+                second = apply(_ConvAtIndicesFunction, input, from_weight, from_bias, indices, *options)
                 to_grad, from_bias = _add(to_grad, second), None
             if from_bias is not None:
                 to_grad = torch.where(indices == 255, 0, from_bias.reshape(-1, 1, 1))
@@ -192,7 +192,7 @@ class _ConvBackwardFunction(_ReverseModeFunction):
     def vmap(info: Any, in_dims: tuple, grad_output: Tensor, indices: Tensor, input: Tensor, weight: Tensor, *rest: Any):
         size, (*options, mask) = info.batch_size, rest
         # Parameter gradients are wanted per mapped sample: each becomes a group of its own.
-        grad_input, grad_weight, grad_bias = _apply(
+        grad_input, grad_weight, grad_bias = apply(
             _ConvBackwardFunction,
             _to_channels(grad_output, in_dims[0], size, 1),
             _to_channels(indices, in_dims[1], size, 1),
@@ -237,7 +237,7 @@ class _ConvAtIndicesFunction(_ReverseModeFunction):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, input: Tensor, weight: Tensor, bias: Any, indices: Tensor, *options: Any) -> tuple:
         size = info.batch_size
-        output = _apply(
+        output = apply(
             _ConvAtIndicesFunction,
             _to_channels(input, in_dims[0], size, 1),
             _to_channels(weight, in_dims[1], size, 0),
@@ -334,7 +334,7 @@ def _vmap_linear(
     function: type[Function], in_dims: tuple, input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     if in_dims[1] is None and in_dims[2] is None:
-        return _apply(function, input.movedim(in_dims[0], 0), weight, bias)
+        return apply(function, input.movedim(in_dims[0], 0), weight, bias)
     # Parameters of their own for every mapped sample: a batched product is the vendor's job.
     input = input if in_dims[0] is None else input.movedim(in_dims[0], 0)
     weight = weight if in_dims[1] is None else weight.movedim(in_dims[1], 0)
@@ -357,6 +357,65 @@ def _vmap_linear(
     return output.relu() if function is LinearReLUFunction else output
 
 
+class LeNetFunction(_ReverseModeFunction):
+    r"""The whole of LeNet, forward and backward in one operator each.
+
+    The derivative is the chain of those of the layers' Functions, :class:`ConvReLUMaxPool2dFunction` twice,
+    :class:`LinearReLUFunction` twice and :class:`LinearFunction`, whose kernels it runs and whose tensors it saves. The
+    ten parameters come first, then the input. A derivative of the backward pass goes through the layers' Functions.
+    """
+
+    @staticmethod
+    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        *parameters, input = tensors
+        return ops.lenet_with_activations(input, parameters)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple:
+        if grad_output is None:
+            return (None,) * 11
+        *tensors, pooled1, indices1, pooled2, indices2, hidden1, hidden2 = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return _differentiable_lenet_backward(grad_output, tensors, wanted)
+        *parameters, input = tensors
+        grad_input, grad_parameters = ops.lenet_backward(
+            grad_output, input, parameters, pooled1, indices1, pooled2, indices2, hidden1, hidden2, wanted[10]
+        )
+        return tuple(
+            gradient if is_wanted else None
+            for gradient, is_wanted in zip((*grad_parameters, grad_input), wanted, strict=True)
+        )
+
+
+# What the first two layers of LeNet give their operators: convolution 5x5, pooling 2x2.
+LENET_OPTIONS = ((1, 1), (0, 0, 0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
+
+
+def _lenet_by_layers(tensors: list[Tensor]) -> Tensor:
+    *p, input = tensors
+    features = apply(ConvReLUMaxPool2dFunction, input, p[0], p[1], *LENET_OPTIONS)[0]
+    features = apply(ConvReLUMaxPool2dFunction, features, p[2], p[3], *LENET_OPTIONS)[0]
+    hidden = apply(LinearReLUFunction, features.flatten(1), p[4], p[5])
+    hidden = apply(LinearReLUFunction, hidden, p[6], p[7])
+    return apply(LinearFunction, hidden, p[8], p[9])
+
+
+def _differentiable_lenet_backward(grad_output: Tensor, tensors: list[Tensor], wanted: tuple[bool, ...]) -> tuple:
+    with torch.enable_grad():
+        # Aliases, so that the gradient is taken with respect to this call's arguments alone.
+        aliases = [tensor.view_as(tensor) for tensor in tensors]
+        inputs = [alias for alias, is_wanted in zip(aliases, wanted, strict=True) if is_wanted]
+        gradients = iter(torch.autograd.grad(_lenet_by_layers(aliases), inputs, grad_output, create_graph=True))
+    return tuple(next(gradients) if is_wanted else None for is_wanted in wanted)
+
+
 # `Function.apply` binds the arguments through `inspect.signature` on every call of a setup_context Function, three times
 # the cost of everything else in it. The implementation beneath does not, and serves all calls outside torch.func.
 _DIRECT_APPLY = {
@@ -365,13 +424,14 @@ _DIRECT_APPLY = {
         ConvReLUMaxPool2dFunction,
         LinearFunction,
         LinearReLUFunction,
+        LeNetFunction,
         _ConvBackwardFunction,
         _ConvAtIndicesFunction,
     )
 }
 
 
-def _apply(function: type[Function], *args: Any) -> Any:
+def apply(function: type[Function], *args: Any) -> Any:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return _DIRECT_APPLY[function](*args)

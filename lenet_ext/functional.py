@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from lenet_ext import ops
 from lenet_ext._build import require_cuda
-from lenet_ext.autograd import ConvReLUMaxPool2dFunction, LinearFunction, LinearReLUFunction, _apply
+from lenet_ext.autograd import ConvReLUMaxPool2dFunction, LinearFunction, LinearReLUFunction, apply
 
 __all__ = ["conv_relu_max_pool2d", "linear", "linear_relu"]
 
@@ -241,7 +241,7 @@ def conv_relu_max_pool2d_normalized(input: Tensor, weight: Tensor, bias: Tensor 
             f"conv_relu_max_pool2d: input must be 3-D (unbatched) or 4-D (batched), got shape {tuple(input.shape)}"
         )
     if _needs_function(input, weight, bias):
-        output = _apply(ConvReLUMaxPool2dFunction, input, weight, bias, *options)[0]
+        output = apply(ConvReLUMaxPool2dFunction, input, weight, bias, *options)[0]
     else:
         output = ops.conv_relu_max_pool2d(input, weight, bias, *options)
     return output.squeeze(0) if dim == 3 else output
@@ -282,7 +282,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _has_kernel(input) or weight.dim() != 2 or _broadcasts(bias, weight):
         return F.linear(input, weight, bias)
     if _needs_function(input, weight, bias):
-        return _apply(LinearFunction, input, weight, bias)
+        return apply(LinearFunction, input, weight, bias)
     return ops.linear(input, weight, bias)
 
 
@@ -306,7 +306,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     if not _has_kernel(input) or weight.dim() != 2 or _broadcasts(bias, weight):
         return F.relu(F.linear(input, weight, bias))
     if _needs_function(input, weight, bias):
-        return _apply(LinearReLUFunction, input, weight, bias)
+        return apply(LinearReLUFunction, input, weight, bias)
     return ops.linear_relu(input, weight, bias)
 
 

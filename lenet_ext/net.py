@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import torch.nn.modules.module as global_hooks
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from lenet_ext import autograd, ops
 from lenet_ext.nn import ConvReLUMaxPool2d, Linear, LinearReLU
 
 __all__ = ["Net", "ReferenceNet"]
@@ -53,8 +56,90 @@ class Net(nn.Module):
         self.fc3 = Linear(84, num_classes, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        parameters = self._whole_network_parameters(input)
+        if parameters is not None:
+            if torch.is_grad_enabled() and (input.requires_grad or any(p.requires_grad for p in parameters)):
+                return autograd.apply(autograd.LeNetFunction, *parameters, input)[0]
+            return ops.lenet(input, parameters)
         features = self.conv2(self.conv1(input))
         return self.fc3(self.fc2(self.fc1(features.flatten(-3))))
+
+    def _whole_network_parameters(self, input: Tensor) -> list[Tensor] | None:
+        """The ten parameters if the network can run as one operator with no observable difference, else None.
+
+        It cannot if anything could look at or change what happens between the layers (hooks, replaced or subclassed
+        children, parametrizations, dispatch modes, torch.compile, torch.func) or if the arguments are not what the
+        operator takes, in which case the layers say what is wrong.
+        """
+        if (
+            type(input) is not Tensor
+            or input.dtype is not torch.float32
+            or input.dim() != 4
+            or input.device.type != "cpu"
+            or input.layout is not torch.strided
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled("cpu")
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._len_torch_function_stack() > 0
+            or forward_ad._current_level >= 0
+            or _has_global_hooks()
+        ):
+            return None
+        modules = self._modules
+        if len(modules) != len(_CHILDREN):
+            return None
+        parameters: list[Tensor] = []
+        for name, (kind, weight_shape) in _CHILDREN.items():
+            child = modules.get(name)
+            if type(child) is not kind or "forward" in child.__dict__ or _has_hooks(child):
+                return None
+            own = child._parameters
+            weight, bias = own.get("weight"), own.get("bias")
+            if (
+                type(weight) is not nn.Parameter
+                or type(bias) is not nn.Parameter
+                or weight.dtype is not torch.float32
+                or bias.dtype is not torch.float32
+                or weight.device.type != "cpu"
+                or (weight_shape is not None and weight.shape != weight_shape)
+                or (kind is ConvReLUMaxPool2d and child._options() != autograd.LENET_OPTIONS)
+            ):
+                return None
+            parameters += (weight, bias)
+        first = parameters[0].shape
+        if first[0] != 6 or first[2:] != (5, 5) or input.shape[1:] != (first[1], 32, 32):
+            return None
+        return parameters
+
+
+# The children of an unmodified Net, and the shapes of their weights where the constructor does not choose them.
+_CHILDREN: dict[str, tuple[type[nn.Module], tuple[int, ...] | None]] = {
+    "conv1": (ConvReLUMaxPool2d, None),
+    "conv2": (ConvReLUMaxPool2d, (16, 6, 5, 5)),
+    "fc1": (LinearReLU, (120, 400)),
+    "fc2": (LinearReLU, (84, 120)),
+    "fc3": (Linear, None),
+}
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    )
+
+
+def _has_global_hooks() -> bool:
+    return bool(
+        global_hooks._global_forward_hooks
+        or global_hooks._global_forward_pre_hooks
+        or global_hooks._global_backward_hooks
+        or global_hooks._global_backward_pre_hooks
+    )
 
 
 class ReferenceNet(nn.Module):

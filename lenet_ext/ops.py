@@ -27,6 +27,9 @@ linear = torch.ops.lenet_ext.linear.default
 linear_relu = torch.ops.lenet_ext.linear_relu.default
 linear_backward = torch.ops.lenet_ext.linear_backward.default
 linear_relu_backward = torch.ops.lenet_ext.linear_relu_backward.default
+lenet = torch.ops.lenet_ext.lenet.default
+lenet_with_activations = torch.ops.lenet_ext.lenet_with_activations.default
+lenet_backward = torch.ops.lenet_ext.lenet_backward.default
 
 MAX_WINDOW = 255
 """Most positions of a pooling window whose winner fits into one byte (``csrc/conv_pool_shape.h``)."""
@@ -219,3 +222,51 @@ def _(grad_output, input, weight, output_mask):
 @torch.library.register_fake("lenet_ext::linear_relu_backward")
 def _(grad_output, output, input, weight, output_mask):
     return _linear_gradients("linear_relu_backward", grad_output, input, weight, output_mask)
+
+
+def _check_lenet(op: str, input: Tensor, parameters: list[Tensor]) -> None:
+    _check(len(parameters) == 10, lambda: f"{op}: parameters must hold 10 tensors, got {len(parameters)}")
+    _check_together(op, input=input, **{f"parameters[{i}]": parameter for i, parameter in enumerate(parameters)})
+    channels, classes = parameters[0].shape[1], parameters[8].shape[0]
+    _check(
+        input.dim() == 4 and tuple(input.shape[1:]) == (channels, 32, 32),
+        lambda: f"{op}: input must have shape [batch, {channels}, 32, 32], got {tuple(input.shape)}",
+    )
+    shapes = [(6, channels, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 400), (120,), (84, 120), (84,), (classes, 84)]
+    for i, shape in enumerate([*shapes, (classes,)]):
+        _check(
+            tuple(parameters[i].shape) == shape,
+            lambda i=i, shape=shape: (
+                f"{op}: parameters[{i}] must have shape {list(shape)}, got {tuple(parameters[i].shape)}"
+            ),
+        )
+
+
+@torch.library.register_fake("lenet_ext::lenet")
+def _(input, parameters):
+    _check_lenet("lenet", input, parameters)
+    return input.new_empty(input.shape[0], parameters[8].shape[0])
+
+
+@torch.library.register_fake("lenet_ext::lenet_with_activations")
+def _(input, parameters):
+    _check_lenet("lenet_with_activations", input, parameters)
+    batch = input.shape[0]
+    return (
+        input.new_empty(batch, parameters[8].shape[0]),
+        input.new_empty(batch, 6, 14, 14),
+        input.new_empty(batch, 6, 14, 14, dtype=torch.uint8),
+        input.new_empty(batch, 16, 5, 5),
+        input.new_empty(batch, 16, 5, 5, dtype=torch.uint8),
+        input.new_empty(batch, 120),
+        input.new_empty(batch, 84),
+    )
+
+
+@torch.library.register_fake("lenet_ext::lenet_backward")
+def _(grad_output, input, parameters, *rest):
+    _check_lenet("lenet_backward", input, parameters)
+    return (
+        _empty_or_none(rest[-1], input, _memory_format(input)),
+        [_empty_or_none(True, parameter) for parameter in parameters],
+    )
