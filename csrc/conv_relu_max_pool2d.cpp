@@ -24,6 +24,9 @@ using at::IntArrayRef;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// A gradient that was not asked for.
+Tensor absent(const Tensor& input) { return at::empty({0}, input.options()); }
+
 double dense_flops(const ConvPoolShape& s) {
   return 2.0 * s.batch * s.out_channels * s.conv_h * s.conv_w * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w;
 }
@@ -177,6 +180,32 @@ Tensor relu_pool_backward(const ConvPoolShape& s, const Tensor& grad_output, con
   return grad_conv;
 }
 
+// By way of the dense gradient of the convolution's output, and the vendor's backward pass.
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> backward_dense(const ConvPoolShape& s, const Tensor& grad_output,
+                                                  const Tensor& indices, const Tensor& input, const Tensor& weight,
+                                                  const ConvPoolOptions& o, std::array<bool, 3> output_mask) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const at::MemoryFormat format = output_memory_format(input);
+  Tensor grad_conv = relu_pool_backward<T>(s, grad_output, indices, format);
+  auto [source, padding] = vendor_convolution_input(input, o);
+  Tensor kernel = weight;
+  if (std::is_same_v<T, BFloat16>) {
+    // The vendor's own bfloat16 kernels are wrong for grouped, dilated channels_last convolutions, and spread NaN to
+    // places that none reaches.
+    grad_conv = grad_conv.to(at::kFloat);
+    source = source.to(at::kFloat);
+    kernel = kernel.to(at::kFloat);
+  }
+  auto [grad_input, grad_weight, grad_bias] =
+      at::convolution_backward(grad_conv, source, kernel, at::IntArrayRef{s.out_channels}, o.stride, padding,
+                               o.dilation, false, {0, 0}, o.groups, output_mask);
+  const auto dtype = input.scalar_type();
+  return {output_mask[0] ? crop_vendor_grad_input(grad_input, s, o).to(dtype).contiguous(format) : absent(input),
+          output_mask[1] ? grad_weight.to(dtype).contiguous() : absent(input),
+          output_mask[2] ? grad_bias.to(dtype) : absent(input)};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cpu(const char* op, const Tensor& grad_output,
@@ -187,34 +216,26 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cpu(const char*
   const ConvPoolShape s =
       check_conv_relu_max_pool2d_backward(op, grad_output, indices, input, weight, std::nullopt, options);
   const bool any_parameter = output_mask[1] || output_mask[2];
-  const Tensor none = at::empty({0}, input.options());
   if (grad_output.numel() == 0) {
-    return {output_mask[0] ? at::zeros(input.sizes(), input.options()) : none,
-            output_mask[1] ? at::zeros(weight.sizes(), weight.options()) : none,
-            output_mask[2] ? at::zeros({s.out_channels}, weight.options()) : none};
+    return {output_mask[0] ? at::zeros(input.sizes(), input.options()) : absent(input),
+            output_mask[1] ? at::zeros(weight.sizes(), weight.options()) : absent(input),
+            output_mask[2] ? at::zeros({s.out_channels}, weight.options()) : absent(input)};
   }
   return cpu::dispatch(input, op, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
     using T = decltype(zero);
-    const at::MemoryFormat format = output_memory_format(input);
     if (conv_pool_algorithm_cpu(s, true) == Algorithm::Direct) {
+      const at::MemoryFormat format = output_memory_format(input);
       const Tensor grad_input = output_mask[0] ? at::empty(input.sizes(), input.options(), format) : Tensor();
       const Tensor grad_weight =
           any_parameter ? at::empty(weight.sizes(), weight.options(), at::MemoryFormat::Contiguous) : Tensor();
       const Tensor grad_bias = any_parameter ? at::empty({s.out_channels}, weight.options()) : Tensor();
       if (backward_direct<T>(s, grad_output, indices, input, weight.contiguous(), grad_input, grad_weight,
                              grad_bias)) {
-        return {output_mask[0] ? grad_input : none, output_mask[1] ? grad_weight : none,
-                output_mask[2] ? grad_bias : none};
+        return {output_mask[0] ? grad_input : absent(input), output_mask[1] ? grad_weight : absent(input),
+                output_mask[2] ? grad_bias : absent(input)};
       }
     }
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor grad_conv = relu_pool_backward<T>(s, grad_output, indices, format);
-    const VendorConvolution v = vendor_convolution_input(input, options);
-    auto [grad_input, grad_weight, grad_bias] =
-        at::convolution_backward(grad_conv, v.input, weight, at::IntArrayRef{s.out_channels}, options.stride,
-                                 v.padding, options.dilation, false, {0, 0}, options.groups, output_mask);
-    return {output_mask[0] ? crop_vendor_grad_input(grad_input, s, options).contiguous(format) : none,
-            output_mask[1] ? grad_weight.contiguous() : none, output_mask[2] ? grad_bias : none};
+    return backward_dense<T>(s, grad_output, indices, input, weight, options, output_mask);
   });
 }
 

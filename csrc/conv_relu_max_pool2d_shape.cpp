@@ -64,9 +64,9 @@ void check_options(const char* op, const ConvPoolOptions& o) {
   check_non_negative(op, "pool_padding", o.pool_padding);
   check_positive(op, "pool_dilation", o.pool_dilation);
   for (int i = 0; i < 2; ++i) {
-    const int64_t extent = (o.pool_kernel_size[i] - 1) * o.pool_dilation[i] + 1;
-    TORCH_CHECK(o.pool_padding[i] <= extent / 2, op, ": pool_padding must be at most half of the pooling window's extent ",
-                extent, ", got ", o.pool_padding);
+    TORCH_CHECK(o.pool_padding[i] <= o.pool_kernel_size[i] / 2, op,
+                ": pool_padding must be at most half of pool_kernel_size=", o.pool_kernel_size, ", got ",
+                o.pool_padding);
   }
   TORCH_CHECK(o.pool_kernel_size[0] * o.pool_kernel_size[1] <= kMaxWindow, op,
               ": pool_kernel_size must cover at most ", kMaxWindow, " positions, got ", o.pool_kernel_size,
@@ -94,6 +94,8 @@ ConvPoolShape check_convolution(const char* op, const at::Tensor& input, const a
   s.pool_pad_h = o.pool_padding[0], s.pool_pad_w = o.pool_padding[1];
   s.pool_dilation_h = o.pool_dilation[0], s.pool_dilation_w = o.pool_dilation[1];
 
+  TORCH_CHECK(s.in_channels > 0 && s.height > 0 && s.width > 0, op,
+              ": input may be empty in its batch dimension alone, got shape ", input.sizes());
   TORCH_CHECK(s.out_channels > 0 && s.kernel_h > 0 && s.kernel_w > 0, op,
               ": weight must have at least one output channel and a kernel that is not empty, got shape ",
               weight.sizes());

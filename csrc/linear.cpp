@@ -94,11 +94,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const char* op, const Ten
                                                        std::array<bool, 3> output_mask) {
   const LinearShape s = check_linear_backward(op, grad_output, output, input, weight);
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const Tensor none = at::empty({0}, input.options());
+  const auto none = [&input] { return at::empty({0}, input.options()); };  // a gradient that was not asked for
   if (s.rows == 0 || s.out_features == 0 || s.in_features == 0) {
-    return {output_mask[0] ? at::zeros(input.sizes(), input.options()) : none,
-            output_mask[1] ? at::zeros(weight.sizes(), weight.options()) : none,
-            output_mask[2] ? at::zeros({s.out_features}, weight.options()) : none};
+    return {output_mask[0] ? at::zeros(input.sizes(), input.options()) : none(),
+            output_mask[1] ? at::zeros(weight.sizes(), weight.options()) : none(),
+            output_mask[2] ? at::zeros({s.out_features}, weight.options()) : none()};
   }
   Tensor grad = grad_output.contiguous().view({s.rows, s.out_features});
   const Tensor rows = input.contiguous().view({s.rows, s.in_features}), kernel = weight.contiguous();
@@ -106,12 +106,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const char* op, const Ten
                       linear_algorithm_cpu(s.rows, s.in_features, s.out_features) == Algorithm::Direct;
   if (!direct) {
     if (output.defined()) grad = at::threshold_backward(grad, output.reshape({s.rows, s.out_features}), 0);
-    return {output_mask[0] ? at::mm(grad, kernel).view(input.sizes()) : none,
-            output_mask[1] ? at::mm(grad.t(), rows) : none, output_mask[2] ? at::sum(grad, 0) : none};
+    return {output_mask[0] ? at::mm(grad, kernel).view(input.sizes()) : none(),
+            output_mask[1] ? at::mm(grad.t(), rows) : none(), output_mask[2] ? at::sum(grad, 0) : none()};
   }
-  const Tensor grad_input = output_mask[0] ? at::empty(input.sizes(), input.options(), at::MemoryFormat::Contiguous) : none;
-  const Tensor grad_weight = output_mask[1] ? at::empty(weight.sizes(), weight.options(), at::MemoryFormat::Contiguous) : none;
-  const Tensor grad_bias = output_mask[2] ? at::empty({s.out_features}, weight.options()) : none;
+  const Tensor grad_input = output_mask[0] ? at::empty(input.sizes(), input.options(), at::MemoryFormat::Contiguous) : none();
+  const Tensor grad_weight = output_mask[1] ? at::empty(weight.sizes(), weight.options(), at::MemoryFormat::Contiguous) : none();
+  const Tensor grad_bias = output_mask[2] ? at::empty({s.out_features}, weight.options()) : none();
   const Tensor mask = output.defined() ? output.contiguous() : Tensor();
   cpu::dispatch(input, op, [&](auto zero) {
     using T = decltype(zero);

@@ -249,6 +249,8 @@ def conv_relu_max_pool2d_normalized(input: Tensor, weight: Tensor, bias: Tensor 
 
 def _stock_conv_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor | None, options: tuple) -> Tensor:
     """The composition that the kernels replace, for what has no kernel."""
+    batched = input.unsqueeze(0) if input.dim() == 3 else input
+    ops.pooled_shape("conv_relu_max_pool2d", batched, weight, bias, *options)  # our messages name our arguments
     stride, (top, bottom, left, right), dilation, groups, *pool = options
     if (top, left) != (bottom, right):
         input, top, left = F.pad(input, (left, right, top, bottom)), 0, 0
@@ -278,9 +280,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     device_type = input.device.type
     if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
         input, weight, bias = _autocast(device_type, input, weight, bias)  # type: ignore[assignment]
-    # F.linear also takes a vector as weight and a bias that broadcasts.
     if not _has_kernel(input) or weight.dim() != 2 or _broadcasts(bias, weight):
-        return F.linear(input, weight, bias)
+        return _stock_linear("linear", input, weight, bias)
     if _needs_function(input, weight, bias):
         return apply(LinearFunction, input, weight, bias)
     return ops.linear(input, weight, bias)
@@ -304,7 +305,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
         input, weight, bias = _autocast(device_type, input, weight, bias)  # type: ignore[assignment]
     if not _has_kernel(input) or weight.dim() != 2 or _broadcasts(bias, weight):
-        return F.relu(F.linear(input, weight, bias))
+        return F.relu(_stock_linear("linear_relu", input, weight, bias))
     if _needs_function(input, weight, bias):
         return apply(LinearReLUFunction, input, weight, bias)
     return ops.linear_relu(input, weight, bias)
@@ -312,3 +313,15 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 def _broadcasts(bias: Tensor | None, weight: Tensor) -> bool:
     return bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0])
+
+
+def _stock_linear(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear, for what has no kernel: it also takes a vector as weight, and a bias that broadcasts."""
+    if bias is not None and weight.dim() == 2:
+        output_shape = (*input.shape[:-1], weight.shape[0])
+        fits = bias.dim() <= len(output_shape) and all(
+            have in (1, want) for have, want in zip(reversed(bias.shape), reversed(output_shape), strict=False)
+        )
+        if not fits:
+            raise RuntimeError(f"{op}: bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}")
+    return F.linear(input, weight, bias)

@@ -80,7 +80,7 @@ def _pooled_size(size: int, kernel: int, stride: int, padding: int, dilation: in
     return out
 
 
-def _pooled_shape(
+def pooled_shape(
     op: str,
     input: Tensor,
     weight: Tensor,
@@ -99,8 +99,38 @@ def _pooled_shape(
     _check(input.dim() == 4, lambda: f"{op}: input must be 4-D, got shape {tuple(input.shape)}")
     _check(weight.dim() == 4, lambda: f"{op}: weight must be 4-D, got shape {tuple(weight.shape)}")
     _check(groups > 0, lambda: f"{op}: groups must be positive, got {groups}")
+    for name, values, lowest in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+        ("pool_kernel_size", pool_kernel_size, 1),
+        ("pool_stride", pool_stride, 1),
+        ("pool_padding", pool_padding, 0),
+        ("pool_dilation", pool_dilation, 1),
+    ):
+        _check(
+            all(lowest <= value < 2**31 for value in values),
+            lambda name=name, values=values, lowest=lowest: (
+                f"{op}: {name} must be between {lowest} and 2**31 - 1, got {list(values)}"
+            ),
+        )
+    _check(
+        all(pad <= kernel // 2 for pad, kernel in zip(pool_padding, pool_kernel_size, strict=True)),
+        lambda: (
+            f"{op}: pool_padding must be at most half of pool_kernel_size={list(pool_kernel_size)}, "
+            f"got {list(pool_padding)}"
+        ),
+    )
     batch, channels, *size = input.shape
+    _check(
+        channels > 0 and size[0] > 0 and size[1] > 0,
+        lambda: f"{op}: input may be empty in its batch dimension alone, got shape {tuple(input.shape)}",
+    )
     out_channels, group_channels, *kernel = weight.shape
+    _check(
+        out_channels > 0 and kernel[0] > 0 and kernel[1] > 0,
+        lambda: f"{op}: weight must have output channels and a kernel that is not empty, got shape {tuple(weight.shape)}",
+    )
     _check(
         channels == group_channels * groups,
         lambda: (
@@ -139,15 +169,22 @@ def _pooled_shape(
 
 @torch.library.register_fake("lenet_ext::conv_relu_max_pool2d")
 def _(input, weight, bias, *options):
-    shape = _pooled_shape("conv_relu_max_pool2d", input, weight, bias, *options)
+    shape = pooled_shape("conv_relu_max_pool2d", input, weight, bias, *options)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
 
 
 @torch.library.register_fake("lenet_ext::conv_relu_max_pool2d_with_indices")
 def _(input, weight, bias, *options):
-    shape = _pooled_shape("conv_relu_max_pool2d_with_indices", input, weight, bias, *options)
+    shape = pooled_shape("conv_relu_max_pool2d_with_indices", input, weight, bias, *options)
     output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
     return output, torch.empty_like(output, dtype=torch.uint8)
+
+
+def _check_indices(op: str, indices: Tensor, input: Tensor) -> None:
+    _check(
+        indices.device == input.device and indices.dtype == torch.uint8,
+        lambda: f"{op}: indices must be a uint8 tensor on {input.device}, got {indices.dtype} on {indices.device}",
+    )
 
 
 def _empty_or_none(wanted: bool, like: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -163,6 +200,14 @@ def _empty_or_none(wanted: bool, like: Tensor, memory_format: torch.memory_forma
 @torch.library.register_fake("lenet_ext::conv_relu_max_pool2d_backward")
 def _(grad_output, indices, input, weight, *options):
     _check_together("conv_relu_max_pool2d_backward", input=input, weight=weight, grad_output=grad_output)
+    _check_indices("conv_relu_max_pool2d_backward", indices, input)
+    _check(
+        grad_output.shape == indices.shape,
+        lambda: (
+            "conv_relu_max_pool2d_backward: grad_output must have the shape of indices "
+            f"{tuple(indices.shape)}, got {tuple(grad_output.shape)}"
+        ),
+    )
     output_mask = options[-1]
     return (
         _empty_or_none(output_mask[0], input, _memory_format(input)),
@@ -174,6 +219,7 @@ def _(grad_output, indices, input, weight, *options):
 @torch.library.register_fake("lenet_ext::conv_at_indices")
 def _(input, weight, bias, indices, *options):
     _check_together("conv_at_indices", input=input, weight=weight, bias=bias)
+    _check_indices("conv_at_indices", indices, input)
     return torch.empty(indices.shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
 
 
