@@ -22,6 +22,10 @@ def _minor(version: str) -> tuple[str, ...]:
     return tuple(version.split("+")[0].split(".")[:2])
 
 
+def _torch(version: str, cxx11_abi: bool) -> str:
+    return f"torch {version}" if cxx11_abi else f"torch {version} (without the C++11 ABI)"
+
+
 def check_build(folder: Path = _FOLDER, torch_version: str = torch.__version__) -> None:
     """Raises ImportError, in one sentence with the remedy, where the compiled library is missing or belongs to
     another torch. Called before the library is loaded, which would end in undefined symbols.
@@ -38,24 +42,19 @@ def check_build(folder: Path = _FOLDER, torch_version: str = torch.__version__) 
                 "`pip install .` there and start Python in another folder, or run `pip install -e .`"
             )
         raise ImportError(
-            f"lenet_ext: the compiled library is missing in {folder} for this Python; in the source folder run: {REBUILD}"
+            f"lenet_ext: the compiled library is missing in {folder} for this Python; "
+            f"in the source folder run: {REBUILD}"
         )
     record_file = folder / "_build_record.json"
     if not record_file.is_file():
         raise ImportError(f"lenet_ext: {record_file} is missing; in the source folder run: {REBUILD}")
-    built_for = json.loads(record_file.read_text())["torch"]
-    if _minor(built_for) != _minor(torch_version):
+    record = json.loads(record_file.read_text())
+    cxx11_abi = torch.compiled_with_cxx11_abi()
+    if (_minor(record["torch"]), record["cxx11_abi"]) != (_minor(torch_version), cxx11_abi):
         raise ImportError(
-            f"lenet_ext was built for torch {built_for}, but torch {torch_version} is running; "
-            f"in the source folder run: {REBUILD}"
+            f"lenet_ext was built for {_torch(record['torch'], record['cxx11_abi'])}, "
+            f"but {_torch(torch_version, cxx11_abi)} is running; in the source folder run: {REBUILD}"
         )
-
-
-@lru_cache(maxsize=1)
-def _compiled() -> dict[str, Any]:
-    from lenet_ext import _C
-
-    return _C.build_info()
 
 
 def build_info() -> dict[str, Any]:
@@ -66,7 +65,9 @@ def build_info() -> dict[str, Any]:
         kernels), ``cpu_capabilities`` (instruction sets compiled), ``cpu_capability`` (the one in use), ``cuda``
         (toolkit version or ``None``), ``cuda_arch_list``, and ``cuda_reason`` (why there is no CUDA, or ``None``).
     """
-    return {"cuda_reason": None, **_compiled(), "version": __version__}
+    from lenet_ext import _C  # here, because check_build comes before it is loaded
+
+    return {"cuda_reason": None, **_C.build_info(), "version": __version__}
 
 
 @lru_cache(maxsize=1)

@@ -291,7 +291,7 @@ class LinearFunction(_ReverseModeFunction):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
-        return _vmap_linear(LinearFunction, in_dims, input, weight, bias), 0
+        return _vmap_linear(LinearFunction, info, in_dims, input, weight, bias), 0
 
 
 class LinearReLUFunction(_ReverseModeFunction):
@@ -327,33 +327,23 @@ class LinearReLUFunction(_ReverseModeFunction):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
-        return _vmap_linear(LinearReLUFunction, in_dims, input, weight, bias), 0
+        return _vmap_linear(LinearReLUFunction, info, in_dims, input, weight, bias), 0
 
 
 def _vmap_linear(
-    function: type[Function], in_dims: tuple, input: Tensor, weight: Tensor, bias: Tensor | None
+    function: type[Function], info: Any, in_dims: tuple, input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     if in_dims[1] is None and in_dims[2] is None:
         return apply(function, input.movedim(in_dims[0], 0), weight, bias)
     # Parameters of their own for every mapped sample: a batched product is the vendor's job.
-    input = input if in_dims[0] is None else input.movedim(in_dims[0], 0)
-    weight = weight if in_dims[1] is None else weight.movedim(in_dims[1], 0)
-    if in_dims[0] is not None and in_dims[1] is not None:
-        weight = weight.reshape(weight.shape[0], *((1,) * (input.dim() - 3)), *weight.shape[1:])
-    if in_dims[0] is not None and input.dim() == 2:
-        output = input.unsqueeze(1).matmul(weight.transpose(-1, -2)).squeeze(1)
-    elif in_dims[1] is not None and in_dims[0] is None:
-        vector = input.dim() == 1
-        rows = input.reshape(-1, input.shape[-1])
-        output = rows.matmul(weight.transpose(-1, -2))
-        output = output.squeeze(1) if vector else output.unflatten(1, input.shape[:-1])
-    else:
-        output = input.matmul(weight.transpose(-1, -2))
+    size = info.batch_size
+    samples = input.expand(size, *input.shape) if in_dims[0] is None else input.movedim(in_dims[0], 0)
+    weights = weight.expand(size, *weight.shape) if in_dims[1] is None else weight.movedim(in_dims[1], 0)
+    rows = samples.reshape(size, -1, samples.shape[-1])
+    output = rows.bmm(weights.transpose(1, 2))
     if bias is not None:
-        if in_dims[2] is not None:
-            bias = bias.movedim(in_dims[2], 0)
-            bias = bias.reshape(bias.shape[0], *((1,) * (output.dim() - 2)), bias.shape[1])
-        output = output + bias
+        output = output + (bias if in_dims[2] is None else bias.movedim(in_dims[2], 0).unsqueeze(1))
+    output = output.reshape(*samples.shape[:-1], weights.shape[1])
     return output.relu() if function is LinearReLUFunction else output
 
 

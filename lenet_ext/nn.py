@@ -61,7 +61,7 @@ class ConvReLUMaxPool2d(nn.Conv2d):
         self.ceil_mode = ceil_mode
 
     def _options(self) -> tuple:
-        """The normalised options, computed again only when an attribute was replaced."""
+        """The normalised options, computed again only when an attribute was changed."""
         attributes = (
             self.stride,
             self.padding,
@@ -73,11 +73,14 @@ class ConvReLUMaxPool2d(nn.Conv2d):
             self.pool_dilation,
             self.ceil_mode,
         )
+        # "same" depends on the kernel; the shape of a replaced weight counts, not what the constructor was told.
+        kernel_size = tuple(self.weight.shape[2:]) if isinstance(self.padding, str) else (0, 0)
         cached = self.__dict__.get("_normalized")
-        if cached is None or any(new is not old for new, old in zip(attributes, cached[0], strict=True)):
-            kernel_size = (self.weight.shape[2], self.weight.shape[3])
-            cached = (attributes, functional.normalize_options(*attributes, kernel_size))
-            self._normalized = cached
+        if cached is None or cached[0] != (attributes, kernel_size):
+            options = functional.normalize_options(*attributes, kernel_size)
+            if any(isinstance(attribute, list) for attribute in attributes):
+                return options  # a list may change in place
+            cached = self._normalized = ((attributes, kernel_size), options)
         return cached[1]
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,0 +1,139 @@
+"""What is measured: each case once from stock layers and once from ours, with the same parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lenet_ext import nn as fused_nn
+from lenet_ext.net import Net, ReferenceNet
+
+__all__ = ["CASES", "MODES", "Case", "Workload"]
+
+# forward: in inference mode. training: forward and backward, gradients of all parameters (and of the input, for a
+# layer that is not the first); without loss and optimizer, which are the same for everybody.
+MODES = ("forward", "training")
+
+
+class StockConvReLUMaxPool2d(nn.Conv2d):
+    """``F.max_pool2d(F.relu(conv(x)), ...)`` with the parameters of `lenet_ext.nn.ConvReLUMaxPool2d`."""
+
+    def __init__(self, *args: Any, pool: tuple[int, int, int] = (2, 2, 0), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pool = pool
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu(super().forward(input)), *self.pool)
+
+
+class StockLinearReLU(nn.Linear):
+    """``F.relu(linear(x))``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(super().forward(input))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to compute.
+
+    Args:
+        name: short, for the command line and for files.
+        title: for people.
+        input_shape: without the batch.
+        stock, fused: make the module; their state dicts are interchangeable.
+        input_grad: whether a training step includes the gradient of the input.
+        group: ``"lenet"``, ``"general"`` or ``"overhead"``.
+        batch_sizes: the only ones that make sense, or None.
+    """
+
+    name: str
+    title: str
+    input_shape: tuple[int, ...]
+    stock: Callable[[], nn.Module]
+    fused: Callable[[], nn.Module]
+    input_grad: bool = True
+    group: str = "lenet"
+    batch_sizes: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A case at a batch size, with the numbers to compute on: the same for every provider."""
+
+    case: Case
+    mode: str
+    batch: int
+    device: torch.device
+    state: dict[str, Tensor]
+    input: Tensor
+    grad_output: Tensor
+
+    @classmethod
+    def make(cls, case: Case, mode: str, batch: int, device: torch.device, seed: int = 0) -> Workload:
+        """Draws parameters, input and output gradient."""
+        # Drawn on the CPU from a generator of its own: the same numbers on every device, in every order of cases.
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = case.stock()
+        images = torch.randn(batch, *case.input_shape, generator=generator)
+        with torch.inference_mode():
+            shape = module(images[:1]).shape[1:]
+        grad_output = torch.randn(batch, *shape, generator=generator)
+        state = {name: value.to(device) for name, value in module.state_dict().items()}
+        return cls(case, mode, batch, device, state, images.to(device), grad_output.to(device))
+
+
+def _conv(name: str, shape: tuple[int, int, int], out_channels: int, kernel: int, **kwargs: Any) -> Case:
+    options: dict[str, Any] = {
+        "stride": kwargs.pop("stride", 1),
+        "padding": kwargs.pop("padding", 0),
+    }
+    pool = kwargs.pop("pool", (2, 2, 0))
+    sizes = dict(zip(("pool_kernel_size", "pool_stride", "pool_padding"), pool, strict=True))
+    title = f"{shape[0]}->{out_channels} k{kernel}" + (f" s{options['stride']}" if options["stride"] > 1 else "")
+    title += (f" p{options['padding']}" if options["padding"] else "") + f" at {shape[1]}x{shape[2]}"
+    title += "" if pool == (2, 2, 0) else f", pool {pool[0]} s{pool[1]} p{pool[2]}"
+    return Case(
+        name,
+        kwargs.pop("title", title),
+        shape,
+        lambda: StockConvReLUMaxPool2d(shape[0], out_channels, kernel, pool=pool, **options),
+        lambda: fused_nn.ConvReLUMaxPool2d(shape[0], out_channels, kernel, **options, **sizes),
+        **kwargs,
+    )
+
+
+def _linear(name: str, in_features: int, out_features: int, *, relu: bool) -> Case:
+    stock, fused = (StockLinearReLU, fused_nn.LinearReLU) if relu else (nn.Linear, fused_nn.Linear)
+    title = f"{in_features}->{out_features}" + (" + ReLU" if relu else "")
+    return Case(
+        name,
+        title,
+        (in_features,),
+        lambda: stock(in_features, out_features),
+        lambda: fused(in_features, out_features),
+    )
+
+
+_LIST = (
+    _conv("conv1", (1, 32, 32), 6, 5, input_grad=False),
+    _conv("conv2", (6, 14, 14), 16, 5),
+    _linear("fc1", 400, 120, relu=True),
+    _linear("fc2", 120, 84, relu=True),
+    _linear("fc3", 84, 10, relu=False),
+    Case("net", "LeNet", (1, 32, 32), ReferenceNet, Net, input_grad=False),
+    _conv("conv3x32", (3, 32, 32), 32, 3, padding=1, group="general", batch_sizes=(1, 64, 1024)),
+    _conv("stem224", (3, 224, 224), 64, 7, stride=2, padding=3, pool=(3, 2, 1), group="general", batch_sizes=(1, 8)),
+    _conv("conv64x64", (64, 56, 56), 64, 3, padding=1, group="general", batch_sizes=(1, 8)),
+    _conv("conv128x256", (128, 28, 28), 256, 3, padding=1, group="general", batch_sizes=(1, 8)),
+    _conv("conv256x256", (256, 14, 14), 256, 3, padding=1, group="general", batch_sizes=(1, 8)),
+    _conv("overhead", (1, 2, 2), 1, 1, group="overhead", batch_sizes=(1,), title="1->1 k1 at 2x2: cost of the call"),
+)
+CASES = {case.name: case for case in _LIST}

@@ -1,0 +1,66 @@
+"""The command ``lenet-ext``. Each subcommand is a module with ``add_parser`` and ``run``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import lenet_ext
+from lenet_ext.cli import bench, check, evaluate, info, predict, train
+from lenet_ext.cli.common import Parser, UsageError, error_line
+
+__all__ = ["main"]
+
+_COMMANDS = (train, evaluate, predict, bench, check, info)
+
+
+def build_parser() -> Parser:
+    """The parser with all subcommands."""
+    parser = Parser(prog="lenet-ext", description="Train, use, check and measure the fused LeNet of lenet_ext.")
+    parser.add_argument("--version", action="version", version=f"lenet-ext {lenet_ext.build_info()['version']}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
+    for module in _COMMANDS:
+        module.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Args:
+        argv: the arguments, without the name of the program; those of the process by default.
+
+    Returns:
+        Exit code: 0, or 1 for a failure and 2 for bad usage, each told in one line on the standard error.
+
+    Raises:
+        SystemExit: 0 after ``--help`` and ``--version``, 2 for arguments that cannot be parsed.
+
+    Example:
+        >>> main(["info"])  # doctest: +SKIP
+        0
+    """
+    args = build_parser().parse_args(argv)
+    prog = f"lenet-ext {args.command}"
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except UsageError as error:
+        print(f"{prog}: error: {error} (see '{prog} --help')", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader left (`lenet-ext info | head -1`). Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt as error:
+        print(f"{prog}: interrupted{error_line(error, before='; ')}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        # A person at a terminal is helped by a sentence; who needs the rest asks for it.
+        if os.environ.get("LENET_EXT_TRACEBACK") == "1":
+            traceback.print_exc()
+        print(f"{prog}: error: {error_line(error)}", file=sys.stderr)
+        return 1

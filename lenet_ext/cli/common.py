@@ -1,0 +1,114 @@
+"""What the subcommands share: argument types, the console, how an error reads."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+__all__ = [
+    "Parser",
+    "UsageError",
+    "add_device",
+    "add_threads",
+    "error_line",
+    "integer",
+    "learning_rate",
+    "list_of",
+    "make_console",
+    "say",
+]
+
+# A table in a file or a pipe has no terminal to fit into; wide enough for all of ours.
+_WIDTH_WITHOUT_TERMINAL = 132
+
+
+class UsageError(Exception):
+    """The arguments parse but contradict each other."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and that takes no abbreviations."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see '{self.prog} --help')\n")
+
+
+def integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    """Argument type: an integer from `low` to `high`."""
+    expected = f"an integer, {low} or more" if high is None else f"an integer from {low} to {high}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {expected}, found {text!r}") from None
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"must be {expected}, found {value}")
+        return value
+
+    return parse
+
+
+def learning_rate(text: str) -> float:
+    """Argument type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, found {text!r}")
+    return value
+
+
+def list_of(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Argument type: values with commas between them."""
+    return lambda text: [parse(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--threads``."""
+    parser.add_argument(
+        "--threads", type=integer(1, 4096), metavar="N", help="threads of torch (default: its own choice)"
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--device``."""
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default=None, help="auto (default) is cuda where it can be used"
+    )
+
+
+def make_console() -> Console:
+    """A console on the standard output. Neither colors numbers in plain text nor wraps tables that go to a file."""
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, highlight=False, width=_WIDTH_WITHOUT_TERMINAL)
+    return console
+
+
+def say(line: str) -> None:
+    """Prints a line as it is, now: never wrapped, so that paths can be copied and lines can be searched."""
+    print(line, flush=True)
+
+
+def error_line(error: BaseException, *, before: str = "") -> str:
+    """The message of an error as one line; `before` is put in front unless it is empty."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    else:
+        text = " ".join(str(error).split())
+    # A bare KeyError('x') or AssertionError says nothing without its name.
+    if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError, ArithmeticError, KeyboardInterrupt)):
+        text = f"{type(error).__name__}: {text} (LENET_EXT_TRACEBACK=1 shows where)"
+    return f"{before}{text}" if text else ""

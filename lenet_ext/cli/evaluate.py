@@ -1,0 +1,80 @@
+"""``lenet-ext eval``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lenet_ext.cli.common import UsageError, add_device, add_threads, make_console, say
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_DESCRIPTION = "Print loss, accuracy and a table of the ten classes for a model.safetensors or checkpoint.pt."
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser("eval", help="loss, accuracy and a per-class table", description=_DESCRIPTION)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("--data", choices=("digits", "mnist"), help="default: what the checkpoint was trained on")
+    parser.add_argument("--root", metavar="DIR", help="directory of the four MNIST files; downloaded if missing")
+    parser.add_argument("--model", choices=("fused", "reference"), default="fused", help="default: fused")
+    add_device(parser)
+    add_threads(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the subcommand."""
+    from rich.table import Table
+
+    from lenet_ext import data as data_sets
+    from lenet_ext.evaluate import evaluate
+
+    model, data, device = load_model(args)
+    _, test_data = data_sets.load(data, args.root, log=say)
+    result = evaluate(model, test_data.to(device))
+    right, total = int(result.confusion.diagonal().sum()), int(result.confusion.sum())
+    say(f"data      {data}, {total} test pictures")
+    say(f"loss      {result.loss:.4f}")
+    say(f"accuracy  {100 * result.accuracy:.2f}% ({right} of {total})")
+    table = Table()
+    for name in ("digit", "pictures", "right", "recall", "precision", "most often taken for"):
+        table.add_column(name, justify="right")
+    for digit, count, hits, recall, precision in result.per_class():
+        wrong = result.confusion[digit].clone()
+        wrong[digit] = 0
+        worst = f"{int(wrong.argmax())} ({int(wrong.max())} times)" if int(wrong.max()) else "-"
+        table.add_row(str(digit), str(count), str(hits), _percent(recall), _percent(precision), worst)
+    make_console().print(table)
+    return 0
+
+
+def _percent(share: float) -> str:
+    return "-" if share != share else f"{100 * share:.2f}%"
+
+
+def load_model(args: argparse.Namespace) -> tuple[nn.Module, str, torch.device]:
+    """Checkpoint -> network in eval mode on its device, name of its data set, the device."""
+    import torch
+
+    from lenet_ext.checkpoint import load_weights
+    from lenet_ext.device import resolve_device
+    from lenet_ext.train import build_model
+
+    device = resolve_device(args.device or "auto", fused=args.model == "fused")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    weights = load_weights(args.checkpoint)
+    data = args.data or weights.data
+    if data is None:
+        raise UsageError(f"{args.checkpoint} does not say which data set it was trained on: give --data")
+    model = build_model(args.model)
+    try:
+        model.load_state_dict(weights.state)
+    except RuntimeError as error:
+        raise ValueError(f"{args.checkpoint}: not the weights of this network: {error}") from None
+    return model.eval().to(device), data, device

@@ -1,0 +1,199 @@
+"""``lenet-ext train``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lenet_ext.cli.common import UsageError, add_device, add_threads, integer, learning_rate, make_console, say
+
+if TYPE_CHECKING:
+    from lenet_ext.config import TrainConfig
+    from lenet_ext.train import Trainer
+
+_DESCRIPTION = """\
+Train LeNet on handwritten digits, evaluate after each epoch, and write to --out:
+  model.safetensors  weights, for eval and predict
+  checkpoint.pt      everything that --resume needs
+  history.json       configuration and, for each epoch, losses, accuracy and speed
+  curves.png, confusion.png
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser("train", help="train and evaluate", description=_DESCRIPTION)
+    parser.add_argument("--data", choices=("digits", "mnist"), help="digits (default, from scikit-learn) or mnist")
+    parser.add_argument(
+        "--root", metavar="DIR", help="directory of the four MNIST files, plain or .gz; what is missing is downloaded"
+    )
+    parser.add_argument("--model", choices=("fused", "reference"), help="fused (default), or stock layers")
+    parser.add_argument(
+        "--epochs", type=integer(0), metavar="N", help="total number, 0 only evaluates (default: digits 30, mnist 12)"
+    )
+    parser.add_argument("--batch-size", type=integer(1), metavar="B", help="default: digits 32, mnist 64")
+    parser.add_argument("--lr", type=learning_rate, metavar="X", help="default: 0.002, sgd 0.02")
+    parser.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), help="default: adamw")
+    add_device(parser)
+    add_threads(parser)
+    parser.add_argument("--seed", type=integer(0, 2**63 - 1), metavar="N", help="default: 0")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: runs/DATA-MODEL, or where the checkpoint to resume lies"
+    )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="continue exactly from a checkpoint.pt, or start from the weights of a model.safetensors",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the subcommand."""
+    from lenet_ext.extras import require
+
+    # Missing extras are told now, not when an hour of training is to be written.
+    require("safetensors", "checkpoints")
+    require("matplotlib", "pictures")
+
+    state, weights, config = _prepare(args)
+    out = args.out or _default_out(args, state, config)
+    out.mkdir(parents=True, exist_ok=True)
+
+    from lenet_ext import data
+    from lenet_ext.train import Trainer
+
+    train_data, test_data = data.load(config.data, config.root, log=say)
+    trainer = Trainer(config, train_data, test_data)
+    if state is not None:
+        trainer.load_state_dict(state)
+        say(f"resumed {args.resume} after epoch {trainer.epoch}")
+    elif weights is not None:
+        trainer.load_weights(weights)
+        say(
+            f"starting from the weights of {args.resume}: weights only; optimizer, epochs and random numbers start anew"
+        )
+
+    import torch
+
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    say(
+        f"{config.data}: {len(train_data)} pictures to train, {len(test_data)} to test; {config.model} network, "
+        f"{parameters} parameters; {trainer.device}, threads: {torch.get_num_threads()}, seed: {config.seed}"
+    )
+    _fit(trainer, 0 if args.epochs == 0 else config.epochs, out)
+    _finish(trainer, out)
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str, Any] | None, TrainConfig]:
+    """Command line and checkpoint -> state to continue from, weights to start from, configuration."""
+    from lenet_ext import checkpoint
+    from lenet_ext.config import TrainConfig
+
+    names = ("data", "model", "epochs", "batch_size", "lr", "optimizer", "seed", "device", "threads", "root")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.resume is None:
+        return None, None, TrainConfig.for_data(given.pop("data", "digits"), given.pop("model", "fused"), **given)
+
+    state = checkpoint.load_checkpoint(args.resume)
+    if state is None:
+        weights = checkpoint.load_weights(args.resume)
+        data = given.pop("data", None) or weights.data or "digits"
+        return None, weights.state, TrainConfig.for_data(data, given.pop("model", "fused"), **given)
+
+    config = TrainConfig.from_dict(state["config"])
+    for name in ("data", "model", "batch_size", "lr", "optimizer", "seed"):
+        if name in given and given[name] != getattr(config, name):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{option} {given[name]} contradicts the checkpoint, which has {getattr(config, name)}: leave {option} "
+                "out to continue that run, or resume from its model.safetensors to start another one"
+            )
+    if args.epochs and args.epochs < state["epoch"]:
+        raise UsageError(
+            f"--epochs {args.epochs} is the total, and the checkpoint is at epoch {state['epoch']} already"
+        )
+    changes = {name: given[name] for name in ("epochs", "device", "threads", "root") if given.get(name)}
+    return state, None, replace(config, **changes)
+
+
+def _default_out(args: argparse.Namespace, state: dict[str, Any] | None, config: TrainConfig) -> Path:
+    if state is not None:
+        return Path(args.resume).parent
+    return Path("runs") / f"{config.data}-{config.model}"
+
+
+def _fit(trainer: Trainer, epochs: int, out: Path) -> None:
+    """Trains up to a number of epochs, saving after each, with a progress bar if there is a terminal to draw it on."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    first = trainer.epoch
+    remaining = max(0, epochs - first)
+    if remaining == 0:
+        return
+    console = make_console()
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps, left"),
+        TimeRemainingColumn(),
+        console=console,
+        auto_refresh=False,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    drawn = 0.0
+
+    def on_step(step: int) -> None:
+        nonlocal drawn
+        now = time.monotonic()
+        if now - drawn >= 0.1:  # drawing costs about as much as a training step
+            drawn = now
+            done = (trainer.epoch - first) * trainer.steps_per_epoch + step
+            progress.update(task, completed=done, refresh=True)
+
+    with progress:
+        task = progress.add_task("", total=remaining * trainer.steps_per_epoch)
+        try:
+            for _ in range(remaining):
+                progress.update(task, description=f"epoch {trainer.epoch + 1}/{epochs}")
+                line = trainer.run_epoch(on_step)
+                trainer.save(out)
+                progress.console.print(_epoch_line(line, epochs), markup=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            checkpoint = out / "checkpoint.pt"
+            hint = f"continue with --resume {checkpoint}" if trainer.epoch else "no epoch was finished"
+            raise KeyboardInterrupt(hint) from None
+
+
+def _epoch_line(line: dict[str, Any], epochs: int) -> str:
+    width = len(str(epochs))
+    return (
+        f"epoch {line['epoch']:{width}}/{epochs}  train loss {line['train_loss']:.4f}  "
+        f"test loss {line['test_loss']:.4f}  test accuracy {100 * line['test_accuracy']:6.2f}%  "
+        f"{line['seconds']:6.2f} s  {line['images_per_second']:8.0f} images/s"
+    )
+
+
+def _finish(trainer: Trainer, out: Path) -> None:
+    """Writes everything and says how the run ended."""
+    from lenet_ext.plots import plot_confusion, plot_curves
+
+    result = trainer.evaluate()
+    trainer.save(out)
+    title = f"LeNet ({trainer.config.model}) on {trainer.config.data}"
+    plot_curves(out / "curves.png", trainer.history, title)
+    plot_confusion(out / "confusion.png", result.confusion, f"{title}: test accuracy {100 * result.accuracy:.2f}%")
+    right, total = int(result.confusion.diagonal().sum()), int(result.confusion.sum())
+    seconds = sum(line["seconds"] for line in trainer.history)
+    say(
+        f"test accuracy {100 * result.accuracy:.2f}% ({right} of {total}), test loss {result.loss:.4f}, "
+        f"after {trainer.epoch} epochs and {seconds:.1f} s of training"
+    )
+    say(f"wrote model.safetensors, checkpoint.pt, history.json, curves.png, confusion.png to {out}")
