@@ -44,10 +44,9 @@ Algorithm conv_pool_algorithm_cpu(const ConvPoolShape& s, bool backward) {
   return choose_algorithm(many ? Algorithm::Vendor : Algorithm::Direct);
 }
 
-Algorithm linear_algorithm_cpu(int64_t rows, int64_t in_features, int64_t out_features) {
-  // Operands that fit into the L2 cache need no blocking, which is what the vendor's GEMM spends its effort on.
-  const int64_t bytes = 4 * (rows * in_features + rows * out_features + in_features * out_features);
-  return choose_algorithm(bytes <= (int64_t{1} << 20) ? Algorithm::Direct : Algorithm::Vendor);
+Algorithm linear_algorithm_cpu(int64_t in_features, int64_t out_features) {
+  // A weight that fits into the L2 cache needs no blocking over it, which is what the vendor's GEMM is better at.
+  return choose_algorithm(in_features * out_features <= (int64_t{1} << 17) ? Algorithm::Direct : Algorithm::Vendor);
 }
 
 }  // namespace lenet_ext

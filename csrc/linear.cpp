@@ -24,7 +24,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // With fewer rows, dot products along k beat transposing the weight first.
-constexpr int64_t kDotRows = 16;
+constexpr int64_t kDotRows = 6;
 
 template <typename A>
 void run_gemm(const cpu::Gemm<A>& gemm) {
@@ -45,7 +45,7 @@ void forward_direct(const LinearShape& s, const A* input, const A* weight, const
   A* transposed = static_cast<A*>(cpu::shared_scratch(s.in_features * s.out_features * sizeof(A)));
   kernels.transpose(weight, s.out_features, s.in_features, transposed);
   run_gemm(cpu::Gemm<A>{s.rows, s.out_features, s.in_features, input, s.in_features, 1, transposed, s.out_features,
-                        output, s.out_features, bias, relu});
+                        output, s.out_features, bias, relu, false});
 }
 
 }  // namespace
@@ -54,7 +54,7 @@ Tensor linear_cpu(const char* op, const Tensor& input, const Tensor& weight, con
   const LinearShape s = check_linear(op, input, weight, bias);
   const at::AutoDispatchBelowADInplaceOrView guard;
   const bool direct = input.scalar_type() != at::kBFloat16 &&
-                      linear_algorithm_cpu(s.rows, s.in_features, s.out_features) == Algorithm::Direct;
+                      linear_algorithm_cpu(s.in_features, s.out_features) == Algorithm::Direct;
   std::vector<int64_t> sizes = input.sizes().vec();
   sizes.back() = s.out_features;
   if (s.rows == 0 || s.out_features == 0) return at::empty(sizes, input.options());
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const char* op, const Ten
   Tensor grad = grad_output.contiguous().view({s.rows, s.out_features});
   const Tensor rows = input.contiguous().view({s.rows, s.in_features}), kernel = weight.contiguous();
   const bool direct = input.scalar_type() != at::kBFloat16 &&
-                      linear_algorithm_cpu(s.rows, s.in_features, s.out_features) == Algorithm::Direct;
+                      linear_algorithm_cpu(s.in_features, s.out_features) == Algorithm::Direct;
   if (!direct) {
     if (output.defined()) grad = at::threshold_backward(grad, output.reshape({s.rows, s.out_features}), 0);
     return {output_mask[0] ? at::mm(grad, kernel).view(input.sizes()) : none(),
@@ -125,11 +125,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const char* op, const Ten
       }
       if (output_mask[0]) {  // grad_input = grad * weight
         run_gemm(cpu::Gemm<T>{s.rows, s.in_features, s.out_features, g, s.out_features, 1, cpu::data<T>(kernel),
-                              s.in_features, cpu::mutable_data<T>(grad_input), s.in_features, nullptr, false});
+                              s.in_features, cpu::mutable_data<T>(grad_input), s.in_features, nullptr, false, false});
       }
       if (output_mask[1]) {  // grad_weight = grad^T * input
         run_gemm(cpu::Gemm<T>{s.out_features, s.in_features, s.rows, g, 1, s.out_features, cpu::data<T>(rows),
-                              s.in_features, cpu::mutable_data<T>(grad_weight), s.in_features, nullptr, false});
+                              s.in_features, cpu::mutable_data<T>(grad_weight), s.in_features, nullptr, false, false});
       }
       if (output_mask[2]) kernels.column_sums(g, s.rows, s.out_features, cpu::mutable_data<T>(grad_bias));
     }

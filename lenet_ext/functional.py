@@ -102,6 +102,8 @@ _SCALARS = frozenset({int, str, bool, float, type(None)})
 
 
 def _check_tensors(op: str, input: Any, weight: Any, bias: Any) -> None:
+    if isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor)):
+        return
     for name, value in (("input", input), ("weight", weight), ("bias", bias)):
         if not isinstance(value, Tensor) and not (name == "bias" and value is None):
             raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
@@ -116,8 +118,7 @@ def _autocast(device_type: str, *tensors: Tensor | None) -> list[Tensor | None]:
     ]
 
 
-def _has_kernel(input: Tensor) -> bool:
-    device_type = input.device.type
+def _has_kernel(device_type: str, input: Tensor) -> bool:
     dtypes = _KERNEL_DTYPES.get(device_type)
     if dtypes is None or input.dtype not in dtypes or input.layout is not torch.strided:
         return False
@@ -231,7 +232,7 @@ def conv_relu_max_pool2d_normalized(input: Tensor, weight: Tensor, bias: Tensor 
     device_type = input.device.type
     if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
         input, weight, bias = _autocast(device_type, input, weight, bias)  # type: ignore[assignment]
-    if not _has_kernel(input) or options[4][0] * options[4][1] > ops.MAX_WINDOW:
+    if not _has_kernel(device_type, input) or options[4][0] * options[4][1] > ops.MAX_WINDOW:
         return _stock_conv_relu_max_pool2d(input, weight, bias, options)
     dim = input.dim()
     if dim == 3:
@@ -280,7 +281,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     device_type = input.device.type
     if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
         input, weight, bias = _autocast(device_type, input, weight, bias)  # type: ignore[assignment]
-    if not _has_kernel(input) or weight.dim() != 2 or _broadcasts(bias, weight):
+    if not _has_kernel(device_type, input) or weight.dim() != 2 or _broadcasts(bias, weight):
         return _stock_linear("linear", input, weight, bias)
     if _needs_function(input, weight, bias):
         return apply(LinearFunction, input, weight, bias)
@@ -304,7 +305,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     device_type = input.device.type
     if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
         input, weight, bias = _autocast(device_type, input, weight, bias)  # type: ignore[assignment]
-    if not _has_kernel(input) or weight.dim() != 2 or _broadcasts(bias, weight):
+    if not _has_kernel(device_type, input) or weight.dim() != 2 or _broadcasts(bias, weight):
         return F.relu(_stock_linear("linear_relu", input, weight, bias))
     if _needs_function(input, weight, bias):
         return apply(LinearReLUFunction, input, weight, bias)

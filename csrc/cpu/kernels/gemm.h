@@ -16,7 +16,12 @@ void gemm_tile(const Gemm<A>& g, int64_t row, int64_t column) {
   using V = Vec<A, lanes>;
   const int64_t last = min_of<int64_t>((vectors - 1) * lanes, g.n - lanes - column);
   auto at = [last](int v) __attribute__((always_inline)) { return v < vectors - 1 ? v * lanes : last; };
-  V sum[rows][vectors] = {};
+  V sum[rows][vectors];
+  LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) {
+    LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) {
+      sum[r][v] = g.accumulate ? load<V>(g.output + (row + r) * g.output_row + column + at(v)) : V{};
+    }
+  }
   const A* a = g.a + row * g.a_row;
   const A* b = g.b + column;
   for (int64_t k = 0; k < g.k; ++k, a += g.a_column, b += g.b_row) {
@@ -110,6 +115,9 @@ GemmColumns gemm_columns(int64_t n) {
 }
 
 constexpr int64_t kGemmUnitRows = 64;
+// Steps of k after which the sums are put down: the part of b that one column tile reads stays in the L2 cache while
+// the row tiles of a unit pass over it.
+constexpr int64_t kGemmDepth = 512;
 
 template <typename A>
 int64_t gemm_units(const Gemm<A>& g) {
@@ -127,15 +135,26 @@ void gemm_run(const Gemm<A>& g, int64_t begin, int64_t end) {
     const int64_t column = first * c.lanes;
     const int64_t tile_rows =
         c.lanes == full ? gemm_rows<A, full>(static_cast<int>(vectors)) : gemm_rows<A, 1>(static_cast<int>(vectors));
-    // Row tiles of nearly equal height.
     const int64_t row_tiles = divide_up(row_end - row_begin, tile_rows);
-    for (int64_t i = 0, row = row_begin; i < row_tiles; ++i) {
-      const int64_t rows = divide_up(row_end - row, row_tiles - i);
-      const GemmTile<A> run = c.lanes == full  ? gemm_tile_for<A, full>(vectors, rows)
-                              : c.lanes == quarter ? gemm_tile_for<A, quarter>(vectors, rows)
-                                                   : gemm_tile_for<A, 1>(vectors, rows);
-      run(g, row, column);
-      row += rows;
+    for (int64_t k = 0; k < g.k; k += kGemmDepth) {
+      Gemm<A> part = g;
+      part.k = min_of(kGemmDepth, g.k - k);
+      part.a += k * g.a_column;
+      part.b += k * g.b_row;
+      part.accumulate = k > 0;
+      if (k + part.k < g.k) {
+        part.bias = nullptr;
+        part.relu = false;
+      }
+      // Row tiles of nearly equal height.
+      for (int64_t i = 0, row = row_begin; i < row_tiles; ++i) {
+        const int64_t rows = divide_up(row_end - row, row_tiles - i);
+        const GemmTile<A> run = c.lanes == full      ? gemm_tile_for<A, full>(vectors, rows)
+                                : c.lanes == quarter ? gemm_tile_for<A, quarter>(vectors, rows)
+                                                     : gemm_tile_for<A, 1>(vectors, rows);
+        run(part, row, column);
+        row += rows;
+      }
     }
   }
 }
@@ -197,12 +216,21 @@ void gemm_nt_run(const GemmNT<A>& g, int64_t begin, int64_t end) {
   }
 }
 
-// In blocks whose rows and columns both stay in the L1 cache.
+// In blocks whose rows and columns both stay in the L1 cache, of float32 in registers.
 template <typename A>
 void transpose(const A* from, int64_t rows, int64_t columns, A* to) {
-  constexpr int64_t block = 16;
+  constexpr int block = kLanes<A>;
   for (int64_t r = 0; r < rows; r += block) {
     for (int64_t c = 0; c < columns; c += block) {
+      if constexpr (sizeof(A) == 4) {
+        if (r + block <= rows && c + block <= columns) {
+          Vec<A, block> tile[block];
+          LENET_EXT_UNROLL for (int i = 0; i < block; ++i) tile[i] = load<Vec<A, block>>(from + (r + i) * columns + c);
+          transpose_tile<block>(tile);
+          LENET_EXT_UNROLL for (int i = 0; i < block; ++i) store(to + (c + i) * rows + r, tile[i]);
+          continue;
+        }
+      }
       for (int64_t j = c; j < min_of(c + block, columns); ++j) {
         for (int64_t i = r; i < min_of(r + block, rows); ++i) to[j * rows + i] = from[i * columns + j];
       }

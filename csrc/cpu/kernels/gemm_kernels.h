@@ -17,6 +17,7 @@ struct Gemm {
   int64_t output_row;
   const A* bias;  // null: none
   bool relu;
+  bool accumulate;  // add to what output holds
 };
 
 // output[m][n] = activation(sum over k of a[m][k] * b[n][k] + bias[n]), everything contiguous.
