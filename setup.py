@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "build_backend"))
@@ -15,6 +15,12 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 # neither set, `sdist` above all, never needs torch.
 COMPILES = not {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}.isdisjoint(sys.argv)
 HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"lenet_ext: setuptools 77 or newer is needed, found {setuptools.__version__}; "
+        "build in isolation, or run: pip install --upgrade setuptools"
+    )
 
 
 def version() -> str:
@@ -41,4 +47,4 @@ if COMPILES:
 
     compiled = extension_and_command(ROOT, version())
 
-setup(version=version(), install_requires=[torch_requirement(), "rich>=13"], **compiled)
+setuptools.setup(version=version(), install_requires=[torch_requirement(), "rich>=13"], **compiled)

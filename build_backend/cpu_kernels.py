@@ -44,10 +44,10 @@ def supported_capabilities(compiler: list[str]) -> list[str]:
 
 
 def cpu_objects(
-    compiler: list[str], capabilities: list[str], sources: list[Path], build_directory: Path, extra: list[str]
+    compiler: list[str], capabilities: list[str], folder: Path, build_directory: Path, debug: list[str]
 ) -> list[ObjectFile]:
     objects = []
-    for source in sources:
+    for source in sorted(folder.glob("*.cpp")):
         for name in capabilities:
             namespace, vector_bytes, flags = CAPABILITIES[name]
             definitions = [
@@ -55,5 +55,5 @@ def cpu_objects(
                 f"-DLENET_EXT_VECTOR_BYTES={vector_bytes}",
             ]
             output = build_directory / f"{source.stem}.{name}.o"
-            objects.append(ObjectFile(source, output, [*compiler, *FLAGS, *flags, *definitions, *extra]))
+            objects.append(ObjectFile(source, output, [*compiler, *FLAGS, *flags, *definitions, *debug]))
     return objects

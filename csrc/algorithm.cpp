@@ -27,8 +27,8 @@ Algorithm choose_algorithm(Algorithm preferred) {
 
 Algorithm conv_pool_algorithm_cpu(const ConvPoolShape& s, bool backward) {
   // Offsets inside an image, and of a kernel in the packed weights, are 32-bit.
-  const double image = double(s.in_channels) * (s.height + s.pad_top + s.pad_bottom) *
-                       (s.width + s.pad_left + s.pad_right + s.stride_w);
+  const double image =
+      double(s.in_channels) * (s.height + s.pad_top + s.pad_bottom) * (s.width + s.pad_left + s.pad_right + s.stride_w);
   const double kernels = double(s.out_channels) * (s.in_channels / s.groups) *
                          (s.kernel_h + 2.0 * s.pool_kernel_h * s.pool_dilation_h * s.stride_h) *
                          (s.kernel_w + 2.0 * s.pool_kernel_w * s.pool_dilation_w * s.stride_w + 64);

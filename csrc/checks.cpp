@@ -11,8 +11,7 @@ void check_same_device_and_dtype(const char* op, std::initializer_list<NamedTens
     TORCH_CHECK(each.tensor.device() == first.tensor.device(), op, ": all tensors must be on one device, but ",
                 each.name, " is on ", each.tensor.device(), " and ", first.name, " is on ", first.tensor.device());
     TORCH_CHECK(each.tensor.scalar_type() == first.tensor.scalar_type(), op, ": all tensors must have one dtype, but ",
-                each.name, " is ", each.tensor.scalar_type(), " and ", first.name, " is ",
-                first.tensor.scalar_type());
+                each.name, " is ", each.tensor.scalar_type(), " and ", first.name, " is ", first.tensor.scalar_type());
   }
 }
 

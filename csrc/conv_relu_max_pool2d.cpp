@@ -229,8 +229,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cpu(const char*
       const Tensor grad_weight =
           any_parameter ? at::empty(weight.sizes(), weight.options(), at::MemoryFormat::Contiguous) : Tensor();
       const Tensor grad_bias = any_parameter ? at::empty({s.out_channels}, weight.options()) : Tensor();
-      if (backward_direct<T>(s, grad_output, indices, input, weight.contiguous(), grad_input, grad_weight,
-                             grad_bias)) {
+      if (backward_direct<T>(s, grad_output, indices, input, weight.contiguous(), grad_input, grad_weight, grad_bias)) {
         return {output_mask[0] ? grad_input : absent(input), output_mask[1] ? grad_weight : absent(input),
                 output_mask[2] ? grad_bias : absent(input)};
       }
@@ -258,8 +257,7 @@ Tensor conv_at_indices(const Tensor& input, const Tensor& weight, const Optional
   constexpr const char* op = "conv_at_indices";
   const ConvPoolOptions options{stride,           padding,     dilation,     groups,
                                 pool_kernel_size, pool_stride, pool_padding, pool_dilation};
-  const ConvPoolShape s =
-      check_conv_relu_max_pool2d_backward(op, Tensor(), indices, input, weight, bias, options);
+  const ConvPoolShape s = check_conv_relu_max_pool2d_backward(op, Tensor(), indices, input, weight, bias, options);
   const at::MemoryFormat format = output_memory_format(input);
   const Tensor output = at::empty(indices.sizes(), input.options(), format);
   if (output.numel() == 0) return output;

@@ -1,4 +1,5 @@
-// The CUDA side of conv_relu_max_pool2d: checks, allocation, choice of the algorithm. Compiled only where nvcc is found.
+// The CUDA side of conv_relu_max_pool2d: checks, allocation, choice of the algorithm. Compiled only where nvcc is
+// found.
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
@@ -13,6 +14,7 @@
 #include "algorithm.h"
 #include "conv_relu_max_pool2d.h"
 #include "cuda_host.h"
+#include "cuda_ops.h"
 
 namespace lenet_ext {
 namespace {
@@ -44,13 +46,6 @@ void check_planes(const char* op, const ConvPoolShape& s) {
               " with padding");
 }
 
-ConvPoolShape checked(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                      const ConvPoolOptions& options, bool ceil_mode) {
-  const ConvPoolShape s = check_conv_relu_max_pool2d(op, input, weight, bias, options, ceil_mode);
-  check_planes(op, s);
-  return s;
-}
-
 // `indices` stays undefined where they are not wanted.
 void forward(const CudaScope& scope, const ConvPoolShape& s, const char* op, const Tensor& input, const Tensor& weight,
              const OptionalTensor& bias, const ConvPoolOptions& o, const Tensor& output, const Tensor& indices) {
@@ -75,49 +70,28 @@ void forward(const CudaScope& scope, const ConvPoolShape& s, const char* op, con
     const VendorConvolution v = vendor_convolution_input(input, o);
     const Tensor conv =
         at::convolution(v.input, weight, std::nullopt, o.stride, v.padding, o.dilation, false, {0, 0}, o.groups);
-    const cuda::BiasReluPool call{s,
-                                  conv.const_data_ptr(),
-                                  cuda_strides(conv),
-                                  data_or_null(offset),
-                                  output.mutable_data_ptr(),
-                                  codes,
-                                  cuda_strides(output)};
+    const cuda::BiasReluPool call{
+        s,     conv.const_data_ptr(), cuda_strides(conv), data_or_null(offset), output.mutable_data_ptr(),
+        codes, cuda_strides(output)};
     check_launch(op, cuda::launch_bias_relu_pool(dtype, call, scope.stream), input);
   }
 }
 
-Tensor conv_relu_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
-                            IntArrayRef padding, IntArrayRef dilation, int64_t groups, IntArrayRef pool_kernel_size,
-                            IntArrayRef pool_stride, IntArrayRef pool_padding, IntArrayRef pool_dilation,
-                            bool ceil_mode) {
-  constexpr const char* op = "conv_relu_max_pool2d";
-  const ConvPoolOptions options{stride,           padding,     dilation,     groups,
-                                pool_kernel_size, pool_stride, pool_padding, pool_dilation};
-  const ConvPoolShape s = checked(op, input, weight, bias, options, ceil_mode);
+}  // namespace
+
+Tensor conv_relu_max_pool2d_cuda(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                 const ConvPoolOptions& options, bool ceil_mode, Tensor* indices) {
+  const ConvPoolShape s = check_conv_relu_max_pool2d(op, input, weight, bias, options, ceil_mode);
+  check_planes(op, s);
   const CudaScope scope(input);
   const Tensor output =
       at::empty({s.batch, s.out_channels, s.out_h, s.out_w}, input.options(), output_memory_format(input));
-  forward(scope, s, op, input, weight, bias, options, output, Tensor());
+  if (indices != nullptr) *indices = at::empty_like(output, output.options().dtype(at::kByte));
+  forward(scope, s, op, input, weight, bias, options, output, indices == nullptr ? Tensor() : *indices);
   return output;
 }
 
-std::tuple<Tensor, Tensor> conv_relu_max_pool2d_with_indices(const Tensor& input, const Tensor& weight,
-                                                             const OptionalTensor& bias, IntArrayRef stride,
-                                                             IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                                                             IntArrayRef pool_kernel_size, IntArrayRef pool_stride,
-                                                             IntArrayRef pool_padding, IntArrayRef pool_dilation,
-                                                             bool ceil_mode) {
-  constexpr const char* op = "conv_relu_max_pool2d_with_indices";
-  const ConvPoolOptions options{stride,           padding,     dilation,     groups,
-                                pool_kernel_size, pool_stride, pool_padding, pool_dilation};
-  const ConvPoolShape s = checked(op, input, weight, bias, options, ceil_mode);
-  const CudaScope scope(input);
-  const Tensor output =
-      at::empty({s.batch, s.out_channels, s.out_h, s.out_w}, input.options(), output_memory_format(input));
-  const Tensor indices = at::empty_like(output, output.options().dtype(at::kByte));
-  forward(scope, s, op, input, weight, bias, options, output, indices);
-  return {output, indices};
-}
+namespace {
 
 // The kernels' backward. What is not wanted, and `input` or `weight` where not needed, may be undefined.
 void launch_backward(const CudaScope& scope, const ConvPoolShape& s, const char* op, const Tensor& grad_output,
@@ -146,15 +120,13 @@ void launch_backward(const CudaScope& scope, const ConvPoolShape& s, const char*
   check_launch(op, cuda::launch_conv_pool_backward(dtype, call, scope.stream), input);
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward(
-    const Tensor& grad_output, const Tensor& indices, const Tensor& input, const Tensor& weight, IntArrayRef stride,
-    IntArrayRef padding, IntArrayRef dilation, int64_t groups, IntArrayRef pool_kernel_size, IntArrayRef pool_stride,
-    IntArrayRef pool_padding, IntArrayRef pool_dilation, std::array<bool, 3> output_mask) {
-  constexpr const char* op = "conv_relu_max_pool2d_backward";
-  const ConvPoolOptions o{stride,           padding,     dilation,     groups,
-                          pool_kernel_size, pool_stride, pool_padding, pool_dilation};
-  const ConvPoolShape s =
-      check_conv_relu_max_pool2d_backward(op, grad_output, indices, input, weight, std::nullopt, o);
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cuda(const char* op, const Tensor& grad_output,
+                                                                      const Tensor& indices, const Tensor& input,
+                                                                      const Tensor& weight, const ConvPoolOptions& o,
+                                                                      std::array<bool, 3> output_mask) {
+  const ConvPoolShape s = check_conv_relu_max_pool2d_backward(op, grad_output, indices, input, weight, std::nullopt, o);
   check_planes(op, s);
   const CudaScope scope(input);
   const cuda::DType dtype = cuda_dtype(op, input);
@@ -175,8 +147,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward(
     auto laid_out = [lenet](const Tensor& tensor) { return lenet ? tensor.contiguous() : tensor; };
     launch_backward(scope, s, op, laid_out(grad_output), laid_out(indices), laid_out(input), weight.contiguous(),
                     grad_input, grad_weight, grad_bias);
-    return {output_mask[0] ? grad_input : none, output_mask[1] ? grad_weight : none,
-            output_mask[2] ? grad_bias : none};
+    return {output_mask[0] ? grad_input : none, output_mask[1] ? grad_weight : none, output_mask[2] ? grad_bias : none};
   }
 
   // The bias gradient needs the winners only, not the dense gradient that the vendor would read once more.
@@ -202,6 +173,41 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward(
     if (output_mask[1]) grad_weight = vendor_grad_weight.contiguous();
   }
   return {grad_input, grad_weight, output_mask[2] ? grad_bias : none};
+}
+
+namespace {
+
+Tensor conv_relu_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
+                            IntArrayRef padding, IntArrayRef dilation, int64_t groups, IntArrayRef pool_kernel_size,
+                            IntArrayRef pool_stride, IntArrayRef pool_padding, IntArrayRef pool_dilation,
+                            bool ceil_mode) {
+  const ConvPoolOptions options{stride,           padding,     dilation,     groups,
+                                pool_kernel_size, pool_stride, pool_padding, pool_dilation};
+  return conv_relu_max_pool2d_cuda("conv_relu_max_pool2d", input, weight, bias, options, ceil_mode, nullptr);
+}
+
+std::tuple<Tensor, Tensor> conv_relu_max_pool2d_with_indices(const Tensor& input, const Tensor& weight,
+                                                             const OptionalTensor& bias, IntArrayRef stride,
+                                                             IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                                             IntArrayRef pool_kernel_size, IntArrayRef pool_stride,
+                                                             IntArrayRef pool_padding, IntArrayRef pool_dilation,
+                                                             bool ceil_mode) {
+  const ConvPoolOptions options{stride,           padding,     dilation,     groups,
+                                pool_kernel_size, pool_stride, pool_padding, pool_dilation};
+  Tensor indices;
+  const Tensor output =
+      conv_relu_max_pool2d_cuda("conv_relu_max_pool2d_with_indices", input, weight, bias, options, ceil_mode, &indices);
+  return {output, indices};
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward(
+    const Tensor& grad_output, const Tensor& indices, const Tensor& input, const Tensor& weight, IntArrayRef stride,
+    IntArrayRef padding, IntArrayRef dilation, int64_t groups, IntArrayRef pool_kernel_size, IntArrayRef pool_stride,
+    IntArrayRef pool_padding, IntArrayRef pool_dilation, std::array<bool, 3> output_mask) {
+  const ConvPoolOptions options{stride,           padding,     dilation,     groups,
+                                pool_kernel_size, pool_stride, pool_padding, pool_dilation};
+  return conv_relu_max_pool2d_backward_cuda("conv_relu_max_pool2d_backward", grad_output, indices, input, weight,
+                                            options, output_mask);
 }
 
 Tensor conv_at_indices(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Tensor& indices,

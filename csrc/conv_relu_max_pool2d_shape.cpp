@@ -44,13 +44,16 @@ void check_options(const char* op, const ConvPoolOptions& o) {
     at::IntArrayRef values;
     size_t length;
   };
-  const Pair all[] = {{"stride", o.stride, 2},           {"padding", o.padding, 4},
-                      {"dilation", o.dilation, 2},       {"pool_kernel_size", o.pool_kernel_size, 2},
-                      {"pool_stride", o.pool_stride, 2}, {"pool_padding", o.pool_padding, 2},
+  const Pair all[] = {{"stride", o.stride, 2},
+                      {"padding", o.padding, 4},
+                      {"dilation", o.dilation, 2},
+                      {"pool_kernel_size", o.pool_kernel_size, 2},
+                      {"pool_stride", o.pool_stride, 2},
+                      {"pool_padding", o.pool_padding, 2},
                       {"pool_dilation", o.pool_dilation, 2}};
   for (const Pair& pair : all) {
-    TORCH_CHECK(pair.values.size() == pair.length, op, ": ", pair.name, " must have ", pair.length,
-                " elements, got ", pair.values);
+    TORCH_CHECK(pair.values.size() == pair.length, op, ": ", pair.name, " must have ", pair.length, " elements, got ",
+                pair.values);
     for (int64_t value : pair.values) {
       TORCH_CHECK(value <= kLimit, op, ": ", pair.name, " must be at most ", kLimit, ", got ", pair.values);
     }
@@ -68,16 +71,14 @@ void check_options(const char* op, const ConvPoolOptions& o) {
                 ": pool_padding must be at most half of pool_kernel_size=", o.pool_kernel_size, ", got ",
                 o.pool_padding);
   }
-  TORCH_CHECK(o.pool_kernel_size[0] * o.pool_kernel_size[1] <= kMaxWindow, op,
-              ": pool_kernel_size must cover at most ", kMaxWindow, " positions, got ", o.pool_kernel_size,
-              " (lenet_ext.functional has no such limit)");
+  TORCH_CHECK(o.pool_kernel_size[0] * o.pool_kernel_size[1] <= kMaxWindow, op, ": pool_kernel_size must cover at most ",
+              kMaxWindow, " positions, got ", o.pool_kernel_size, " (lenet_ext.functional has no such limit)");
 }
 
 // Everything but the pooled size.
 ConvPoolShape check_convolution(const char* op, const at::Tensor& input, const at::Tensor& weight,
                                 const std::optional<at::Tensor>& bias, const ConvPoolOptions& o) {
-  TORCH_CHECK(input.dim() == 4, op, ": input must be 4-D (batch, channels, height, width), got shape ",
-              input.sizes());
+  TORCH_CHECK(input.dim() == 4, op, ": input must be 4-D (batch, channels, height, width), got shape ", input.sizes());
   TORCH_CHECK(weight.dim() == 4, op,
               ": weight must be 4-D (out_channels, in_channels / groups, kernel_height, kernel_width), got shape ",
               weight.sizes());
@@ -141,10 +142,10 @@ ConvPoolShape check_conv_relu_max_pool2d_backward(const char* op, const at::Tens
   check_same_device_and_dtype(op, {{"input", input}, {"weight", weight}});
   if (bias.has_value()) check_same_device_and_dtype(op, {{"input", input}, {"bias", *bias}});
   ConvPoolShape s = check_convolution(op, input, weight, bias, options);
-  TORCH_CHECK(indices.device() == input.device() && indices.scalar_type() == at::kByte &&
-                  indices.layout() == at::kStrided,
-              op, ": indices must be a dense uint8 tensor on ", input.device(), ", got ", indices.scalar_type(),
-              " on ", indices.device());
+  TORCH_CHECK(
+      indices.device() == input.device() && indices.scalar_type() == at::kByte && indices.layout() == at::kStrided, op,
+      ": indices must be a dense uint8 tensor on ", input.device(), ", got ", indices.scalar_type(), " on ",
+      indices.device());
   TORCH_CHECK(indices.dim() == 4 && indices.size(0) == s.batch && indices.size(1) == s.out_channels, op,
               ": indices must have shape [", s.batch, ", ", s.out_channels, ", *, *], got ", indices.sizes());
   s.out_h = indices.size(2), s.out_w = indices.size(3);

@@ -10,7 +10,8 @@
 
 #include "cuda/kernels.h"
 
-// The tests without a GPU (tests/cuda_on_cpu) build these files too, and register them for CPU tensors under another name.
+// The tests without a GPU (tests/cuda_on_cpu) build these files too, and register them for CPU tensors under another
+// name.
 #ifdef LX_HOST_SHIM
 #define LENET_EXT_CUDA_KEY CPU
 #else
@@ -39,19 +40,21 @@ class CudaScope {
 
 inline cuda::DType cuda_dtype(const char* op, const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kFloat: return cuda::DType::kFloat32;
-    case at::kDouble: return cuda::DType::kFloat64;
-    case at::kHalf: return cuda::DType::kFloat16;
-    case at::kBFloat16: return cuda::DType::kBFloat16;
+    case at::kFloat:
+      return cuda::DType::kFloat32;
+    case at::kDouble:
+      return cuda::DType::kFloat64;
+    case at::kHalf:
+      return cuda::DType::kFloat16;
+    case at::kBFloat16:
+      return cuda::DType::kBFloat16;
     default:
       TORCH_CHECK(false, op, ": input must be float32, float64, float16 or bfloat16 on ", tensor.device(), ", got ",
                   tensor.scalar_type());
   }
 }
 
-inline cuda::Strides4 cuda_strides(const at::Tensor& t) {
-  return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
-}
+inline cuda::Strides4 cuda_strides(const at::Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
 inline const void* data_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr() : nullptr;

@@ -37,8 +37,8 @@ void check_lenet(const char* op, const Tensor& input, TensorList p) {
   const int64_t channels = p[0].dim() == 4 ? p[0].size(1) : 1, classes = p[8].size(0);
   TORCH_CHECK(input.dim() == 4 && input.size(1) == channels && input.size(2) == 32 && input.size(3) == 32, op,
               ": input must have shape [batch, ", channels, ", 32, 32], got ", input.sizes());
-  const std::vector<int64_t> sizes[] = {{6, channels, 5, 5}, {6},  {16, 6, 5, 5}, {16},          {120, 400},
-                                        {120},               {84, 120}, {84},          {classes, 84}, {classes}};
+  const std::vector<int64_t> sizes[] = {{6, channels, 5, 5}, {6},  {16, 6, 5, 5}, {16},     {120, 400}, {120},
+                                        {84, 120},           {84}, {classes, 84}, {classes}};
   for (size_t i = 0; i < 10; ++i) {
     TORCH_CHECK(p[i].sizes() == at::IntArrayRef(sizes[i]), op, ": parameters[", i, "] must have shape ",
                 at::IntArrayRef(sizes[i]), ", got ", p[i].sizes());
@@ -77,14 +77,24 @@ Tensor lenet(const Tensor& input, TensorList parameters) {
   for (const Tensor& parameter : parameters) p.push_back(parameter.contiguous());
   const Tensor output = at::empty({batch, p[8].size(0)}, input.options());
   auto at = [&](int i) { return cpu::data<float>(p[i]); };
-  const cpu::LenetInference job{batch, output.size(1), cpu::data<float>(images), images.stride(0),
-                                at(0), at(1),          at(2),                    at(3),
-                                at(4), at(5),          at(6),                    at(7),
-                                at(8), at(9),          cpu::mutable_data<float>(output)};
-  cpu::parallel_units((batch + kernels.lanes - 1) / kernels.lanes, kImageFlops * batch,
-                      [&](int64_t begin, int64_t end) {
-                        kernels.run(job, cpu::unit_scratch(kernels.scratch_bytes), begin, end);
-                      });
+  const cpu::LenetInference job{batch,
+                                output.size(1),
+                                cpu::data<float>(images),
+                                images.stride(0),
+                                at(0),
+                                at(1),
+                                at(2),
+                                at(3),
+                                at(4),
+                                at(5),
+                                at(6),
+                                at(7),
+                                at(8),
+                                at(9),
+                                cpu::mutable_data<float>(output)};
+  cpu::parallel_units(
+      (batch + kernels.lanes - 1) / kernels.lanes, kImageFlops * batch,
+      [&](int64_t begin, int64_t end) { kernels.run(job, cpu::unit_scratch(kernels.scratch_bytes), begin, end); });
   return output;
 }
 

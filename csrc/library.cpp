@@ -7,8 +7,8 @@
 #include "build_info.h"
 
 // `padding` is (top, bottom, left, right): padding="same" with an even kernel is not symmetric.
-#define CONV_POOL_OPTIONS                                                        \
-  "int[2] stride, int[4] padding, int[2] dilation, int groups, "                 \
+#define CONV_POOL_OPTIONS                                        \
+  "int[2] stride, int[4] padding, int[2] dilation, int groups, " \
   "int[2] pool_kernel_size, int[2] pool_stride, int[2] pool_padding, int[2] pool_dilation"
 
 TORCH_LIBRARY(lenet_ext, m) {
@@ -18,24 +18,30 @@ TORCH_LIBRARY(lenet_ext, m) {
         ", bool ceil_mode) -> Tensor");
   m.def("conv_relu_max_pool2d_with_indices(Tensor input, Tensor weight, Tensor? bias, " CONV_POOL_OPTIONS
         ", bool ceil_mode) -> (Tensor output, Tensor indices)");
-  m.def("conv_relu_max_pool2d_backward(Tensor grad_output, Tensor indices, Tensor input, Tensor weight, " CONV_POOL_OPTIONS
-        ", bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "conv_relu_max_pool2d_backward(Tensor grad_output, Tensor indices, Tensor input, Tensor "
+      "weight, " CONV_POOL_OPTIONS
+      ", bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def("conv_at_indices(Tensor input, Tensor weight, Tensor? bias, Tensor indices, " CONV_POOL_OPTIONS ") -> Tensor");
 
   m.def("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
   m.def("linear_relu(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
-  m.def("linear_backward(Tensor grad_output, Tensor input, Tensor weight, bool[3] output_mask)"
-        " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
-  m.def("linear_relu_backward(Tensor grad_output, Tensor output, Tensor input, Tensor weight, bool[3] output_mask)"
-        " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "linear_backward(Tensor grad_output, Tensor input, Tensor weight, bool[3] output_mask)"
+      " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "linear_relu_backward(Tensor grad_output, Tensor output, Tensor input, Tensor weight, bool[3] output_mask)"
+      " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 
   // The whole network. `parameters`: weight and bias of conv1, conv2, fc1, fc2, fc3.
   m.def("lenet(Tensor input, Tensor[] parameters) -> Tensor");
-  m.def("lenet_with_activations(Tensor input, Tensor[] parameters) -> (Tensor output, Tensor pooled1, Tensor indices1,"
-        " Tensor pooled2, Tensor indices2, Tensor hidden1, Tensor hidden2)");
-  m.def("lenet_backward(Tensor grad_output, Tensor input, Tensor[] parameters, Tensor pooled1, Tensor indices1,"
-        " Tensor pooled2, Tensor indices2, Tensor hidden1, Tensor hidden2, bool input_gradient)"
-        " -> (Tensor grad_input, Tensor[] grad_parameters)");
+  m.def(
+      "lenet_with_activations(Tensor input, Tensor[] parameters) -> (Tensor output, Tensor pooled1, Tensor indices1,"
+      " Tensor pooled2, Tensor indices2, Tensor hidden1, Tensor hidden2)");
+  m.def(
+      "lenet_backward(Tensor grad_output, Tensor input, Tensor[] parameters, Tensor pooled1, Tensor indices1,"
+      " Tensor pooled2, Tensor indices2, Tensor hidden1, Tensor hidden2, bool input_gradient)"
+      " -> (Tensor grad_input, Tensor[] grad_parameters)");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -1,4 +1,6 @@
 // The CPU side of linear and linear_relu: checks, allocation, choice of the algorithm.
+#include "linear.h"
+
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -15,7 +17,6 @@
 #include "cpu/dispatch.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
-#include "linear.h"
 
 namespace lenet_ext {
 namespace {
@@ -53,8 +54,8 @@ void forward_direct(const LinearShape& s, const A* input, const A* weight, const
 Tensor linear_cpu(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool relu) {
   const LinearShape s = check_linear(op, input, weight, bias);
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const bool direct = input.scalar_type() != at::kBFloat16 &&
-                      linear_algorithm_cpu(s.in_features, s.out_features) == Algorithm::Direct;
+  const bool direct =
+      input.scalar_type() != at::kBFloat16 && linear_algorithm_cpu(s.in_features, s.out_features) == Algorithm::Direct;
   std::vector<int64_t> sizes = input.sizes().vec();
   sizes.back() = s.out_features;
   if (s.rows == 0 || s.out_features == 0) return at::empty(sizes, input.options());
@@ -102,15 +103,17 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const char* op, const Ten
   }
   Tensor grad = grad_output.contiguous().view({s.rows, s.out_features});
   const Tensor rows = input.contiguous().view({s.rows, s.in_features}), kernel = weight.contiguous();
-  const bool direct = input.scalar_type() != at::kBFloat16 &&
-                      linear_algorithm_cpu(s.in_features, s.out_features) == Algorithm::Direct;
+  const bool direct =
+      input.scalar_type() != at::kBFloat16 && linear_algorithm_cpu(s.in_features, s.out_features) == Algorithm::Direct;
   if (!direct) {
     if (output.defined()) grad = at::threshold_backward(grad, output.reshape({s.rows, s.out_features}), 0);
     return {output_mask[0] ? at::mm(grad, kernel).view(input.sizes()) : none(),
             output_mask[1] ? at::mm(grad.t(), rows) : none(), output_mask[2] ? at::sum(grad, 0) : none()};
   }
-  const Tensor grad_input = output_mask[0] ? at::empty(input.sizes(), input.options(), at::MemoryFormat::Contiguous) : none();
-  const Tensor grad_weight = output_mask[1] ? at::empty(weight.sizes(), weight.options(), at::MemoryFormat::Contiguous) : none();
+  const Tensor grad_input =
+      output_mask[0] ? at::empty(input.sizes(), input.options(), at::MemoryFormat::Contiguous) : none();
+  const Tensor grad_weight =
+      output_mask[1] ? at::empty(weight.sizes(), weight.options(), at::MemoryFormat::Contiguous) : none();
   const Tensor grad_bias = output_mask[2] ? at::empty({s.out_features}, weight.options()) : none();
   const Tensor mask = output.defined() ? output.contiguous() : Tensor();
   cpu::dispatch(input, op, [&](auto zero) {
@@ -139,8 +142,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const char* op, const Ten
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, const Tensor& input,
-                                                   const Tensor& weight, std::array<bool, 3> output_mask) {
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                                   std::array<bool, 3> output_mask) {
   return linear_backward_cpu("linear_backward", grad_output, Tensor(), input, weight, output_mask);
 }
 

@@ -1,4 +1,5 @@
-// The CUDA side of linear and linear_relu: checks, allocation, choice of the algorithm. Compiled only where nvcc is found.
+// The CUDA side of linear and linear_relu: checks, allocation, choice of the algorithm. Compiled only where nvcc is
+// found.
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -11,6 +12,7 @@
 
 #include "algorithm.h"
 #include "cuda_host.h"
+#include "cuda_ops.h"
 #include "linear.h"
 
 namespace lenet_ext {
@@ -27,7 +29,9 @@ Algorithm linear_algorithm_cuda(const LinearShape& s) {
   return choose_algorithm(small ? Algorithm::Direct : Algorithm::Vendor);
 }
 
-Tensor forward(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool relu) {
+}  // namespace
+
+Tensor linear_cuda(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool relu) {
   const LinearShape s = check_linear(op, input, weight, bias);
   const CudaScope scope(input);
   const cuda::DType dtype = cuda_dtype(op, input);
@@ -54,18 +58,9 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& weight, const 
   return output;
 }
 
-Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  return forward("linear", input, weight, bias, false);
-}
-
-Tensor linear_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  return forward("linear_relu", input, weight, bias, true);
-}
-
-// `output` is undefined for plain linear.
-std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Tensor& grad_output, const Tensor& output,
-                                            const Tensor& input, const Tensor& weight,
-                                            std::array<bool, 3> output_mask) {
+std::tuple<Tensor, Tensor, Tensor> linear_backward_cuda(const char* op, const Tensor& grad_output, const Tensor& output,
+                                                        const Tensor& input, const Tensor& weight,
+                                                        std::array<bool, 3> output_mask) {
   const LinearShape s = check_linear_backward(op, grad_output, output, input, weight);
   const CudaScope scope(input);
   const cuda::DType dtype = cuda_dtype(op, input);
@@ -118,16 +113,26 @@ std::tuple<Tensor, Tensor, Tensor> backward(const char* op, const Tensor& grad_o
   return {grad_input, grad_weight, grad_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, const Tensor& input,
-                                                   const Tensor& weight, std::array<bool, 3> output_mask) {
-  return backward("linear_backward", grad_output, Tensor(), input, weight, output_mask);
+namespace {
+
+Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  return linear_cuda("linear", input, weight, bias, false);
+}
+
+Tensor linear_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  return linear_cuda("linear_relu", input, weight, bias, true);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                                   std::array<bool, 3> output_mask) {
+  return linear_backward_cuda("linear_backward", grad_output, Tensor(), input, weight, output_mask);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_output, const Tensor& output,
                                                         const Tensor& input, const Tensor& weight,
                                                         std::array<bool, 3> output_mask) {
   TORCH_CHECK(output.defined(), "linear_relu_backward: output is undefined");
-  return backward("linear_relu_backward", grad_output, output, input, weight, output_mask);
+  return linear_backward_cuda("linear_relu_backward", grad_output, output, input, weight, output_mask);
 }
 
 }  // namespace

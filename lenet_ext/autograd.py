@@ -42,7 +42,7 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-# --- vmap: the mapped axis becomes part of the batch or, where parameters are mapped too, of the channels and groups ---
+# --- vmap: the mapped axis joins the batch or, where parameters are mapped too, the channels and groups ---
 
 
 def _to_channels(tensor: Tensor | None, dim: int | None, size: int, channel_dim: int) -> Tensor | None:
@@ -189,7 +189,9 @@ class _ConvBackwardFunction(_ReverseModeFunction):
         return (to_grad, None, to_input, to_weight, *((None,) * (len(options) + 1)))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, grad_output: Tensor, indices: Tensor, input: Tensor, weight: Tensor, *rest: Any):
+    def vmap(
+        info: Any, in_dims: tuple, grad_output: Tensor, indices: Tensor, input: Tensor, weight: Tensor, *rest: Any
+    ):
         size, (*options, mask) = info.batch_size, rest
         # Parameter gradients are wanted per mapped sample: each becomes a group of its own.
         grad_input, grad_weight, grad_bias = apply(
@@ -235,7 +237,9 @@ class _ConvAtIndicesFunction(_ReverseModeFunction):
         return (*_wanted(gradients, mask), *((None,) * (len(options) + 1)))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, input: Tensor, weight: Tensor, bias: Any, indices: Tensor, *options: Any) -> tuple:
+    def vmap(
+        info: Any, in_dims: tuple, input: Tensor, weight: Tensor, bias: Any, indices: Tensor, *options: Any
+    ) -> tuple:
         size = info.batch_size
         output = apply(
             _ConvAtIndicesFunction,
@@ -406,9 +410,9 @@ def _differentiable_lenet_backward(grad_output: Tensor, tensors: list[Tensor], w
     return tuple(next(gradients) if is_wanted else None for is_wanted in wanted)
 
 
-# `Function.apply` binds the arguments through `inspect.signature` on every call of a setup_context Function, three times
+# `Function.apply` binds the arguments through `inspect.signature` on each call of a setup_context Function, three times
 # the cost of everything else in it. The implementation beneath does not, and serves all calls outside torch.func.
-_DIRECT_APPLY = {
+_DIRECT_APPLY: dict[type[Function], Any] = {
     function: super(Function, function).apply  # type: ignore[misc]
     for function in (
         ConvReLUMaxPool2dFunction,

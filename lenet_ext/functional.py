@@ -113,7 +113,9 @@ def _autocast(device_type: str, *tensors: Tensor | None) -> list[Tensor | None]:
     """What autocast does to the arguments of stock conv2d and linear: floating types, but not float64, are cast."""
     dtype = torch.get_autocast_dtype(device_type)
     return [
-        tensor.to(dtype) if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        tensor.to(dtype)
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
         for tensor in tensors
     ]
 

@@ -103,7 +103,7 @@ class Net(nn.Module):
                 or bias.dtype is not torch.float32
                 or weight.device.type != "cpu"
                 or (weight_shape is not None and weight.shape != weight_shape)
-                or (kind is ConvReLUMaxPool2d and child._options() != autograd.LENET_OPTIONS)
+                or (isinstance(child, ConvReLUMaxPool2d) and child._options() != autograd.LENET_OPTIONS)
             ):
                 return None
             parameters += (weight, bias)

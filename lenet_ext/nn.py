@@ -74,7 +74,7 @@ class ConvReLUMaxPool2d(nn.Conv2d):
             self.ceil_mode,
         )
         # "same" depends on the kernel; the shape of a replaced weight counts, not what the constructor was told.
-        kernel_size = tuple(self.weight.shape[2:]) if isinstance(self.padding, str) else (0, 0)
+        kernel_size = (self.weight.shape[2], self.weight.shape[3]) if isinstance(self.padding, str) else (0, 0)
         cached = self.__dict__.get("_normalized")
         if cached is None or cached[0] != (attributes, kernel_size):
             options = functional.normalize_options(*attributes, kernel_size)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from lenet_ext import _C  # noqa: F401  registers torch.ops.lenet_ext.*
+import lenet_ext._C  # noqa: F401  registers torch.ops.lenet_ext.*
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     Pair = Sequence[int]
 
@@ -35,8 +35,8 @@ MAX_WINDOW = 255
 """Most positions of a pooling window whose winner fits into one byte (``csrc/conv_pool_shape.h``)."""
 
 
-def _check(condition: bool, message: Callable[[], str]) -> None:
-    torch._check(condition, message)
+def _check(condition: bool, message: str) -> None:
+    torch._check(condition, lambda: message)
 
 
 def _check_together(op: str, **tensors: Tensor | None) -> None:
@@ -46,16 +46,14 @@ def _check_together(op: str, **tensors: Tensor | None) -> None:
     for name, tensor in present.items():
         _check(
             tensor.device == first.device,
-            lambda name=name, tensor=tensor: (
+            (
                 f"{op}: all tensors must be on one device, but {name} is on {tensor.device} "
                 f"and {first_name} is on {first.device}"
             ),
         )
         _check(
             tensor.dtype == first.dtype,
-            lambda name=name, tensor=tensor: (
-                f"{op}: all tensors must have one dtype, but {name} is {tensor.dtype} and {first_name} is {first.dtype}"
-            ),
+            (f"{op}: all tensors must have one dtype, but {name} is {tensor.dtype} and {first_name} is {first.dtype}"),
         )
 
 
@@ -96,9 +94,9 @@ def pooled_shape(
     ceil_mode: bool,
 ) -> tuple[int, int, int, int]:
     _check_together(op, input=input, weight=weight, bias=bias)
-    _check(input.dim() == 4, lambda: f"{op}: input must be 4-D, got shape {tuple(input.shape)}")
-    _check(weight.dim() == 4, lambda: f"{op}: weight must be 4-D, got shape {tuple(weight.shape)}")
-    _check(groups > 0, lambda: f"{op}: groups must be positive, got {groups}")
+    _check(input.dim() == 4, f"{op}: input must be 4-D, got shape {tuple(input.shape)}")
+    _check(weight.dim() == 4, f"{op}: weight must be 4-D, got shape {tuple(weight.shape)}")
+    _check(groups > 0, f"{op}: groups must be positive, got {groups}")
     for name, values, lowest in (
         ("stride", stride, 1),
         ("padding", padding, 0),
@@ -110,13 +108,11 @@ def pooled_shape(
     ):
         _check(
             all(lowest <= value < 2**31 for value in values),
-            lambda name=name, values=values, lowest=lowest: (
-                f"{op}: {name} must be between {lowest} and 2**31 - 1, got {list(values)}"
-            ),
+            (f"{op}: {name} must be between {lowest} and 2**31 - 1, got {list(values)}"),
         )
     _check(
         all(pad <= kernel // 2 for pad, kernel in zip(pool_padding, pool_kernel_size, strict=True)),
-        lambda: (
+        (
             f"{op}: pool_padding must be at most half of pool_kernel_size={list(pool_kernel_size)}, "
             f"got {list(pool_padding)}"
         ),
@@ -124,44 +120,42 @@ def pooled_shape(
     batch, channels, *size = input.shape
     _check(
         channels > 0 and size[0] > 0 and size[1] > 0,
-        lambda: f"{op}: input may be empty in its batch dimension alone, got shape {tuple(input.shape)}",
+        f"{op}: input may be empty in its batch dimension alone, got shape {tuple(input.shape)}",
     )
     out_channels, group_channels, *kernel = weight.shape
     _check(
         out_channels > 0 and kernel[0] > 0 and kernel[1] > 0,
-        lambda: f"{op}: weight must have output channels and a kernel that is not empty, got shape {tuple(weight.shape)}",
+        f"{op}: weight must have output channels and a kernel that is not empty, got shape {tuple(weight.shape)}",
     )
     _check(
         channels == group_channels * groups,
-        lambda: (
+        (
             f"{op}: input must have {group_channels * groups} channels for weight of shape {tuple(weight.shape)} and "
             f"groups={groups}, got shape {tuple(input.shape)}"
         ),
     )
     _check(
         out_channels % groups == 0,
-        lambda: f"{op}: weight's {out_channels} output channels must be divisible by groups={groups}",
+        f"{op}: weight's {out_channels} output channels must be divisible by groups={groups}",
     )
     if bias is not None:
         _check(
             bias.dim() == 1 and bias.shape[0] == out_channels,
-            lambda: f"{op}: bias must have shape [{out_channels}], got {tuple(bias.shape)}",
+            f"{op}: bias must have shape [{out_channels}], got {tuple(bias.shape)}",
         )
     shape = [batch, out_channels]
     for i in range(2):
-        convolved = _convolution_size(
-            size[i], padding[2 * i], padding[2 * i + 1], dilation[i], kernel[i], stride[i]
-        )
+        convolved = _convolution_size(size[i], padding[2 * i], padding[2 * i + 1], dilation[i], kernel[i], stride[i])
         _check(
             convolved > 0,
-            lambda: f"{op}: input of shape {tuple(input.shape)} is smaller than the kernel of weight",
+            f"{op}: input of shape {tuple(input.shape)} is smaller than the kernel of weight",
         )
         pooled = _pooled_size(
             convolved, pool_kernel_size[i], pool_stride[i], pool_padding[i], pool_dilation[i], ceil_mode
         )
         _check(
             pooled > 0,
-            lambda: f"{op}: pool_kernel_size={list(pool_kernel_size)} is too large for the convolution's output",
+            f"{op}: pool_kernel_size={list(pool_kernel_size)} is too large for the convolution's output",
         )
         shape.append(pooled)
     return cast("tuple[int, int, int, int]", tuple(shape))
@@ -183,7 +177,7 @@ def _(input, weight, bias, *options):
 def _check_indices(op: str, indices: Tensor, input: Tensor) -> None:
     _check(
         indices.device == input.device and indices.dtype == torch.uint8,
-        lambda: f"{op}: indices must be a uint8 tensor on {input.device}, got {indices.dtype} on {indices.device}",
+        f"{op}: indices must be a uint8 tensor on {input.device}, got {indices.dtype} on {indices.device}",
     )
 
 
@@ -203,7 +197,7 @@ def _(grad_output, indices, input, weight, *options):
     _check_indices("conv_relu_max_pool2d_backward", indices, input)
     _check(
         grad_output.shape == indices.shape,
-        lambda: (
+        (
             "conv_relu_max_pool2d_backward: grad_output must have the shape of indices "
             f"{tuple(indices.shape)}, got {tuple(grad_output.shape)}"
         ),
@@ -225,10 +219,10 @@ def _(input, weight, bias, indices, *options):
 
 def _linear_shape(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> list[int]:
     _check_together(op, input=input, weight=weight, bias=bias)
-    _check(weight.dim() == 2, lambda: f"{op}: weight must be 2-D, got shape {tuple(weight.shape)}")
+    _check(weight.dim() == 2, f"{op}: weight must be 2-D, got shape {tuple(weight.shape)}")
     _check(
         input.dim() >= 1 and input.shape[-1] == weight.shape[1],
-        lambda: (
+        (
             f"{op}: input must have shape [..., {weight.shape[1]}] for weight of shape {tuple(weight.shape)}, "
             f"got shape {tuple(input.shape)}"
         ),
@@ -236,7 +230,7 @@ def _linear_shape(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -
     if bias is not None:
         _check(
             bias.dim() == 1 and bias.shape[0] == weight.shape[0],
-            lambda: f"{op}: bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}",
+            f"{op}: bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}",
         )
     return [*input.shape[:-1], weight.shape[0]]
 
@@ -271,20 +265,18 @@ def _(grad_output, output, input, weight, output_mask):
 
 
 def _check_lenet(op: str, input: Tensor, parameters: list[Tensor]) -> None:
-    _check(len(parameters) == 10, lambda: f"{op}: parameters must hold 10 tensors, got {len(parameters)}")
+    _check(len(parameters) == 10, f"{op}: parameters must hold 10 tensors, got {len(parameters)}")
     _check_together(op, input=input, **{f"parameters[{i}]": parameter for i, parameter in enumerate(parameters)})
     channels, classes = parameters[0].shape[1], parameters[8].shape[0]
     _check(
         input.dim() == 4 and tuple(input.shape[1:]) == (channels, 32, 32),
-        lambda: f"{op}: input must have shape [batch, {channels}, 32, 32], got {tuple(input.shape)}",
+        f"{op}: input must have shape [batch, {channels}, 32, 32], got {tuple(input.shape)}",
     )
     shapes = [(6, channels, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 400), (120,), (84, 120), (84,), (classes, 84)]
     for i, shape in enumerate([*shapes, (classes,)]):
         _check(
             tuple(parameters[i].shape) == shape,
-            lambda i=i, shape=shape: (
-                f"{op}: parameters[{i}] must have shape {list(shape)}, got {tuple(parameters[i].shape)}"
-            ),
+            (f"{op}: parameters[{i}] must have shape {list(shape)}, got {tuple(parameters[i].shape)}"),
         )
 
 

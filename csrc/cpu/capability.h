@@ -29,19 +29,19 @@ std::vector<const char*> compiled_capabilities();
 #define LENET_EXT_IF_AVX2(...)
 #endif
 
-#define LENET_EXT_CPU_DECLARE(Type, table)                        \
-  namespace default_ {                                            \
-  extern const Type table;                                        \
-  }                                                               \
-  LENET_EXT_IF_AVX2(namespace avx2 { extern const Type table; })  \
+#define LENET_EXT_CPU_DECLARE(Type, table)                       \
+  namespace default_ {                                           \
+  extern const Type table;                                       \
+  }                                                              \
+  LENET_EXT_IF_AVX2(namespace avx2 { extern const Type table; }) \
   LENET_EXT_IF_AVX512(namespace avx512 { extern const Type table; })
 
-#define LENET_EXT_CPU_DISPATCH(table)                                                                      \
-  ([]() -> const auto& {                                                                                   \
-    switch (::lenet_ext::cpu::capability()) {                                                              \
+#define LENET_EXT_CPU_DISPATCH(table)                                                                          \
+  ([]() -> const auto& {                                                                                       \
+    switch (::lenet_ext::cpu::capability()) {                                                                  \
       LENET_EXT_IF_AVX512(case ::lenet_ext::cpu::Capability::AVX512 : return ::lenet_ext::cpu::avx512::table;) \
-      LENET_EXT_IF_AVX2(case ::lenet_ext::cpu::Capability::AVX2 : return ::lenet_ext::cpu::avx2::table;)   \
-      default:                                                                                             \
-        return ::lenet_ext::cpu::default_::table;                                                          \
-    }                                                                                                      \
+      LENET_EXT_IF_AVX2(case ::lenet_ext::cpu::Capability::AVX2 : return ::lenet_ext::cpu::avx2::table;)       \
+      default:                                                                                                 \
+        return ::lenet_ext::cpu::default_::table;                                                              \
+    }                                                                                                          \
   }())

@@ -38,7 +38,8 @@ const GemmTable<A>& gemm_table() {
   }
 }
 
-// Calls f with a value of the element type, e.g. dispatch(tensor, op, [&](auto zero) { using T = decltype(zero); ... }).
+// Calls f with a value of the element type, e.g. dispatch(tensor, op, [&](auto zero) { using T = decltype(zero); ...
+// }).
 template <typename F>
 auto dispatch(const at::Tensor& tensor, const char* op, F&& f) {
   switch (tensor.scalar_type()) {
@@ -49,8 +50,7 @@ auto dispatch(const at::Tensor& tensor, const char* op, F&& f) {
     case at::kBFloat16:
       return f(BFloat16());
     default:
-      TORCH_CHECK(false, op, ": on the CPU the dtype must be float32, float64 or bfloat16, got ",
-                  tensor.scalar_type());
+      TORCH_CHECK(false, op, ": on the CPU the dtype must be float32, float64 or bfloat16, got ", tensor.scalar_type());
   }
 }
 

@@ -51,8 +51,8 @@ LX_DEVICE int64_t offset_of(const Strides4& strides, int64_t n, int c, int h, in
   return n * strides.n + c * strides.c + h * strides.h + w * strides.w;
 }
 
-// One element of a tensor [batch, channels, h, w] from its position in the order of threads: the order of memory, so that
-// neighbouring threads read neighbouring elements, which is w fastest or, with channels_last, c fastest.
+// One element of a tensor [batch, channels, h, w] from its position in the order of threads: the order of memory, so
+// that neighbouring threads read neighbouring elements, which is w fastest or, with channels_last, c fastest.
 struct Element {
   int64_t n;
   int c, h, w;
@@ -87,9 +87,7 @@ struct Winner {
   }
   // A window that pool_dilation put outside of the map altogether keeps stock's initial value, -infinity.
   LX_DEVICE A pooled() const { return best > 0 || lx::is_nan(best) || !any ? best : A(0); }
-  LX_DEVICE uint8_t code() const {
-    return best > 0 || lx::is_nan(best) ? static_cast<uint8_t>(position) : kDead;
-  }
+  LX_DEVICE uint8_t code() const { return best > 0 || lx::is_nan(best) ? static_cast<uint8_t>(position) : kDead; }
 };
 
 // Where in the convolution's output the winner with this code lies.

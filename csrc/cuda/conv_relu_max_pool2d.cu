@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int code = 0; code < codes; ++code) {
       const ConvPosition at = winner_position(d, e.h, e.w, code);
       if (at.h < 0 || at.h >= d.conv_h || at.w < 0 || at.w >= d.conv_w) continue;
-      winner.consider(
-          convolution_at(d, image, input_strides, weight + e.c * weights_per_channel, at) + bias_value, code);
+      winner.consider(convolution_at(d, image, input_strides, weight + e.c * weights_per_channel, at) + bias_value,
+                      code);
     }
     const int64_t to = offset_of(output_strides, e.n, e.c, e.h, e.w);
     output[to] = lx::narrow<T>(winner.pooled());
@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(kThreads)
       if (w < 0 || w % d.stride_w != 0 || w / d.stride_w >= d.conv_w) continue;
       const Windows rows = windows_over_row(d, h / d.stride_h), columns = windows_over_column(d, w / d.stride_w);
       for (int c = 0; c < d.group_out; ++c) {
-        sum += conv_gradient(d, rows, columns, gradient + c * grad_strides.c, grad_strides,
-                             codes + c * index_strides.c, index_strides) *
+        sum += conv_gradient(d, rows, columns, gradient + c * grad_strides.c, grad_strides, codes + c * index_strides.c,
+                             index_strides) *
                lx::widen(weight_of_channel[static_cast<int64_t>(c) * d.group_in * taps + tap]);
       }
     }
@@ -208,12 +208,11 @@ __global__ void __launch_bounds__(kThreads)
       __syncthreads();  // the list's last readers are done
       if (chunk + threadIdx.x < end) {
         const Element e = element_at(chunk + threadIdx.x, 1, d.conv_h, d.conv_w);
-        list[threadIdx.x] = {
-            conv_gradient(d, windows_over_row(d, e.h), windows_over_column(d, e.w),
-                          grad_output + offset_of(grad_strides, e.n, channel, 0, 0), grad_strides,
-                          indices + offset_of(index_strides, e.n, channel, 0, 0), index_strides),
-            e.h * d.stride_h - d.pad_top, e.w * d.stride_w - d.pad_left,
-            offset_of(input_strides, e.n, channel / d.group_out * d.group_in, 0, 0)};
+        list[threadIdx.x] = {conv_gradient(d, windows_over_row(d, e.h), windows_over_column(d, e.w),
+                                           grad_output + offset_of(grad_strides, e.n, channel, 0, 0), grad_strides,
+                                           indices + offset_of(index_strides, e.n, channel, 0, 0), index_strides),
+                             e.h * d.stride_h - d.pad_top, e.w * d.stride_w - d.pad_left,
+                             offset_of(input_strides, e.n, channel / d.group_out * d.group_in, 0, 0)};
       }
       __syncthreads();
       const int count = end - chunk < kThreads ? static_cast<int>(end - chunk) : static_cast<int>(kThreads);
@@ -224,8 +223,9 @@ __global__ void __launch_bounds__(kThreads)
         } else if (column < plan.taps) {
           const int h = item.h0 + tap_h * d.dilation_h, w = item.w0 + tap_w * d.dilation_w;
           if (h >= 0 && h < d.height && w >= 0 && w < d.width) {
-            sum += item.gradient * lx::widen(input[item.image + tap_channel * input_strides.c +
-                                                   h * input_strides.h + w * input_strides.w]);
+            sum += item.gradient *
+                   lx::widen(
+                       input[item.image + tap_channel * input_strides.c + h * input_strides.h + w * input_strides.w]);
           }
         }
       }
@@ -240,8 +240,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The bias alone, where the vendor computes the rest. block -> one output channel, one slice of its pooled outputs: sums
-// the gradients of the living. partials: [slices][out_channels]. Shared memory: 8 sums.
+// The bias alone, where the vendor computes the rest. block -> one output channel, one slice of its pooled outputs:
+// sums the gradients of the living. partials: [slices][out_channels]. Shared memory: 8 sums.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     grad_bias_partial_kernel(ConvPoolDims d, int64_t slices, const T* __restrict__ grad_output, Strides4 grad_strides,
@@ -301,9 +301,8 @@ __global__ void __launch_bounds__(kThreads)
 // value + bias is rounded to T before values are compared, because stock stores it: the result is stock's bit for bit.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    bias_relu_pool_kernel(ConvPoolDims d, const T* __restrict__ conv, Strides4 conv_strides,
-                          const T* __restrict__ bias, T* __restrict__ output, uint8_t* __restrict__ indices,
-                          Strides4 output_strides) {
+    bias_relu_pool_kernel(ConvPoolDims d, const T* __restrict__ conv, Strides4 conv_strides, const T* __restrict__ bias,
+                          T* __restrict__ output, uint8_t* __restrict__ indices, Strides4 output_strides) {
   using A = lx::Accumulator<T>;
   const int64_t total = d.batch * d.out_channels * d.out_h * d.out_w;
   for (int64_t item = first_item(); item < total; item += item_stride()) {
@@ -335,10 +334,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t total = d.batch * d.out_channels * d.conv_h * d.conv_w;
   for (int64_t item = first_item(); item < total; item += item_stride()) {
     const Element e = element_at(item, d.out_channels, d.conv_h, d.conv_w, grad_conv_strides.c == 1);
-    const lx::Accumulator<T> sum =
-        conv_gradient(d, windows_over_row(d, e.h), windows_over_column(d, e.w),
-                      grad_output + offset_of(grad_strides, e.n, e.c, 0, 0), grad_strides,
-                      indices + offset_of(index_strides, e.n, e.c, 0, 0), index_strides);
+    const lx::Accumulator<T> sum = conv_gradient(d, windows_over_row(d, e.h), windows_over_column(d, e.w),
+                                                 grad_output + offset_of(grad_strides, e.n, e.c, 0, 0), grad_strides,
+                                                 indices + offset_of(index_strides, e.n, e.c, 0, 0), index_strides);
     grad_conv[offset_of(grad_conv_strides, e.n, e.c, e.h, e.w)] = lx::narrow<T>(sum);
   }
 }
@@ -466,9 +464,8 @@ int64_t conv_pool_backward_workspace(DType dtype, const ConvPoolShape& shape, bo
   return std::max(plan.slices, lenet) * shape.out_channels * (plan.taps + 1) * accumulator_bytes(dtype);
 }
 
-LaunchResult launch_conv_pool_backward(DType dtype, const ConvPoolBackward& call, cudaStream_t stream) {
-  LX_DISPATCH(dtype, backward, dtype, call, stream)
-}
+LaunchResult launch_conv_pool_backward(DType dtype, const ConvPoolBackward& call,
+                                       cudaStream_t stream){LX_DISPATCH(dtype, backward, dtype, call, stream)}
 
 LaunchResult launch_bias_relu_pool(DType dtype, const BiasReluPool& call, cudaStream_t stream) {
   if (call.shape.batch == 0) return {};

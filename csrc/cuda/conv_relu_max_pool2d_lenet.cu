@@ -1,7 +1,7 @@
-// conv_relu_max_pool2d for LeNet's layers (1 -> 6 channels at 32 x 32, 6 -> 16 at 14 x 14, kernel 5, pool 2), in float32
-// arithmetic on the ordinary units. Sizes are compile-time constants, the convolution's output and its gradient stay in
-// registers or shared memory. The header comment of each kernel says what a thread computes and what it costs; register
-// counts are from ptxas 13.0, tests/test_cuda_build.py watches that nothing spills.
+// conv_relu_max_pool2d for LeNet's layers (1 -> 6 channels at 32 x 32, 6 -> 16 at 14 x 14, kernel 5, pool 2), in
+// float32 arithmetic on the ordinary units. Sizes are compile-time constants, the convolution's output and its gradient
+// stay in registers or shared memory. The header comment of each kernel says what a thread computes and what it costs;
+// register counts are from ptxas 13.0, tests/test_cuda_build.py watches that nothing spills.
 #include <algorithm>
 
 #include "conv_relu_max_pool2d_lenet.cuh"
@@ -12,13 +12,6 @@ namespace {
 
 constexpr unsigned kThreads = 256;
 
-// Images of a block: an even number up to kMost, but no more than leave work for every multiprocessor of a large GPU.
-// Results do not depend on it.
-int images_per_block(int64_t batch, int most) {
-  const int64_t share = lx::divide_up<int64_t>(batch, 128);
-  return static_cast<int>(std::clamp<int64_t>((share + 1) / 2 * 2, 2, most));
-}
-
 // ----------------------------------------------------------------------------------------------------------- forward
 
 constexpr int kForwardImages = 10;
@@ -28,10 +21,8 @@ int64_t forward_shared_bytes(int images) {
   return lx::taken<float>(images * L::kImage) + lx::taken<float>(L::kOut * L::kWeights) + lx::taken<float>(L::kOut);
 }
 
-// block -> `images` images. thread -> one pooling window in two images, kChannels channels: 2 x 4 x kChannels sums.
-// Two images rather than two windows, because the second layer has an odd number of windows.
-// With 10 images: conv1 5 x 196 = 980 items for 256 threads, 42 KB, 3 blocks per multiprocessor by registers;
-// conv2 5 x 25 x 2 = 250 items, 57 KB, 2 blocks.
+// block -> `images` images; thread as convolve_images says. With 10 images: conv1 5 x 196 = 980 items for 256 threads,
+// 42 KB; conv2 5 x 25 x 2 = 250 items, 57 KB. By registers two blocks fit a multiprocessor.
 template <typename T, typename L>
 __global__ void __launch_bounds__(kThreads, 2)
     lenet_conv_forward_kernel(int64_t batch, int images, const T* __restrict__ input, const T* __restrict__ weight,
@@ -43,42 +34,18 @@ __global__ void __launch_bounds__(kThreads, 2)
   transpose_weights<L>(weights, weight);
   if (threadIdx.x < L::kOut) biases[threadIdx.x] = bias == nullptr ? 0.0f : lx::widen(bias[threadIdx.x]);
 
-  const int pairs = images / 2, per_group = pairs * L::kWindows;
   for (int64_t first = int64_t{blockIdx.x} * images; first < batch; first += int64_t{gridDim.x} * images) {
     const int present = static_cast<int>(batch - first < images ? batch - first : images);
     __syncthreads();
     lx::copy_to_shared(pixels, input + first * L::kImage, present * L::kImage);
     lx::fill_shared(pixels + present * L::kImage, (images - present) * L::kImage, 0.0f);
     __syncthreads();
-    for (int item = threadIdx.x; item < per_group * (L::kOut / L::kChannels); item += kThreads) {
-      const int first_channel = item / per_group * L::kChannels, rest = item % per_group;
-      const int image = rest / L::kWindows * 2, window = rest % L::kWindows;
-      const float* corner =
-          pixels + image * L::kImage + window / L::kPool * 2 * L::kSize + window % L::kPool * 2;
-      float sums[2][4][L::kChannels];
-#pragma unroll
-      for (int c = 0; c < L::kChannels; ++c) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sums[i / 4][i % 4][c] = biases[first_channel + c];
-      }
-#pragma unroll 1
-      for (int c = 0; c < L::kIn; ++c) {
-        const float* const planes[2] = {corner + c * L::kSize * L::kSize,
-                                        corner + c * L::kSize * L::kSize + L::kImage};
-        add_plane<2, L::kChannels, L::kOut>(sums, planes, L::kSize, weights + c * kTaps * L::kOut + first_channel);
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (image + i >= present) break;
-        const int64_t to = (first + image + i) * L::kPooled + first_channel * L::kWindows + window;
-#pragma unroll
-        for (int c = 0; c < L::kChannels; ++c) {
-          const Winner<float> winner = winner_of(sums[i], c);
-          output[to + c * L::kWindows] = lx::narrow<T>(winner.pooled());
-          if (indices != nullptr) indices[to + c * L::kWindows] = winner.code();
-        }
-      }
-    }
+    convolve_images<L>(pixels, weights, biases, images, present,
+                       [&](int image, int channel, int window, const Winner<float>& winner) {
+                         const int64_t to = (first + image) * L::kPooled + channel * L::kWindows + window;
+                         output[to] = lx::narrow<T>(winner.pooled());
+                         if (indices != nullptr) indices[to] = winner.code();
+                       });
   }
 }
 
@@ -127,8 +94,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int64_t from = (first + n) * L::kPooled + (chunk + channel) * L::kWindows + window;
         float gradient[4] = {};
         if (first + n < batch) expand_window(gradient, lx::widen(grad_output[from]), indices[from]);
-        float* to = maps + (n * kChunk + channel) * kHaloed * kHaloed +
-                    (kHalo + window / L::kPool * 2) * kHaloed + kHalo + window % L::kPool * 2;
+        float* to = maps + (n * kChunk + channel) * kHaloed * kHaloed + (kHalo + window / L::kPool * 2) * kHaloed +
+                    kHalo + window % L::kPool * 2;
         *reinterpret_cast<lx::Pack<float, 2>*>(to) = {{gradient[0], gradient[1]}};
         *reinterpret_cast<lx::Pack<float, 2>*>(to + kHaloed) = {{gradient[2], gradient[3]}};
       }
@@ -150,8 +117,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int c = 0; c < L::kIn; ++c) {
 #pragma unroll
         for (int position = 0; position < 4; ++position) {
-          to[c * L::kSize * L::kSize + position / 2 * L::kSize + position % 2] =
-              lx::narrow<T>(sums[i][position][c]);
+          to[c * L::kSize * L::kSize + position / 2 * L::kSize + position % 2] = lx::narrow<T>(sums[i][position][c]);
         }
       }
     }
@@ -174,12 +140,12 @@ struct Slices {
 
 // ---- conv1
 
-constexpr int kGroups = 2;                       // the channels are cut in two groups of three
+constexpr int kGroups = 2;  // the channels are cut in two groups of three
 constexpr int kGroupChannels = Conv1::kOut / kGroups;
 constexpr int kGroupSums = kGroupChannels * (kTaps + 1);  // 78 sums of a thread
 constexpr int kGroupThreads = kThreads / kGroups;
-constexpr int kConv1Images = 4;  // in shared memory at once
-constexpr int kReduced = 16;     // of the 78 sums, reduced over the block at once
+constexpr int kConv1Images = 4;             // in shared memory at once
+constexpr int kReduced = 16;                // of the 78 sums, reduced over the block at once
 constexpr int kReducePitch = kThreads + 8;  // four rows that a warp reads lie in different banks
 
 int64_t conv1_grad_shared_bytes() {
@@ -230,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int i = 0; i < kTap; ++i) {
         load_row(rows[(i + 1) % 2], corner + (i + 1) * L::kSize);
-        const float(&top)[kTap + 1] = rows[i % 2], (&bottom)[kTap + 1] = rows[(i + 1) % 2];
+        const float (&top)[kTap + 1] = rows[i % 2], (&bottom)[kTap + 1] = rows[(i + 1) % 2];
 #pragma unroll
         for (int c = 0; c < kGroupChannels; ++c) {
 #pragma unroll
@@ -275,12 +241,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- conv2
 
-constexpr int kConv2Images = 4;      // in shared memory at once, of which
-constexpr int kConv2Lanes = 2;       // are worked on at the same time
-constexpr int kConv2Channels = 4;    // output channels of a thread
-constexpr int kConv2Rows = Conv2::kIn * kTap;                                          // (input channel, kernel row)
-constexpr int kConv2Workers = Conv2::kOut / kConv2Channels * kConv2Rows;                 // 120 of one image lane
-constexpr int kConv2BiasThreads = kConv2Lanes * kConv2Workers;                           // the first of 16
+constexpr int kConv2Images = 4;                                           // in shared memory at once, of which
+constexpr int kConv2Lanes = 2;                                            // are worked on at the same time
+constexpr int kConv2Channels = 4;                                         // output channels of a thread
+constexpr int kConv2Rows = Conv2::kIn * kTap;                             // (input channel, kernel row)
+constexpr int kConv2Workers = Conv2::kOut / kConv2Channels * kConv2Rows;  // 120 of one image lane
+constexpr int kConv2BiasThreads = kConv2Lanes * kConv2Workers;            // the first of 16
 
 constexpr int64_t conv2_grad_shared_bytes() {
   return lx::taken<float>(kConv2Images * Conv2::kImage) + lx::taken<float>(kConv2Images * Conv2::kMap) +
@@ -417,11 +383,14 @@ LaunchResult grad_weight_partials(const ConvPoolBackward& c, cudaStream_t stream
 }
 
 // As LX_DISPATCH, without float64, which has_lenet_kernels excludes.
-#define LENET_DISPATCH(dtype, function, ...)                                \
-  switch (dtype) {                                                          \
-    case DType::kFloat32: return function<float>(__VA_ARGS__);              \
-    case DType::kFloat16: return function<lx::f16>(__VA_ARGS__);            \
-    default: return function<lx::bf16>(__VA_ARGS__);                        \
+#define LENET_DISPATCH(dtype, function, ...)  \
+  switch (dtype) {                            \
+    case DType::kFloat32:                     \
+      return function<float>(__VA_ARGS__);    \
+    case DType::kFloat16:                     \
+      return function<lx::f16>(__VA_ARGS__);  \
+    default:                                  \
+      return function<lx::bf16>(__VA_ARGS__); \
   }
 
 }  // namespace
@@ -434,13 +403,11 @@ bool has_lenet_grad_input(const ConvPoolShape& shape) { return is_layer<Conv2>(s
 
 int64_t lenet_grad_weight_slices(const ConvPoolShape& shape) { return Slices(shape.batch).count; }
 
-LaunchResult launch_lenet_conv_forward(DType dtype, const ConvPoolForward& call, cudaStream_t stream) {
-  LENET_DISPATCH(dtype, forward, call, stream)
-}
+LaunchResult launch_lenet_conv_forward(DType dtype, const ConvPoolForward& call,
+                                       cudaStream_t stream){LENET_DISPATCH(dtype, forward, call, stream)}
 
-LaunchResult launch_lenet_grad_input(DType dtype, const ConvPoolBackward& call, cudaStream_t stream) {
-  LENET_DISPATCH(dtype, grad_input, call, stream)
-}
+LaunchResult launch_lenet_grad_input(DType dtype, const ConvPoolBackward& call,
+                                     cudaStream_t stream){LENET_DISPATCH(dtype, grad_input, call, stream)}
 
 LaunchResult launch_lenet_grad_weight_partials(DType dtype, const ConvPoolBackward& call, cudaStream_t stream) {
   LENET_DISPATCH(dtype, grad_weight_partials, call, stream)

@@ -18,7 +18,7 @@
 #ifdef LX_HOST_SHIM
 #define LX_SMEM(name) unsigned char* name = lx_shim::shared_memory()
 #else
-#define LX_SMEM(name)                                          \
+#define LX_SMEM(name)                                           \
   extern __shared__ __align__(16) unsigned char name##_block[]; \
   unsigned char* name = name##_block
 #endif
@@ -199,10 +199,14 @@ void launch(lenet_ext::cuda::LaunchResult& result, const char* name, void (*kern
 }  // namespace lx
 
 // Calls `function<T>(...)` for the storage type that a DType names.
-#define LX_DISPATCH(dtype, function, ...)                                        \
-  switch (dtype) {                                                               \
-    case ::lenet_ext::cuda::DType::kFloat32: return function<float>(__VA_ARGS__);  \
-    case ::lenet_ext::cuda::DType::kFloat64: return function<double>(__VA_ARGS__); \
-    case ::lenet_ext::cuda::DType::kFloat16: return function<::lx::f16>(__VA_ARGS__); \
-    default: return function<::lx::bf16>(__VA_ARGS__);                            \
+#define LX_DISPATCH(dtype, function, ...)       \
+  switch (dtype) {                              \
+    case ::lenet_ext::cuda::DType::kFloat32:    \
+      return function<float>(__VA_ARGS__);      \
+    case ::lenet_ext::cuda::DType::kFloat64:    \
+      return function<double>(__VA_ARGS__);     \
+    case ::lenet_ext::cuda::DType::kFloat16:    \
+      return function<::lx::f16>(__VA_ARGS__);  \
+    default:                                    \
+      return function<::lx::bf16>(__VA_ARGS__); \
   }

@@ -36,7 +36,7 @@ struct ConvPoolForward {
   const void* weight;
   const void* bias;  // null: none
   void* output;
-  uint8_t* indices;          // null: not wanted
+  uint8_t* indices;         // null: not wanted
   Strides4 output_strides;  // of output and of indices
 };
 LaunchResult launch_conv_pool_forward(DType dtype, const ConvPoolForward& call, cudaStream_t stream);
@@ -80,7 +80,7 @@ struct BiasReluPool {
   Strides4 conv_strides;
   const void* bias;  // null: none
   void* output;
-  uint8_t* indices;          // null: not wanted
+  uint8_t* indices;         // null: not wanted
   Strides4 output_strides;  // of output and of indices
 };
 LaunchResult launch_bias_relu_pool(DType dtype, const BiasReluPool& call, cudaStream_t stream);
@@ -107,12 +107,29 @@ struct SmallMatrixProduct {
   int64_t a_row_stride, a_depth_stride;
   const void* b;
   int64_t b_row_stride, b_depth_stride;
-  void* output;         // [rows, columns], contiguous
-  const void* bias;     // [columns], or null
-  bool relu;            // output = relu(output)
-  const void* a_mask;   // null, or as `a`: a counts as 0 where a_mask <= 0 (the backward of ReLU)
-  void* a_row_sums;     // null, or [rows]: the sum of each (masked) row of a
+  void* output;        // [rows, columns], contiguous
+  const void* bias;    // [columns], or null
+  bool relu;           // output = relu(output)
+  const void* a_mask;  // null, or as `a`: a counts as 0 where a_mask <= 0 (the backward of ReLU)
+  void* a_row_sums;    // null, or [rows]: the sum of each (masked) row of a
 };
 LaunchResult launch_small_matrix_product(DType dtype, const SmallMatrixProduct& call, cudaStream_t stream);
+
+// The whole network in one launch, in float32. All tensors are contiguous, weights are 16-byte aligned.
+struct LenetForward {
+  int64_t batch, classes;
+  const float* input;           // [batch, 1, 32, 32]
+  const float* parameters[10];  // weight and bias of conv1, conv2, fc1, fc2, fc3
+  float* output;                // [batch, classes]
+  // What the backward pass needs; null where there will be none.
+  float* pooled1;     // [batch, 6, 14, 14]
+  uint8_t* indices1;  // of its shape
+  float* pooled2;     // [batch, 16, 5, 5]
+  uint8_t* indices2;
+  float* hidden1;  // [batch, 120]
+  float* hidden2;  // [batch, 84]
+};
+bool has_lenet_forward(DType dtype, int64_t channels, int64_t classes);
+LaunchResult launch_lenet_forward(const LenetForward& call, cudaStream_t stream);
 
 }  // namespace lenet_ext::cuda

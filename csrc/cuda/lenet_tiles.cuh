@@ -1,6 +1,8 @@
 // LeNet's two convolutions, cut into what one thread holds in registers.
 #pragma once
 
+#include <algorithm>
+
 #include "conv_pool_dims.cuh"
 
 namespace lenet_ext::cuda {
@@ -12,10 +14,10 @@ template <int kInChannels, int kOutChannels, int kInputSize, int kChannelsOfThre
 struct LeNetLayer {
   static constexpr int kIn = kInChannels, kOut = kOutChannels, kSize = kInputSize, kChannels = kChannelsOfThread;
   static constexpr int kConv = kSize - kTap + 1, kPool = kConv / 2, kWindows = kPool * kPool;
-  static constexpr int kImage = kIn * kSize * kSize;       // elements of an input image
-  static constexpr int kMap = kOut * kConv * kConv;        // of a convolution output
-  static constexpr int kPooled = kOut * kWindows;          // of an output image
-  static constexpr int kWeights = kIn * kTaps;             // of one output channel
+  static constexpr int kImage = kIn * kSize * kSize;  // elements of an input image
+  static constexpr int kMap = kOut * kConv * kConv;   // of a convolution output
+  static constexpr int kPooled = kOut * kWindows;     // of an output image
+  static constexpr int kWeights = kIn * kTaps;        // of one output channel
 };
 using Conv1 = LeNetLayer<1, 6, 32, 6>;
 using Conv2 = LeNetLayer<6, 16, 14, 8>;
@@ -102,6 +104,45 @@ LX_DEVICE void transpose_weights(float* to, const T* weight) {
   for (int i = threadIdx.x; i < L::kOut * L::kWeights; i += blockDim.x) {
     to[i] = lx::widen(weight[i % L::kOut * L::kWeights + i / L::kOut]);
   }
+}
+
+// The block computes a layer of `images` images (an even number) in shared memory, of which the last may be missing,
+// and hands each pooled output to store(image, channel, window, winner). thread -> one pooling window in two images,
+// kChannels channels: 2 x 4 x kChannels sums. Two images rather than two windows, because the second layer has an odd
+// number of windows.
+template <typename L, typename Store>
+LX_DEVICE void convolve_images(const float* pixels, const float* weights, const float* biases, int images, int present,
+                               Store store) {
+  const int per_group = images / 2 * L::kWindows;
+  for (int item = threadIdx.x; item < per_group * (L::kOut / L::kChannels); item += blockDim.x) {
+    const int first_channel = item / per_group * L::kChannels, rest = item % per_group;
+    const int image = rest / L::kWindows * 2, window = rest % L::kWindows;
+    const float* corner = pixels + image * L::kImage + window / L::kPool * 2 * L::kSize + window % L::kPool * 2;
+    float sums[2][4][L::kChannels];
+#pragma unroll
+    for (int c = 0; c < L::kChannels; ++c) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[i / 4][i % 4][c] = biases[first_channel + c];
+    }
+#pragma unroll 1
+    for (int c = 0; c < L::kIn; ++c) {
+      const float* const planes[2] = {corner + c * L::kSize * L::kSize, corner + c * L::kSize * L::kSize + L::kImage};
+      add_plane<2, L::kChannels, L::kOut>(sums, planes, L::kSize, weights + c * kTaps * L::kOut + first_channel);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (image + i >= present) break;
+#pragma unroll
+      for (int c = 0; c < L::kChannels; ++c) store(image + i, first_channel + c, window, winner_of(sums[i], c));
+    }
+  }
+}
+
+// Images of a block: an even number up to `most`, but no more than leave work for every multiprocessor of a large GPU.
+// Results do not depend on it.
+inline int images_per_block(int64_t batch, int most) {
+  const int64_t share = lx::divide_up<int64_t>(batch, 128);
+  return static_cast<int>(std::clamp<int64_t>((share + 1) / 2 * 2, 2, most));
 }
 
 // Four gradients, row-major, of a window's positions in the convolution's output: zero but for the winner's.

@@ -41,9 +41,9 @@ LX_DEVICE void fill_tile(lx::Accumulator<T>* tile, const T* matrix, const T* mas
 }
 
 // block -> 16 x 32 outputs. The depth is cut among the 8 warps, because with few outputs there is not enough to do
-// otherwise; the warps' sums are then added in order. lane -> 4 x 4 outputs: rows 4 (l / 8) + i, columns l % 8 + 8 j, so
-// that a step of 4 in depth costs 8 loads of 16 bytes for 64 multiply-adds.
-// Shared memory: 25 KB (float), 34 KB (double). Any size: blocks loop over the tiles.
+// otherwise; the warps' sums are then added in order. lane -> 4 x 4 outputs: rows 4 (l / 8) + i, columns l % 8 + 8 j,
+// so that a step of 4 in depth costs 8 loads of 16 bytes for 64 multiply-adds. Shared memory: 25 KB (float), 34 KB
+// (double). Any size: blocks loop over the tiles.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) small_matrix_product_kernel(SmallMatrixProduct p) {
   using A = lx::Accumulator<T>;

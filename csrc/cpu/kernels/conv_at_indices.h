@@ -1,4 +1,5 @@
-// The convolution at the winning positions only: the adjoint of the backward pass, from which its own derivative is made.
+// The convolution at the winning positions only: the adjoint of the backward pass, from which its own derivative is
+// made.
 #pragma once
 
 #include "winners.h"

@@ -30,7 +30,7 @@ struct BackwardPlan {
   int64_t channels, out_channels;  // of a group
   Runs runs;
   int64_t slices, slice_images;
-  int64_t positions;  // pooled positions of a channel
+  int64_t positions;   // pooled positions of a channel
   int64_t image_size;  // elements of the padded image of a group, with room for a vector read past its end
 
   // Weight gradient: per output channel `runs.count` rows of `row_length` sums.
@@ -39,9 +39,9 @@ struct BackwardPlan {
   // Input gradient by windows: what all winners of a pooled position can reach, and kernels framed with zeros so
   // that shifting the kernel is moving the pointer. Not for dilated kernels, whose frames would be mostly zeros.
   bool windowed;
-  int64_t window_rows, window_length;        // of the image, in rows and elements
-  int64_t frame_rows, frame_length;          // zeros around a kernel, in rows and elements
-  int64_t framed_stride, framed_size;        // of one framed kernel
+  int64_t window_rows, window_length;  // of the image, in rows and elements
+  int64_t frame_rows, frame_length;    // zeros around a kernel, in rows and elements
+  int64_t framed_stride, framed_size;  // of one framed kernel
 };
 
 template <typename A>
@@ -79,12 +79,12 @@ struct BackwardScratch {
   A* grad_image;  // null where no input gradient is wanted
   A* grad_window;
   WinnerTables* tables;
-  int32_t* framed_offset;    // [256]: of a code in a framed kernel
-  int64_t* window_offsets;   // [positions]
-  int32_t* list_offsets;     // [positions]: the winners of one channel
+  int32_t* framed_offset;   // [256]: of a code in a framed kernel
+  int64_t* window_offsets;  // [positions]
+  int32_t* list_offsets;    // [positions]: the winners of one channel
   A* list_scales;
-  int32_t* window_counts;    // [positions]: how many channels have a winner there
-  int32_t* kernel_offsets;   // [positions][out_channels]
+  int32_t* window_counts;   // [positions]: how many channels have a winner there
+  int32_t* kernel_offsets;  // [positions][out_channels]
   A* kernel_scales;
   int64_t bytes;
 };
@@ -155,8 +155,8 @@ bool backward_prepare(const ConvPoolBackward<T>& job, void* packed) {
   for (int64_t o = 0; o < s.out_channels; ++o, to += size) {
     const T* from = job.weight + o * p.channels * taps;
     for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
-      A* row = p.windowed ? to + (p.frame_rows + ky) * p.framed_stride + p.frame_length
-                          : to + ky * s.kernel_w * p.channels;
+      A* row =
+          p.windowed ? to + (p.frame_rows + ky) * p.framed_stride + p.frame_length : to + ky * s.kernel_w * p.channels;
       for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
         for (int64_t c = 0; c < p.channels; ++c) {
           row[kx * p.channels + c] = widen(from[c * taps + ky * s.kernel_w + kx]);
@@ -213,9 +213,8 @@ bool backward_run(const ConvPoolBackward<T>& job, const void* packed, void* part
   make_winner_tables(s, p.channels, tables);
   for (int64_t code = 0; code < 256; ++code) {
     // The further into the window the winner is, the more of the zero frame precedes its kernel.
-    b.framed_offset[code] =
-        static_cast<int32_t>((p.frame_rows - tables.row[code] * s.stride_h) * p.framed_stride + p.frame_length -
-                             tables.column[code] * s.stride_w * p.channels);
+    b.framed_offset[code] = static_cast<int32_t>((p.frame_rows - tables.row[code] * s.stride_h) * p.framed_stride +
+                                                 p.frame_length - tables.column[code] * s.stride_w * p.channels);
   }
   for (int64_t y = 0; y < s.out_h; ++y) {
     for (int64_t x = 0; x < s.out_w; ++x) b.window_offsets[y * s.out_w + x] = window_offset(s, p.channels, y, x);
@@ -277,7 +276,8 @@ bool backward_run(const ConvPoolBackward<T>& job, const void* packed, void* part
               weight_sum.add({b.image, p.runs.stride, b.list_offsets, b.list_scales, count}, sums, p.row_length);
             } else {
               for (int64_t run = 0; run < p.runs.count; ++run) {
-                const int64_t at = run / p.runs.per_row * p.runs.row_stride + run % p.runs.per_row * p.runs.column_stride;
+                const int64_t at =
+                    run / p.runs.per_row * p.runs.row_stride + run % p.runs.per_row * p.runs.column_stride;
                 weight_sum.add({b.image + at, 0, b.list_offsets, b.list_scales, count}, sums + run * p.row_length, 0);
               }
             }

@@ -110,22 +110,26 @@ void conv_tile(const ConvRows<A>& rows, const A* image, A* out) {
   V sum[columns][vectors];
   LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) {
     const V bias = load<V>(rows.bias + v * lanes);
-    LENET_EXT_UNROLL for (int x = 0; x < columns; ++x) sum[x][v] = bias;
+    LENET_EXT_UNROLL for (int x = 0; x < columns; ++x)
+      sum[x][v] = bias;
   }
   const A* weights = rows.weights;
   for (int64_t c = 0; c < rows.channels; ++c, image += rows.plane_stride) {
     for (int64_t tap = 0; tap < rows.taps; ++tap, weights += vectors * lanes) {
       const A* in = image + rows.tap_offsets[tap];
       V weight[vectors];
-      LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) weight[v] = load<V>(weights + v * lanes);
+      LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v)
+        weight[v] = load<V>(weights + v * lanes);
       LENET_EXT_UNROLL for (int x = 0; x < columns; ++x) {
         const V value = broadcast<V>(in[x]);
-        LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) sum[x][v] += weight[v] * value;
+        LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v)
+          sum[x][v] += weight[v] * value;
       }
     }
   }
   LENET_EXT_UNROLL for (int x = 0; x < columns; ++x) {
-    LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) store(out + (x * vectors + v) * lanes, sum[x][v]);
+    LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v)
+      store(out + (x * vectors + v) * lanes, sum[x][v]);
   }
 }
 
@@ -364,9 +368,8 @@ void forward_run_as(const ConvPoolForward<T>& job, const ForwardPlan& p, const v
   const ForwardScratch<A> scratch = forward_scratch<A>(s, p, scratch_base);
   const RowTiles<A> tiles = row_tiles<A, lanes, vectors>(s.conv_w);
   const bool plain = is_plain_2x2(s);
-  auto* pool = job.indices != nullptr
-                   ? (plain ? pool_row_2x2<A, lanes, true> : pool_row<A, lanes, true>)
-                   : (plain ? pool_row_2x2<A, lanes, false> : pool_row<A, lanes, false>);
+  auto* pool = job.indices != nullptr ? (plain ? pool_row_2x2<A, lanes, true> : pool_row<A, lanes, true>)
+                                      : (plain ? pool_row_2x2<A, lanes, false> : pool_row<A, lanes, false>);
 
   // A contiguous row of the arithmetic type without padding is read where it is.
   const bool in_place = sizeof(T) == sizeof(A) && s.stride_w == 1 && job.input_strides.w == 1 && s.pad_top == 0 &&
@@ -376,9 +379,8 @@ void forward_run_as(const ConvPoolForward<T>& job, const ForwardPlan& p, const v
   for (int64_t ky = 0, tap = 0; ky < s.kernel_h; ++ky) {
     for (int64_t kx = 0; kx < s.kernel_w; ++kx, ++tap) {
       const int64_t column = kx * s.dilation_w;
-      scratch.tap_offsets[tap] =
-          static_cast<int32_t>(ky * s.dilation_h * layout.row_stride +
-                               column % s.stride_w * layout.phase_length + column / s.stride_w);
+      scratch.tap_offsets[tap] = static_cast<int32_t>(ky * s.dilation_h * layout.row_stride +
+                                                      column % s.stride_w * layout.phase_length + column / s.stride_w);
     }
   }
 
@@ -402,8 +404,14 @@ void forward_run_as(const ConvPoolForward<T>& job, const ForwardPlan& p, const v
       const int64_t group = block / p.blocks.per_group, in_group = block % p.blocks.per_group * width;
       const int64_t count = min_of<int64_t>(width, s.out_channels / s.groups - in_group);
       const A* bias = static_cast<const A*>(packed) + block * p.packed_block;
-      const ConvRows<A> rows{image + group * p.channels * layout.plane_stride, layout.row_stride, layout.plane_stride,
-                             scratch.tap_offsets, p.taps, p.channels, bias + width, bias};
+      const ConvRows<A> rows{image + group * p.channels * layout.plane_stride,
+                             layout.row_stride,
+                             layout.plane_stride,
+                             scratch.tap_offsets,
+                             p.taps,
+                             p.channels,
+                             bias + width,
+                             bias};
       int64_t computed = conv_begin;  // convolution rows before this one are (or were) in the ring
       for (int64_t y = y_begin; y < y_end; ++y) {
         const WindowRange window = window_rows(s, y);

@@ -19,7 +19,7 @@ struct ConvPoolForward {
   const T* weight;  // contiguous
   const T* bias;    // contiguous, or null
   T* output;
-  uint8_t* indices;  // null: not wanted
+  uint8_t* indices;         // null: not wanted
   Strides4 output_strides;  // of output and of indices
 };
 
@@ -76,8 +76,9 @@ struct ReluPoolBackward {
   Strides4 grad_conv_strides;
 };
 
-// Each job: `prepare` once into `packed` (of `packed_bytes`), then `run` over [0, units) in any partition; the result does not
-// depend on the partition. `scratch` of `scratch_bytes` belongs to one run call. Buffers are aligned to 64 bytes.
+// Each job: `prepare` once into `packed` (of `packed_bytes`), then `run` over [0, units) in any partition; the result
+// does not depend on the partition. `scratch` of `scratch_bytes` belongs to one run call. Buffers are aligned to 64
+// bytes.
 template <typename T>
 struct ConvPoolTable {
   struct {
@@ -95,14 +96,16 @@ struct ConvPoolTable {
     // prepare and run return false where an operand is not finite: the caller then takes the dense path, in which a
     // position that did not win contributes 0 * infinity = NaN, as in stock.
     bool (*prepare)(const ConvPoolBackward<T>&, void* packed);
-    bool (*run)(const ConvPoolBackward<T>&, const void* packed, void* partials, void* scratch, int64_t begin, int64_t end);
+    bool (*run)(const ConvPoolBackward<T>&, const void* packed, void* partials, void* scratch, int64_t begin,
+                int64_t end);
     void (*reduce)(const ConvPoolBackward<T>&, const void* partials);
   } backward;
   struct {
     int64_t (*packed_bytes)(const ConvPoolShape&);
     int64_t (*scratch_bytes)(const ConvPoolShape&);
     void (*prepare)(const ConvAtIndices<T>&, void* packed);
-    void (*run)(const ConvAtIndices<T>&, const void* packed, void* scratch, int64_t begin, int64_t end);  // units: batch
+    void (*run)(const ConvAtIndices<T>&, const void* packed, void* scratch, int64_t begin,
+                int64_t end);  // units: batch
   } at_indices;
   struct {
     // units: batch * out_channels

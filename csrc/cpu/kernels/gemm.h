@@ -1,8 +1,8 @@
 // The matrix products of small linear layers: outputs in the lanes, sums in registers.
 //
 // A tile is `rows` x `vectors` vectors of the output; per step of k it loads `vectors` vectors of b and broadcasts
-// `rows` values of a. Where a row is no multiple of the lanes its last vector overlaps the one before: those columns are
-// computed twice, to the same value, and no masked loads are needed.
+// `rows` values of a. Where a row is no multiple of the lanes its last vector overlaps the one before: those columns
+// are computed twice, to the same value, and no masked loads are needed.
 #pragma once
 
 #include "gemm_kernels.h"
@@ -26,10 +26,12 @@ void gemm_tile(const Gemm<A>& g, int64_t row, int64_t column) {
   const A* b = g.b + column;
   for (int64_t k = 0; k < g.k; ++k, a += g.a_column, b += g.b_row) {
     V right[vectors];
-    LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) right[v] = load<V>(b + at(v));
+    LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v)
+      right[v] = load<V>(b + at(v));
     LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) {
       const V left = broadcast<V>(a[r * g.a_row]);
-      LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) sum[r][v] += left * right[v];
+      LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v)
+        sum[r][v] += left * right[v];
     }
   }
   LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) {
@@ -45,7 +47,9 @@ void gemm_tile(const Gemm<A>& g, int64_t row, int64_t column) {
 // Most vectors of a tile. Rows narrower than a full vector are cut into quarter vectors (or single values), of which
 // they have at most three.
 template <typename A, int lanes>
-constexpr int kMaxGemmVectors = lanes < kLanes<A> ? 3 : kRegisters == 32 ? 5 : 3;
+constexpr int kMaxGemmVectors = lanes < kLanes<A>  ? 3
+                                : kRegisters == 32 ? 5
+                                                   : 3;
 
 // Most rows of a tile of so many vectors: rows * vectors sums, `vectors` operands and a broadcast stay in registers.
 template <typename A, int lanes>
@@ -171,10 +175,12 @@ void gemm_nt_tile(const GemmNT<A>& g, int64_t row, int64_t column) {
   int64_t k = 0;
   for (; k + lanes <= g.k; k += lanes) {
     V left[rows];
-    LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) left[r] = load<V>(a + r * g.k + k);
+    LENET_EXT_UNROLL for (int r = 0; r < rows; ++r)
+      left[r] = load<V>(a + r * g.k + k);
     LENET_EXT_UNROLL for (int c = 0; c < columns; ++c) {
       const V right = load<V>(b + c * g.k + k);
-      LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) sum[r][c] += left[r] * right;
+      LENET_EXT_UNROLL for (int r = 0; r < rows; ++r)
+        sum[r][c] += left[r] * right;
     }
   }
   LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) {
@@ -225,9 +231,11 @@ void transpose(const A* from, int64_t rows, int64_t columns, A* to) {
       if constexpr (sizeof(A) == 4) {
         if (r + block <= rows && c + block <= columns) {
           Vec<A, block> tile[block];
-          LENET_EXT_UNROLL for (int i = 0; i < block; ++i) tile[i] = load<Vec<A, block>>(from + (r + i) * columns + c);
+          LENET_EXT_UNROLL for (int i = 0; i < block; ++i)
+            tile[i] = load<Vec<A, block>>(from + (r + i) * columns + c);
           transpose_tile<block>(tile);
-          LENET_EXT_UNROLL for (int i = 0; i < block; ++i) store(to + (c + i) * rows + r, tile[i]);
+          LENET_EXT_UNROLL for (int i = 0; i < block; ++i)
+            store(to + (c + i) * rows + r, tile[i]);
           continue;
         }
       }

@@ -2,8 +2,9 @@
 // next ones start, so that every lane is full in every layer, all loads are aligned, and activations stay in the L2
 // cache. Weights are broadcast straight from where the layers hold them: each is used once per `lanes` images.
 //
-// An accumulator tile is `channels` output channels x the 4 positions of one pooling window (convolutions), or `outputs`
-// outputs (linear layers): 24 or 12 registers. The window is reduced in registers; only pooled values are stored.
+// An accumulator tile is `channels` output channels x the 4 positions of one pooling window (convolutions), or
+// `outputs` outputs (linear layers): 24 or 12 registers. The window is reduced in registers; only pooled values are
+// stored.
 #include "lenet_kernels.h"
 
 #include "simd.h"
@@ -21,7 +22,8 @@ constexpr int kFeatures = kChannels2 * kPooled2 * kPooled2;
 constexpr int kChannelTile = kRegisters == 32 ? 6 : 3;
 constexpr int kOutputTile = kRegisters == 32 ? 24 : 12;
 
-// in [in_channels][size][size][lanes] -> out [channels][size'][size'][lanes], `channels` of the layer's output channels.
+// in [in_channels][size][size][lanes] -> out [channels][size'][size'][lanes], `channels` of the layer's output
+// channels.
 template <int channels, int in_channels, int size>
 void conv_tile(const float* in, const float* weight, const float* bias, float* out) {
   constexpr int pooled = (size - kKernel + 1) / 2, depth = in_channels * kKernel * kKernel;
@@ -37,7 +39,8 @@ void conv_tile(const float* in, const float* weight, const float* bias, float* o
                                  load<V>(row + (size + kx) * kImages), load<V>(row + (size + kx + 1) * kImages)};
             LENET_EXT_UNROLL for (int o = 0; o < channels; ++o) {
               const V w = broadcast<V>(taps[o * depth + kx]);
-              LENET_EXT_UNROLL for (int i = 0; i < 4; ++i) sum[o][i] += w * values[i];
+              LENET_EXT_UNROLL for (int i = 0; i < 4; ++i)
+                sum[o][i] += w * values[i];
             }
           }
         }
@@ -68,12 +71,15 @@ LENET_EXT_INLINE void conv_layer(const float* in, const float* weight, const flo
 template <int outputs, int depth, bool with_relu>
 void linear_tile(const float* in, const float* weight, const float* bias, float* out) {
   V sum[outputs];
-  LENET_EXT_UNROLL for (int o = 0; o < outputs; ++o) sum[o] = broadcast<V>(bias[o]);
+  LENET_EXT_UNROLL for (int o = 0; o < outputs; ++o)
+    sum[o] = broadcast<V>(bias[o]);
   for (int k = 0; k < depth; ++k) {
     const V value = load<V>(in + k * kImages);
-    LENET_EXT_UNROLL for (int o = 0; o < outputs; ++o) sum[o] += broadcast<V>(weight[o * depth + k]) * value;
+    LENET_EXT_UNROLL for (int o = 0; o < outputs; ++o)
+      sum[o] += broadcast<V>(weight[o * depth + k]) * value;
   }
-  LENET_EXT_UNROLL for (int o = 0; o < outputs; ++o) store(out + o * kImages, with_relu ? relu(sum[o]) : sum[o]);
+  LENET_EXT_UNROLL for (int o = 0; o < outputs; ++o)
+    store(out + o * kImages, with_relu ? relu(sum[o]) : sum[o]);
 }
 
 template <int first, int outputs, int depth>
@@ -104,7 +110,8 @@ void run_unit(const LenetInference& job, int64_t first, Activations& a) {
       rows[i] = load<V>(job.input + (first + min_of<int64_t>(i, count - 1)) * job.image_stride + pixel);
     }
     transpose_tile<kImages>(rows);
-    LENET_EXT_UNROLL for (int i = 0; i < kImages; ++i) store(a.images + (pixel + i) * kImages, rows[i]);
+    LENET_EXT_UNROLL for (int i = 0; i < kImages; ++i)
+      store(a.images + (pixel + i) * kImages, rows[i]);
   }
   conv_layer<0, kChannels1, 1, kImageSize>(a.images, job.conv1_weight, job.conv1_bias, a.pooled1);
   conv_layer<0, kChannels2, kChannels1, kPooled1>(a.pooled1, job.conv2_weight, job.conv2_bias, a.pooled2);

@@ -16,8 +16,8 @@ struct LenetInference {
 };
 
 struct LenetKernels {
-  int64_t lanes;          // images of a unit of work
-  int64_t scratch_bytes;  // of one run call
+  int64_t lanes;                                                                  // images of a unit of work
+  int64_t scratch_bytes;                                                          // of one run call
   void (*run)(const LenetInference&, void* scratch, int64_t begin, int64_t end);  // units: ceil(batch / lanes)
 };
 

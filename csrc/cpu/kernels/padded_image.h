@@ -66,7 +66,7 @@ void gather_planar(const ConvPoolShape& s, const T* image, const Strides4& strid
 // Returns whether all values are finite.
 template <typename T>
 bool gather_pixels(const ConvPoolShape& s, const T* image, const Strides4& strides, int64_t channel_begin,
-                             int64_t channels, Accumulator<T>* to) {
+                   int64_t channels, Accumulator<T>* to) {
   const int64_t height = padded_height(s), width = padded_width(s), row_stride = width * channels;
   bool finite = true;
   for (int64_t row = 0; row < height; ++row) {

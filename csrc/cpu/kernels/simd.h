@@ -167,8 +167,8 @@ LENET_EXT_INLINE V max_of_four(V a, V b, V c, V d) {
   best = best > other ? best : other;
 #if defined(__AVX512F__)
   if constexpr (sizeof(V) == 64 && sizeof(a[0]) == 4) {
-    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) |
-                          _mm512_cmp_ps_mask((__m512)c, (__m512)d, _CMP_UNORD_Q);
+    const __mmask16 nan =
+        _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_UNORD_Q) | _mm512_cmp_ps_mask((__m512)c, (__m512)d, _CMP_UNORD_Q);
     return (V)_mm512_mask_mov_ps((__m512)best, nan, _mm512_set1_ps(__builtin_nanf("")));
   }
 #endif
@@ -215,7 +215,8 @@ LENET_EXT_INLINE void transpose_tile(Vec<float, N> (&rows)[N]) {
       next[2 * i] = interleave_low<N>(rows[i], rows[i + N / 2]);
       next[2 * i + 1] = interleave_high<N>(rows[i], rows[i + N / 2]);
     }
-    LENET_EXT_UNROLL for (int i = 0; i < N; ++i) rows[i] = next[i];
+    LENET_EXT_UNROLL for (int i = 0; i < N; ++i)
+      rows[i] = next[i];
   }
 }
 

@@ -33,7 +33,8 @@ void window_sum_tile(const WindowList<A>& list, int64_t base_offset, A* sums, in
     const V scale = broadcast<V>(list.scales[entry]);
     const A* window = base + list.offsets[entry];
     LENET_EXT_UNROLL for (int r = 0; r < rows; ++r, window += list.stride) {
-      LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) sum[set][r][v] += scale * load<V>(window + v * lanes);
+      LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v)
+        sum[set][r][v] += scale * load<V>(window + v * lanes);
     }
   };
   int64_t entry = 0;
@@ -91,9 +92,9 @@ WindowSumTile<A> window_sum_tile_of(int64_t rows) {
 template <typename A>
 struct WindowSum {
   int lanes;
-  int64_t row_tiles, tall, tile_rows;              // the first `tall` row tiles have one row more
-  int64_t column_tiles, wide, tile_vectors;        // the first `wide` column tiles have one vector more
-  WindowSumTile<A> tile[2][2];                     // [one row more][one vector more]
+  int64_t row_tiles, tall, tile_rows;        // the first `tall` row tiles have one row more
+  int64_t column_tiles, wide, tile_vectors;  // the first `wide` column tiles have one vector more
+  WindowSumTile<A> tile[2][2];               // [one row more][one vector more]
 
   void add(const WindowList<A>& list, A* sums, int64_t sums_stride) const {
     int64_t row = 0;
@@ -102,8 +103,7 @@ struct WindowSum {
       int64_t column = 0;
       for (int64_t j = 0; j < column_tiles; ++j) {
         const bool more_vectors = j < wide;
-        tile[more_rows][more_vectors](list, row * list.stride + column, sums + row * sums_stride + column,
-                                      sums_stride);
+        tile[more_rows][more_vectors](list, row * list.stride + column, sums + row * sums_stride + column, sums_stride);
         column += (tile_vectors + more_vectors) * lanes;
       }
       row += tile_rows + more_rows;

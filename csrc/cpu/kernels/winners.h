@@ -8,9 +8,9 @@ namespace {
 
 // Tables over all 256 codes, and over the pooled positions, for an image in the layout [row][column][channel].
 struct WinnerTables {
-  bool inside;          // every window lies inside the convolution's output, so a valid code needs no further check
-  uint8_t valid[256];   // the code names a window position
-  int64_t row[256];     // convolution rows below the window's start
+  bool inside;         // every window lies inside the convolution's output, so a valid code needs no further check
+  uint8_t valid[256];  // the code names a window position
+  int64_t row[256];    // convolution rows below the window's start
   int64_t column[256];
   int32_t offset[256];  // elements between the window's start and the winner's first tap
 };

@@ -1,0 +1,137 @@
+"""What lenet_ext._C is made of, and the `build_ext` command that makes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from compile_objects import compile_objects
+from cpu_kernels import FLAGS, cpu_objects, supported_capabilities
+from cuda_toolkit import cuda_objects, find_cuda_toolkit
+from torch.utils import cpp_extension
+
+BYTES_PER_JOB = 1.2e9  # a host file takes 0.9 GB, they include torch's headers
+
+
+def _compiler() -> list[str]:
+    command = shlex.split(cpp_extension.get_cxx_compiler())  # CXX, else c++
+    if not command or shutil.which(command[0]) is None:
+        name = command[0] if command else ""
+        sys.exit(f"lenet_ext: the C++ compiler '{name}' was not found; install g++ or clang++, or set CXX to one")
+    return command
+
+
+def _jobs() -> int:
+    """One job a core, but no more than fit into the memory that is free."""
+    if wanted := os.environ.get("MAX_JOBS"):
+        if not wanted.isdecimal() or int(wanted) < 1:
+            sys.exit(f"lenet_ext: MAX_JOBS must be a positive number, got {wanted!r}")
+        return int(wanted)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = Path("/proc/meminfo")
+    available = re.search(r"MemAvailable: *(\d+) kB", memory.read_text()) if memory.is_file() else None
+    return max(1, min(cores, int(int(available[1]) * 1024 // BYTES_PER_JOB))) if available else cores
+
+
+def extension_and_command(root: Path, version: str) -> dict[str, Any]:
+    """The arguments of `setup` that concern compiled code. Ends in one sentence where it cannot be compiled."""
+    toolkit = find_cuda_toolkit()
+    cuda_reason = toolkit if isinstance(toolkit, str) else None
+    compiler = _compiler()
+    capabilities = supported_capabilities(compiler)
+    jobs = _jobs()
+    os.environ["MAX_JOBS"] = str(jobs)  # what torch's BuildExtension reads
+    debug = ["-g", "-O0"] if os.environ.get("DEBUG", "0") not in ("", "0") else []
+
+    compiler_version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    print(f"lenet_ext {version}, torch {torch.__version__}, jobs: {jobs}{', debug' if debug else ''}")
+    print(f"  compiler: {shlex.join(compiler)} ({compiler_version.partition(chr(10))[0]})")
+    print(f"  CPU instruction sets: {', '.join(capabilities)}")
+    if cuda_reason is None:
+        print(f"  CUDA {toolkit.version} ({toolkit.nvcc}) for {';'.join(toolkit.architectures)}", flush=True)
+    else:
+        print(f"  no CUDA: {cuda_reason}", flush=True)
+
+    csrc = root / "csrc"
+    sources = sorted([*csrc.glob("*.cpp"), *(csrc / "cpu").glob("*.cpp")])
+    # -g0: Python's own flags, which come first, may ask for debug information.
+    flags = [*(debug or ["-O2", "-g0"]), "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags += [f"-DLENET_EXT_HAVE_{name.upper()}" for name in capabilities if name != "default"]
+    for path in cpp_extension.include_paths():
+        flags += ["-isystem", path]  # as system headers torch's own do not warn
+    link_flags = ["-fopenmp"]
+    if cuda_reason is None:
+        flags += ["-DLENET_EXT_WITH_CUDA", "-isystem", str(toolkit.include)]
+        link_flags += [f"-L{toolkit.libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    else:
+        sources = [path for path in sources if not path.stem.endswith("_cuda")]
+
+    class BuildExtension(cpp_extension.BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            if self.editable_mode:
+                # setuptools would take a temporary folder, and so compile everything each time.
+                self.build_temp = str(root / "build" / f"editable-{sys.implementation.cache_tag}")
+
+        def run(self) -> None:
+            super().run()
+            # Into the package that was built: the source folder's own where the installation is editable.
+            self._write_record(Path(self.get_ext_fullpath("lenet_ext._C")).parent)
+
+        def build_extensions(self) -> None:
+            folder = Path(self.build_temp).resolve() / "lenet_ext"
+            self._write_config(folder)
+            objects = cpu_objects(compiler, capabilities, csrc / "cpu" / "kernels", folder, debug)
+            if cuda_reason is None:
+                objects += cuda_objects(toolkit, compiler, csrc / "cuda", folder, debug)
+            compile_objects(objects, folder, jobs)
+            extension = self.extensions[0]
+            extension.extra_objects = [str(job.output) for job in objects]
+            extension.depends = [*extension.extra_objects, *map(str, csrc.rglob("*.h"))]
+            extension.extra_compile_args["cxx"] += ["-I", str(folder)]
+            super().build_extensions()
+
+        def _write_config(self, folder: Path) -> None:
+            """What csrc/build_info.cpp reports (written only when it changes, so that nothing is compiled for it)."""
+            values = {
+                "VERSION": version,
+                "TORCH_VERSION": torch.__version__,
+                "CXX_FLAGS": " ".join(FLAGS + debug),
+            }
+            if cuda_reason is None:
+                values |= {"CUDA_VERSION": toolkit.version, "CUDA_ARCH_LIST": ";".join(toolkit.architectures)}
+            else:
+                values |= {"CUDA_REASON": cuda_reason}
+            text = "".join(f"#define LENET_EXT_{name} {json.dumps(value)}\n" for name, value in values.items())
+            folder.mkdir(parents=True, exist_ok=True)
+            header = folder / "lenet_ext_build_config.h"
+            if not header.is_file() or header.read_text() != text:
+                header.write_text(text)
+
+        def _write_record(self, folder: Path) -> None:
+            """What `import lenet_ext` compares with the running torch before it loads the library."""
+            record = {
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "cxx11_abi": torch.compiled_with_cxx11_abi(),
+                "cuda": toolkit.version if cuda_reason is None else None,
+                "cuda_reason": cuda_reason,
+            }
+            (folder / "_build_record.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    extension = cpp_extension.CppExtension(
+        "lenet_ext._C",
+        [os.path.relpath(path, root) for path in sources],
+        extra_compile_args={"cxx": flags},
+        extra_link_args=link_flags,
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}

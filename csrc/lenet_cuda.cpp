@@ -1,0 +1,108 @@
+// The whole network on CUDA. Compiled only where nvcc is found. Forward: one launch for float32, one channel and up to
+// 128 classes; otherwise the layers one after the other. Backward: the layers' kernels, without the cost of five
+// operators and five Functions.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "cuda_host.h"
+#include "cuda_ops.h"
+#include "lenet.h"
+
+namespace lenet_ext {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+struct Layers {
+  Tensor output, pooled1, indices1, pooled2, indices2, hidden1, hidden2;
+};
+
+Layers run_layers(const char* op, const Tensor& input, TensorList p, bool training) {
+  Layers a;
+  const ConvPoolOptions o = lenet_convolution();
+  a.pooled1 = conv_relu_max_pool2d_cuda(op, input, p[0], p[1], o, false, training ? &a.indices1 : nullptr);
+  a.pooled2 = conv_relu_max_pool2d_cuda(op, a.pooled1, p[2], p[3], o, false, training ? &a.indices2 : nullptr);
+  a.hidden1 = linear_cuda(op, a.pooled2.view({input.size(0), 400}), p[4], p[5], true);
+  a.hidden2 = linear_cuda(op, a.hidden1, p[6], p[7], true);
+  a.output = linear_cuda(op, a.hidden2, p[8], p[9], false);
+  return a;
+}
+
+// The kernel reads the linear layers' weights 16 bytes at a time.
+Tensor contiguous_and_aligned(const Tensor& tensor) {
+  const Tensor contiguous = tensor.contiguous();
+  return reinterpret_cast<uintptr_t>(contiguous.const_data_ptr()) % 16 == 0 ? contiguous : contiguous.clone();
+}
+
+Layers run(const char* op, const Tensor& input, TensorList parameters, bool training) {
+  check_lenet(op, input, parameters);
+  const CudaScope scope(input);
+  const Tensor images = input.contiguous();
+  const int64_t batch = input.size(0), classes = parameters[8].size(0);
+  if (!cuda::has_lenet_forward(cuda_dtype(op, input), input.size(1), classes)) {
+    return run_layers(op, images, parameters, training);
+  }
+  std::vector<Tensor> p;
+  for (const Tensor& parameter : parameters) p.push_back(contiguous_and_aligned(parameter));
+  const auto options = input.options(), codes = options.dtype(at::kByte);
+  Layers a;
+  a.output = at::empty({batch, classes}, options);
+  cuda::LenetForward call{};
+  if (training) {
+    a.pooled1 = at::empty({batch, 6, 14, 14}, options), a.indices1 = at::empty({batch, 6, 14, 14}, codes);
+    a.pooled2 = at::empty({batch, 16, 5, 5}, options), a.indices2 = at::empty({batch, 16, 5, 5}, codes);
+    a.hidden1 = at::empty({batch, 120}, options), a.hidden2 = at::empty({batch, 84}, options);
+    call.pooled1 = a.pooled1.mutable_data_ptr<float>(), call.indices1 = a.indices1.mutable_data_ptr<uint8_t>();
+    call.pooled2 = a.pooled2.mutable_data_ptr<float>(), call.indices2 = a.indices2.mutable_data_ptr<uint8_t>();
+    call.hidden1 = a.hidden1.mutable_data_ptr<float>(), call.hidden2 = a.hidden2.mutable_data_ptr<float>();
+  }
+  call.batch = batch, call.classes = classes;
+  call.input = images.const_data_ptr<float>(), call.output = a.output.mutable_data_ptr<float>();
+  for (int i = 0; i < 10; ++i) call.parameters[i] = p[i].const_data_ptr<float>();
+  check_launch(op, cuda::launch_lenet_forward(call, scope.stream), input);
+  return a;
+}
+
+Tensor lenet(const Tensor& input, TensorList parameters) { return run("lenet", input, parameters, false).output; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lenet_with_activations(const Tensor& input,
+                                                                                          TensorList parameters) {
+  const Layers a = run("lenet_with_activations", input, parameters, true);
+  return {a.output, a.pooled1, a.indices1, a.pooled2, a.indices2, a.hidden1, a.hidden2};
+}
+
+std::tuple<Tensor, std::vector<Tensor>> lenet_backward(const Tensor& grad_output, const Tensor& input,
+                                                       TensorList parameters, const Tensor& pooled1,
+                                                       const Tensor& indices1, const Tensor& pooled2,
+                                                       const Tensor& indices2, const Tensor& hidden1,
+                                                       const Tensor& hidden2, bool input_gradient) {
+  constexpr const char* op = "lenet_backward";
+  check_lenet(op, input, parameters);
+  const TensorList p = parameters;
+  const ConvPoolOptions o = lenet_convolution();
+  constexpr std::array<bool, 3> all = {true, true, true};
+  auto [grad_hidden2, fc3_weight, fc3_bias] = linear_backward_cuda(op, grad_output, Tensor(), hidden2, p[8], all);
+  auto [grad_hidden1, fc2_weight, fc2_bias] = linear_backward_cuda(op, grad_hidden2, hidden2, hidden1, p[6], all);
+  const Tensor features = pooled2.view({pooled2.size(0), 400});
+  auto [grad_features, fc1_weight, fc1_bias] = linear_backward_cuda(op, grad_hidden1, hidden1, features, p[4], all);
+  auto [grad_pooled1, conv2_weight, conv2_bias] =
+      conv_relu_max_pool2d_backward_cuda(op, grad_features.view(pooled2.sizes()), indices2, pooled1, p[2], o, all);
+  auto [grad_input, conv1_weight, conv1_bias] =
+      conv_relu_max_pool2d_backward_cuda(op, grad_pooled1, indices1, input, p[0], o, {input_gradient, true, true});
+  return {grad_input,
+          {conv1_weight, conv1_bias, conv2_weight, conv2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc3_weight,
+           fc3_bias}};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lenet_ext, LENET_EXT_CUDA_KEY, m) {
+  m.impl("lenet", &lenet);
+  m.impl("lenet_with_activations", &lenet_with_activations);
+  m.impl("lenet_backward", &lenet_backward);
+}
+
+}  // namespace lenet_ext

@@ -1,0 +1,46 @@
+"""Shared set-up of the test suite: devices, seeds, hypothesis profile, markers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run: a red build can be repeated, and a green one does not depend on luck. To search for
+# new examples on purpose: HYPOTHESIS_PROFILE=explore pytest.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("repeatable", derandomize=True, max_examples=60, database=None, print_blob=True, **_COMMON)
+# For test_variants.py, which runs the same files several times over.
+settings.register_profile("variant", parent=settings.get_profile("repeatable"), max_examples=20)
+settings.register_profile("explore", max_examples=2000, print_blob=True, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kernels: numbers of the kernels; test_variants.py reruns these per algorithm")
+    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+
+
+@pytest.fixture(scope="session", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device of this machine, the CPU always."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    """A fixed seed, the number of threads as it was, and a stock convolution in float32 that means float32.
+
+    TF32 (cuDNN's default) would make stock the less exact of the two on a GPU.
+    """
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if "cuda" in DEVICES else contextlib.nullcontext():
+        yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)

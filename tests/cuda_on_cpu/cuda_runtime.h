@@ -1,0 +1,377 @@
+// A stand-in for CUDA's header, so that a host compiler builds the kernels of csrc/cuda and any machine runs them:
+//
+//   g++ -x c++ -std=c++17 -DLX_HOST_SHIM -I tests/cuda_on_cpu file.cu
+//
+// It is a test tool, made to find mistakes: blocks run one after another, in shuffled order; the threads of a block are
+// fibers, run in an order that the test chooses (`lx_shim::state().schedule`). What it reports, by a launch that
+// returns cudaErrorLaunchFailure and a sentence in lx_shim::state().failure:
+//   - a barrier or shuffle that some threads of the block or warp do not reach, or that they reach at different lines;
+//   - shared memory written outside of the launched size (AddressSanitizer also sees reads);
+//   - sizes beyond the limits of a launch.
+// Shared memory and cudaMalloc'ed memory start out as NaN, whatever the type, so an element that is read before it was
+// written shows in the result; results that depend on the schedule show a missing barrier.
+// It cannot see bank conflicts, occupancy or the memory order of a real GPU; compute-sanitizer and Nsight can.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#define LX_SHIM_ASAN 1
+#else
+#define LX_SHIM_ASAN 0
+#endif
+
+#define __host__
+#define __device__
+#define __global__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorLaunchFailure = 719,
+};
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
+using cudaStream_t = struct CUstream_st*;
+struct cudaLaunchAttribute {};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+
+namespace lx_shim {
+
+constexpr size_t kStackBytes = 256 * 1024, kGuardBytes = 64;
+constexpr size_t kMaxSharedBytes = 227 * 1024, kDefaultSharedBytes = 48 * 1024;
+constexpr unsigned kWarp = 32;
+constexpr uint16_t kPoison = 0x7ff4;  // twice a float's NaN, four times a double's, as 16 bits a NaN of both kinds
+
+enum class Schedule { kForward, kReverse, kShuffled };
+
+// A stack with its machine state; it runs the code of one thread after another.
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  void* fake_stack = nullptr;  // AddressSanitizer's
+};
+
+struct Thread {
+  enum State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
+  uint3 index;
+  unsigned linear;
+  State state = kReady;
+  Fiber* fiber = nullptr;
+  const char* file = "";  // of the barrier it waits at
+  int line = 0;
+  unsigned shuffles = 0;
+  unsigned char deposit[2]
+                       [16];  // what it offers to the lanes of its warp; two, so that one barrier a shuffle is enough
+};
+
+struct State {
+  Schedule schedule = Schedule::kForward;
+  unsigned seed = 0;
+  std::string failure;  // of the last launch that failed
+  int64_t launches = 0;
+
+  // The block that runs.
+  dim3 grid, block;
+  uint3 block_index;
+  std::vector<Thread> threads;
+  Thread* current = nullptr;
+  unsigned char* shared = nullptr;
+  void (*run_thread)(void*) = nullptr;
+  void* run_argument = nullptr;
+
+  std::map<const void*, size_t> shared_limit;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Fiber*> idle;
+  ucontext_t scheduler;
+  void* scheduler_fake_stack = nullptr;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
+};
+inline State& state() {
+  static State only;
+  return only;
+}
+
+inline unsigned char poison_byte(size_t i) { return static_cast<unsigned char>(i % 2 ? kPoison >> 8 : kPoison & 0xff); }
+
+inline void poison(void* memory, size_t bytes) {
+  for (size_t i = 0; i < bytes; ++i) static_cast<unsigned char*>(memory)[i] = poison_byte(i);
+}
+
+inline unsigned char* shared_memory() { return state().shared; }
+
+// ------------------------------------------------------------------------------------------------------- fibers
+
+inline void switch_to_scheduler(Fiber& from) {
+#if LX_SHIM_ASAN
+  __sanitizer_start_switch_fiber(&from.fake_stack, state().scheduler_stack, state().scheduler_stack_bytes);
+#endif
+  swapcontext(&from.context, &state().scheduler);
+#if LX_SHIM_ASAN
+  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+#endif
+}
+
+inline void fiber_main() {
+#if LX_SHIM_ASAN
+  __sanitizer_finish_switch_fiber(nullptr, &state().scheduler_stack, &state().scheduler_stack_bytes);
+#endif
+  for (;;) {
+    State& s = state();
+    s.run_thread(s.run_argument);
+    s.current->state = Thread::kDone;
+    switch_to_scheduler(*s.current->fiber);
+  }
+}
+
+inline void prepare(Fiber* fiber) {
+  getcontext(&fiber->context);
+  fiber->context.uc_stack.ss_sp = fiber->stack.get();
+  fiber->context.uc_stack.ss_size = kStackBytes;
+  fiber->context.uc_link = nullptr;
+  makecontext(&fiber->context, fiber_main, 0);
+}
+
+inline void resume(Thread& thread) {
+  State& s = state();
+  if (thread.fiber == nullptr) {
+    if (s.idle.empty()) {
+      s.fibers.emplace_back(new Fiber);
+      prepare(s.fibers.back().get());
+      s.idle.push_back(s.fibers.back().get());
+    }
+    thread.fiber = s.idle.back();
+    s.idle.pop_back();
+  }
+  s.current = &thread;
+#if LX_SHIM_ASAN
+  __sanitizer_start_switch_fiber(&s.scheduler_fake_stack, thread.fiber->stack.get(), kStackBytes);
+#endif
+  swapcontext(&s.scheduler, &thread.fiber->context);
+#if LX_SHIM_ASAN
+  __sanitizer_finish_switch_fiber(s.scheduler_fake_stack, nullptr, nullptr);
+#endif
+  if (thread.state == Thread::kDone) s.idle.push_back(thread.fiber);
+}
+
+inline void wait(Thread::State kind, const char* file, int line) {
+  Thread& thread = *state().current;
+  thread.state = kind;
+  thread.file = file;
+  thread.line = line;
+  switch_to_scheduler(*thread.fiber);
+}
+
+// Lets the threads [begin, end) go on if all of them wait at one barrier of this kind.
+inline bool release(unsigned begin, unsigned end, Thread::State kind) {
+  std::vector<Thread>& all = state().threads;
+  for (unsigned i = begin; i < end; ++i) {
+    if (all[i].state != kind || all[i].line != all[begin].line || strcmp(all[i].file, all[begin].file) != 0)
+      return false;
+  }
+  for (unsigned i = begin; i < end; ++i) all[i].state = Thread::kReady;
+  return true;
+}
+
+inline std::string describe(const Thread& thread) {
+  std::string text = "thread " + std::to_string(thread.linear);
+  if (thread.state == Thread::kDone) return text + " has returned";
+  return text + " waits at " + (thread.state == Thread::kAtBlockBarrier ? "the block barrier " : "the warp barrier ") +
+         thread.file + ":" + std::to_string(thread.line);
+}
+
+// Runs the block's threads; false: some of them wait for ever.
+inline bool run_block(std::mt19937& random) {
+  State& s = state();
+  const unsigned count = static_cast<unsigned>(s.threads.size());
+  std::vector<unsigned> order(count);
+  for (unsigned i = 0; i < count; ++i) order[i] = s.schedule == Schedule::kReverse ? count - 1 - i : i;
+  for (;;) {
+    if (s.schedule == Schedule::kShuffled) std::shuffle(order.begin(), order.end(), random);
+    for (unsigned i : order) {
+      if (s.threads[i].state == Thread::kReady) resume(s.threads[i]);
+    }
+    bool released = release(0, count, Thread::kAtBlockBarrier);
+    bool done = true;
+    for (unsigned begin = 0; begin < count; begin += kWarp) {
+      if (release(begin, std::min(begin + kWarp, count), Thread::kAtWarpBarrier)) released = true;
+    }
+    for (const Thread& thread : s.threads) done = done && thread.state == Thread::kDone;
+    if (done) return true;
+    if (!released) break;
+  }
+  // Name a waiting thread and one that is elsewhere: of its warp for a warp barrier, else of the block.
+  for (const Thread& thread : s.threads) {
+    if (thread.state == Thread::kDone) continue;
+    for (const Thread& other : s.threads) {
+      if (thread.state == Thread::kAtWarpBarrier && other.linear / kWarp != thread.linear / kWarp) continue;
+      if (other.state == thread.state && other.line == thread.line) continue;
+      s.failure = describe(thread) + ", but " + describe(other);
+      break;
+    }
+    if (!s.failure.empty()) break;
+  }
+  // The stacks of the threads that wait are given up: nothing in a kernel has a destructor.
+  s.fibers.clear();
+  s.idle.clear();
+  return false;
+}
+
+template <typename Kernel>
+cudaError_t run_grid(const cudaLaunchConfig_t& config, const void* function, Kernel& kernel) {
+  State& s = state();
+  s.failure.clear();
+  ++s.launches;
+  const dim3 grid = config.gridDim, block = config.blockDim;
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 ||
+      threads == 0 || threads > 1024) {
+    s.failure = "the grid or block is outside of CUDA's limits";
+    return cudaErrorInvalidConfiguration;
+  }
+  auto limit = s.shared_limit.find(function);
+  if (config.dynamicSmemBytes > (limit == s.shared_limit.end() ? kDefaultSharedBytes : limit->second)) {
+    s.failure = "more dynamic shared memory than cudaFuncSetAttribute allowed";
+    return cudaErrorInvalidValue;
+  }
+
+  s.grid = grid;
+  s.block = block;
+  s.run_thread = [](void* argument) { (*static_cast<Kernel*>(argument))(); };
+  s.run_argument = &kernel;
+  std::mt19937 random(s.seed);
+  std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
+  for (uint64_t i = 0; i < blocks.size(); ++i) blocks[i] = i;
+  std::shuffle(blocks.begin(), blocks.end(), random);
+
+  // With AddressSanitizer the allocation has exactly the launched size, and its own guards.
+  const size_t guard = LX_SHIM_ASAN ? 0 : kGuardBytes, bytes = config.dynamicSmemBytes + 2 * guard;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 16, std::max<size_t>(bytes, 1)) != 0) return cudaErrorMemoryAllocation;
+  std::unique_ptr<unsigned char, void (*)(void*)> owner(static_cast<unsigned char*>(memory), free);
+  s.shared = owner.get() + guard;
+
+  for (uint64_t b : blocks) {
+    poison(memory, bytes);
+    s.block_index = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                     static_cast<unsigned>(b / grid.x / grid.y)};
+    s.threads.assign(threads, Thread{});
+    for (unsigned i = 0; i < threads; ++i) {
+      s.threads[i].index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+      s.threads[i].linear = i;
+    }
+    if (!run_block(random)) return cudaErrorLaunchFailure;
+    for (size_t i = 0; i < guard; ++i) {
+      const size_t behind = bytes - guard + i;
+      if (owner.get()[i] != poison_byte(i) || owner.get()[behind] != poison_byte(behind)) {
+        s.failure = "a thread wrote outside of the block's shared memory";
+        return cudaErrorLaunchFailure;
+      }
+    }
+  }
+  return cudaSuccess;
+}
+
+template <typename T>
+T exchange(T value, unsigned from_lane, const char* file, int line) {
+  static_assert(sizeof(T) <= sizeof(Thread::deposit[0]), "too large to shuffle");
+  Thread& me = *state().current;
+  const unsigned slot = me.shuffles++ % 2, warp = me.linear / kWarp * kWarp;
+  memcpy(me.deposit[slot], &value, sizeof value);
+  wait(Thread::kAtWarpBarrier, file, line);
+  if (warp + from_lane < state().threads.size()) {
+    memcpy(&value, state().threads[warp + from_lane].deposit[slot], sizeof value);
+  }
+  return value;
+}
+
+}  // namespace lx_shim
+
+#define threadIdx (::lx_shim::state().current->index)
+#define blockIdx (::lx_shim::state().block_index)
+#define blockDim (::lx_shim::state().block)
+#define gridDim (::lx_shim::state().grid)
+
+#define __syncthreads() ::lx_shim::wait(::lx_shim::Thread::kAtBlockBarrier, __FILE__, __LINE__)
+#define __syncwarp() ::lx_shim::wait(::lx_shim::Thread::kAtWarpBarrier, __FILE__, __LINE__)
+// Full masks only.
+#define __shfl_xor_sync(mask, value, lanes) \
+  ::lx_shim::exchange(value, (threadIdx.x % 32) ^ static_cast<unsigned>(lanes), __FILE__, __LINE__)
+#define __shfl_sync(mask, value, lane) ::lx_shim::exchange(value, static_cast<unsigned>(lane) % 32, __FILE__, __LINE__)
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  auto call = [&] { kernel(static_cast<Parameters>(arguments)...); };
+  return lx_shim::run_grid(*config, reinterpret_cast<const void*>(kernel), call);
+}
+
+inline cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int value) {
+  if (value < 0 || static_cast<size_t>(value) > lx_shim::kMaxSharedBytes) return cudaErrorInvalidValue;
+  lx_shim::state().shared_limit[function] = static_cast<size_t>(value);
+  return cudaSuccess;
+}
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaSuccess) return "no error";
+  return lx_shim::state().failure.empty() ? "invalid argument" : lx_shim::state().failure.c_str();
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+// Few multiprocessors, so that blocks which stay until the batch is done make several rounds.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 1;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMalloc(void** pointer, size_t bytes) {
+  if (posix_memalign(pointer, 256, std::max<size_t>(bytes, 1)) != 0) return cudaErrorMemoryAllocation;
+  lx_shim::poison(*pointer, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* pointer) {
+  free(pointer);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }

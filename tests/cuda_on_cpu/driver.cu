@@ -1,0 +1,550 @@
+// Every kernel of csrc/cuda against plain loops in float64, without torch, so that a sanitizer sees nothing but our
+// code:
+//   - on the CPU, against the stand-in for CUDA in this directory, under AddressSanitizer and UBSan (build.py), with
+//     each case run under several schedules of its threads;
+//   - on a GPU, built by nvcc, under compute-sanitizer (benchmarks/gpu_check.py).
+// Usage: driver [most schedules]. Prints one line for each failure, and the plain closing line "N passed, N failed".
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/device.cuh"
+
+namespace {
+
+using namespace lenet_ext;
+using namespace lenet_ext::cuda;
+
+int passed = 0, failed = 0;
+int schedules = 3;
+std::mt19937 generator(1);
+
+void expect(bool ok, const std::string& what) {
+  ok ? ++passed : ++failed;
+  if (!ok) printf("FAILED %s\n", what.c_str());
+}
+
+void must(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  printf("%s: %s\n", what, cudaGetErrorString(error));
+  exit(2);
+}
+
+size_t element_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+// Largest relative error of a result that was rounded once.
+double tolerance(DType dtype) {
+  return dtype == DType::kFloat64 ? 1e-12 : dtype == DType::kFloat32 ? 2e-5 : dtype == DType::kFloat16 ? 2e-3 : 1e-2;
+}
+
+double read(DType dtype, const void* data, int64_t i) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return static_cast<const double*>(data)[i];
+    case DType::kFloat32:
+      return static_cast<const float*>(data)[i];
+    case DType::kFloat16:
+      return lx::widen(static_cast<const lx::f16*>(data)[i]);
+    default:
+      return lx::widen(static_cast<const lx::bf16*>(data)[i]);
+  }
+}
+void write(DType dtype, void* data, int64_t i, double value) {
+  switch (dtype) {
+    case DType::kFloat64:
+      static_cast<double*>(data)[i] = value;
+      break;
+    case DType::kFloat32:
+      static_cast<float*>(data)[i] = static_cast<float>(value);
+      break;
+    case DType::kFloat16:
+      static_cast<lx::f16*>(data)[i] = lx::narrow<lx::f16>(static_cast<float>(value));
+      break;
+    default:
+      static_cast<lx::bf16*>(data)[i] = lx::narrow<lx::bf16>(static_cast<float>(value));
+  }
+}
+
+// Device memory that starts out as NaN, placed so that its last byte is the allocation's last.
+class Buffer {
+ public:
+  Buffer(DType dtype, int64_t count) : dtype_(dtype), count_(count), bytes_(count * element_bytes(dtype)) { reset(); }
+  ~Buffer() { cudaFree(memory_); }
+  Buffer(const Buffer&) = delete;
+
+  void reset() {
+    if (memory_ == nullptr) must(cudaMalloc(&memory_, bytes_), "cudaMalloc");
+    std::vector<uint16_t> poison(bytes_ / 2 + 1, 0x7ff4);
+    must(cudaMemcpy(memory_, poison.data(), bytes_, cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+  void set(const std::vector<double>& values) {
+    std::vector<unsigned char> host(bytes_ + 1);
+    for (int64_t i = 0; i < count_; ++i) write(dtype_, host.data(), i, values[i]);
+    must(cudaMemcpy(memory_, host.data(), bytes_, cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+  std::vector<double> get() const {
+    std::vector<unsigned char> host(bytes_ + 1);
+    must(cudaMemcpy(host.data(), memory_, bytes_, cudaMemcpyDeviceToHost), "cudaMemcpy");
+    std::vector<double> values(count_);
+    for (int64_t i = 0; i < count_; ++i) values[i] = read(dtype_, host.data(), i);
+    return values;
+  }
+  void* data() const { return memory_; }
+
+ private:
+  DType dtype_;
+  int64_t count_;
+  size_t bytes_;
+  void* memory_ = nullptr;
+};
+
+struct Bytes {
+  explicit Bytes(int64_t count) : count(count) {
+    must(cudaMalloc(reinterpret_cast<void**>(&data), count), "cudaMalloc");
+  }
+  ~Bytes() { cudaFree(data); }
+  Bytes(const Bytes&) = delete;
+  std::vector<uint8_t> get() const {
+    std::vector<uint8_t> values(count);
+    must(cudaMemcpy(values.data(), data, count, cudaMemcpyDeviceToHost), "cudaMemcpy");
+    return values;
+  }
+  int64_t count;
+  uint8_t* data = nullptr;
+};
+
+std::vector<double> random_values(DType dtype, int64_t count, double scale = 1.0) {
+  std::normal_distribution<double> normal;
+  std::vector<double> values(count);
+  alignas(8) unsigned char rounded[8];
+  for (double& value : values) {
+    write(dtype, rounded, 0, normal(generator) * scale);
+    value = read(dtype, rounded, 0);
+  }
+  return values;
+}
+
+void compare(const std::string& what, DType dtype, const std::vector<double>& got, const std::vector<double>& expected,
+             double scale) {
+  for (size_t i = 0; i < got.size(); ++i) {
+    const bool same =
+        got[i] == expected[i] || std::fabs(got[i] - expected[i]) <= tolerance(dtype) * (scale + std::fabs(expected[i]));
+    if (same) continue;
+    expect(false, what + " at " + std::to_string(i) + ": " + std::to_string(got[i]) + ", expected " +
+                      std::to_string(expected[i]));
+    return;
+  }
+  expect(true, what);
+}
+
+// Runs a launcher under each schedule; on a GPU there is one. `prepare` makes outputs NaN again.
+template <typename Launch, typename Check>
+void run(const std::string& what, Launch launch, Check check) {
+#ifdef LX_HOST_SHIM
+  for (int i = 0; i < schedules; ++i) {
+    lx_shim::state().schedule = static_cast<lx_shim::Schedule>(i % 3);
+    lx_shim::state().seed = static_cast<unsigned>(i);
+#else
+  {
+#endif
+    const LaunchResult result = launch();
+    if (result.error == cudaSuccess) must(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    if (result.error != cudaSuccess) {
+      expect(false, what + ": " + result.kernel + ": " + cudaGetErrorString(result.error));
+      return;
+    }
+    check();
+  }
+}
+
+// --------------------------------------------------------------------------------------------------
+// conv_relu_max_pool2d
+
+Strides4 contiguous(int64_t c, int64_t h, int64_t w) { return {c * h * w, h * w, w, 1}; }
+
+struct Conv {
+  ConvPoolShape s;
+  std::vector<double> input, weight, bias;
+
+  int64_t in(int64_t n, int64_t c, int64_t h, int64_t w) const {
+    return ((n * s.in_channels + c) * s.height + h) * s.width + w;
+  }
+  int64_t out(int64_t n, int64_t c, int64_t h, int64_t w) const {
+    return ((n * s.out_channels + c) * s.out_h + h) * s.out_w + w;
+  }
+  int64_t map(int64_t n, int64_t c, int64_t h, int64_t w) const {
+    return ((n * s.out_channels + c) * s.conv_h + h) * s.conv_w + w;
+  }
+  int64_t inputs() const { return in(s.batch, 0, 0, 0); }
+  int64_t outputs() const { return out(s.batch, 0, 0, 0); }
+  int64_t maps() const { return map(s.batch, 0, 0, 0); }
+  int64_t weights() const { return s.out_channels * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w; }
+
+  // Calls visit(input offset, weight offset) for each product of the convolution at one position.
+  template <typename Visit>
+  void products(int64_t n, int64_t channel, int64_t ch, int64_t cw, Visit visit) const {
+    const int64_t group_in = s.in_channels / s.groups, group = channel / (s.out_channels / s.groups);
+    for (int64_t c = 0; c < group_in; ++c) {
+      for (int64_t i = 0; i < s.kernel_h; ++i) {
+        for (int64_t j = 0; j < s.kernel_w; ++j) {
+          const int64_t h = ch * s.stride_h - s.pad_top + i * s.dilation_h;
+          const int64_t w = cw * s.stride_w - s.pad_left + j * s.dilation_w;
+          if (h < 0 || h >= s.height || w < 0 || w >= s.width) continue;
+          visit(in(n, group * group_in + c, h, w), ((channel * group_in + c) * s.kernel_h + i) * s.kernel_w + j);
+        }
+      }
+    }
+  }
+  double convolution(int64_t n, int64_t channel, int64_t ch, int64_t cw) const {
+    double sum = bias.empty() ? 0 : bias[channel];
+    products(n, channel, ch, cw, [&](int64_t x, int64_t w) { sum += input[x] * weight[w]; });
+    return sum;
+  }
+  // The winner's position in the convolution's output.
+  void position(int64_t h, int64_t w, int code, int64_t* ch, int64_t* cw) const {
+    *ch = h * s.pool_stride_h - s.pool_pad_h + code / s.pool_kernel_w * s.pool_dilation_h;
+    *cw = w * s.pool_stride_w - s.pool_pad_w + code % s.pool_kernel_w * s.pool_dilation_w;
+  }
+  bool inside(int64_t ch, int64_t cw) const { return ch >= 0 && ch < s.conv_h && cw >= 0 && cw < s.conv_w; }
+};
+
+// Values against the reference; codes by what they say: that the value at the winner's position is the output.
+void check_pooled(const std::string& what, DType dtype, const Conv& c, const std::vector<double>& values,
+                  const std::vector<double>& output, const std::vector<uint8_t>& codes, double scale) {
+  std::vector<double> expected(output.size());
+  bool codes_right = true;
+  for (int64_t n = 0; n < c.s.batch; ++n) {
+    for (int64_t o = 0; o < c.s.out_channels; ++o) {
+      for (int64_t h = 0; h < c.s.out_h; ++h) {
+        for (int64_t w = 0; w < c.s.out_w; ++w) {
+          double best = -INFINITY;
+          int64_t ch, cw;
+          for (int code = 0; code < c.s.pool_kernel_h * c.s.pool_kernel_w; ++code) {
+            c.position(h, w, code, &ch, &cw);
+            if (c.inside(ch, cw)) best = std::fmax(best, std::fmax(0.0, values[c.map(n, o, ch, cw)]));
+          }
+          const int64_t at = c.out(n, o, h, w);
+          expected[at] = best;
+          const double slack = 4 * tolerance(dtype) * (scale + best);
+          if (codes[at] == kDead) {
+            codes_right = codes_right && best <= slack;
+          } else {
+            c.position(h, w, codes[at], &ch, &cw);
+            codes_right = codes_right && c.inside(ch, cw) && std::fabs(values[c.map(n, o, ch, cw)] - best) <= slack;
+          }
+        }
+      }
+    }
+  }
+  compare(what, dtype, output, expected, scale);
+  expect(codes_right, what + ": winner codes");
+}
+
+void test_convolution(const std::string& name, DType dtype, const ConvPoolShape& s) {
+  Conv c{s, {}, {}, {}};
+  c.input = random_values(dtype, c.inputs());
+  c.weight = random_values(dtype, c.weights(), 0.5);
+  if (s.out_channels % 2 == 0) c.bias = random_values(dtype, s.out_channels, 0.5);
+  const double scale = std::sqrt(static_cast<double>(c.weights() / s.out_channels));
+
+  std::vector<double> values(c.maps());
+  for (int64_t n = 0, i = 0; n < s.batch; ++n) {
+    for (int64_t o = 0; o < s.out_channels; ++o) {
+      for (int64_t h = 0; h < s.conv_h; ++h) {
+        for (int64_t w = 0; w < s.conv_w; ++w) values[i++] = c.convolution(n, o, h, w);
+      }
+    }
+  }
+  Buffer input(dtype, c.inputs()), weight(dtype, c.weights()), bias(dtype, s.out_channels);
+  input.set(c.input);
+  weight.set(c.weight);
+  if (!c.bias.empty()) bias.set(c.bias);
+  const void* bias_data = c.bias.empty() ? nullptr : bias.data();
+  const Strides4 in_strides = contiguous(s.in_channels, s.height, s.width);
+  const Strides4 out_strides = contiguous(s.out_channels, s.out_h, s.out_w);
+  const Strides4 map_strides = contiguous(s.out_channels, s.conv_h, s.conv_w);
+
+  Buffer output(dtype, c.outputs());
+  Bytes indices(c.outputs());
+  run(
+      name + " forward",
+      [&] {
+        output.reset();
+        return launch_conv_pool_forward(
+            dtype, {s, input.data(), in_strides, weight.data(), bias_data, output.data(), indices.data, out_strides},
+            {});
+      },
+      [&] { check_pooled(name + " forward", dtype, c, values, output.get(), indices.get(), scale); });
+  const std::vector<uint8_t> codes = indices.get();
+
+  {  // the vendor's convolution followed by our pass
+    Buffer map(dtype, c.maps()), pooled(dtype, c.outputs());
+    Bytes pooled_indices(c.outputs());
+    std::vector<double> without_bias = values;
+    for (int64_t i = 0; i < c.maps(); ++i) {
+      if (!c.bias.empty()) without_bias[i] -= c.bias[i / (s.conv_h * s.conv_w) % s.out_channels];
+    }
+    map.set(without_bias);
+    run(
+        name + " pool",
+        [&] {
+          pooled.reset();
+          return launch_bias_relu_pool(
+              dtype, {s, map.data(), map_strides, bias_data, pooled.data(), pooled_indices.data, out_strides}, {});
+        },
+        [&] { check_pooled(name + " pool", dtype, c, values, pooled.get(), pooled_indices.get(), 4 * scale); });
+  }
+
+  {
+    Buffer at(dtype, c.outputs());
+    std::vector<double> expected(c.outputs());
+    for (int64_t i = 0; i < c.outputs(); ++i) {
+      int64_t ch, cw;
+      c.position(i / s.out_w % s.out_h, i % s.out_w, codes[i], &ch, &cw);
+      if (codes[i] != kDead) {
+        const int64_t plane = i / (s.out_h * s.out_w);
+        expected[i] = values[c.map(plane / s.out_channels, plane % s.out_channels, ch, cw)];
+      }
+    }
+    run(
+        name + " at indices",
+        [&] {
+          at.reset();
+          return launch_conv_at_indices(
+              dtype, {s, input.data(), in_strides, weight.data(), bias_data, indices.data, at.data(), out_strides}, {});
+        },
+        [&] { compare(name + " at indices", dtype, at.get(), expected, scale); });
+  }
+
+  const std::vector<double> gradient = random_values(dtype, c.outputs());
+  std::vector<double> grad_input(c.inputs()), grad_weight(c.weights()), grad_bias(s.out_channels), grad_map(c.maps());
+  for (int64_t i = 0; i < c.outputs(); ++i) {
+    if (codes[i] == kDead) continue;
+    const int64_t plane = i / (s.out_h * s.out_w), n = plane / s.out_channels, o = plane % s.out_channels;
+    int64_t ch, cw;
+    c.position(i / s.out_w % s.out_h, i % s.out_w, codes[i], &ch, &cw);
+    grad_bias[o] += gradient[i];
+    grad_map[c.map(n, o, ch, cw)] += gradient[i];
+    c.products(n, o, ch, cw, [&](int64_t x, int64_t w) {
+      grad_input[x] += gradient[i] * c.weight[w];
+      grad_weight[w] += gradient[i] * c.input[x];
+    });
+  }
+  Buffer grad_output(dtype, c.outputs()), got_input(dtype, c.inputs()), got_weight(dtype, c.weights());
+  Buffer got_bias(dtype, s.out_channels), got_map(dtype, c.maps());
+  grad_output.set(gradient);
+  const double grad_scale = std::sqrt(static_cast<double>(s.batch * s.out_h * s.out_w)) + scale;
+  for (const bool bias_only : {false, true}) {
+    const int64_t bytes = conv_pool_backward_workspace(dtype, s, !bias_only);
+    Buffer workspace(DType::kFloat32, bytes / 4);
+    run(
+        name + " backward",
+        [&] {
+          got_input.reset(), got_weight.reset(), got_bias.reset(), workspace.reset();
+          ConvPoolBackward call{s,
+                                grad_output.data(),
+                                out_strides,
+                                indices.data,
+                                out_strides,
+                                input.data(),
+                                in_strides,
+                                weight.data(),
+                                got_input.data(),
+                                in_strides,
+                                got_weight.data(),
+                                got_bias.data(),
+                                workspace.data()};
+          if (bias_only) call.grad_input = call.grad_weight = nullptr;
+          return launch_conv_pool_backward(dtype, call, {});
+        },
+        [&] {
+          compare(name + " grad_bias", dtype, got_bias.get(), grad_bias, grad_scale);
+          if (bias_only) return;
+          compare(name + " grad_input", dtype, got_input.get(), grad_input, grad_scale);
+          compare(name + " grad_weight", dtype, got_weight.get(), grad_weight, grad_scale);
+        });
+  }
+  run(
+      name + " pool backward",
+      [&] {
+        got_map.reset();
+        return launch_bias_relu_pool_backward(
+            dtype, {s, grad_output.data(), out_strides, indices.data, out_strides, got_map.data(), map_strides}, {});
+      },
+      [&] { compare(name + " pool backward", dtype, got_map.get(), grad_map, 1); });
+}
+
+ConvPoolShape plain(int64_t batch, int64_t in, int64_t size, int64_t out, int64_t kernel) {
+  ConvPoolShape s{};
+  s.batch = batch, s.in_channels = in, s.height = s.width = size;
+  s.out_channels = out, s.kernel_h = s.kernel_w = kernel, s.groups = 1;
+  s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+  s.pool_kernel_h = s.pool_kernel_w = s.pool_stride_h = s.pool_stride_w = 2;
+  s.pool_dilation_h = s.pool_dilation_w = 1;
+  s.conv_h = s.conv_w = size - kernel + 1;
+  s.out_h = s.out_w = s.conv_h / 2;
+  return s;
+}
+
+// Every option away from its default: groups, padding on one side, strides, dilations, an overlapping window.
+ConvPoolShape odd(int64_t batch) {
+  ConvPoolShape s = plain(batch, 4, 11, 6, 3);
+  s.width = 9, s.kernel_w = 2, s.groups = 2;
+  s.stride_w = 2, s.dilation_h = 2;
+  s.pad_top = 2, s.pad_bottom = 1, s.pad_left = 1, s.pad_right = 0;
+  s.conv_h = (11 + 3 - 2 * 2 - 1) / 1 + 1, s.conv_w = (9 + 1 - 1 - 1) / 2 + 1;  // 10 x 5
+  s.pool_kernel_h = 3, s.pool_pad_h = 1, s.pool_stride_w = 1, s.pool_dilation_w = 2;
+  s.out_h = (10 + 2 - 2 - 1) / 2 + 1, s.out_w = 5 - 2 - 1 + 1;
+  return s;
+}
+
+// ---------------------------------------------------------------------------------------------------- matrix product
+
+void test_product(DType dtype, int64_t rows, int64_t columns, int64_t depth, bool transposed, bool extras) {
+  const std::string name = "product " + std::to_string(rows) + " x " + std::to_string(columns) + " x " +
+                           std::to_string(depth) + " dtype " + std::to_string(static_cast<int>(dtype));
+  const std::vector<double> a_values = random_values(dtype, rows * depth),
+                            b_values = random_values(dtype, columns * depth);
+  const std::vector<double> bias_values = random_values(dtype, columns),
+                            mask_values = random_values(dtype, rows * depth);
+  Buffer a(dtype, rows * depth), b(dtype, columns * depth), bias(dtype, columns), mask(dtype, rows * depth);
+  Buffer output(dtype, rows * columns), sums(dtype, rows);
+  a.set(a_values), b.set(b_values), bias.set(bias_values), mask.set(mask_values);
+
+  SmallMatrixProduct call{};
+  call.rows = rows, call.columns = columns, call.depth = depth;
+  call.a = a.data(), call.a_row_stride = transposed ? 1 : depth, call.a_depth_stride = transposed ? rows : 1;
+  call.b = b.data(), call.b_row_stride = transposed ? 1 : depth, call.b_depth_stride = transposed ? columns : 1;
+  call.output = output.data();
+  if (extras) call.bias = bias.data(), call.relu = true, call.a_mask = mask.data(), call.a_row_sums = sums.data();
+
+  std::vector<double> expected(rows * columns), expected_sums(rows);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t r = 0; r < depth; ++r) {
+      const int64_t at = i * call.a_row_stride + r * call.a_depth_stride;
+      const double value = extras && mask_values[at] <= 0 ? 0 : a_values[at];
+      expected_sums[i] += value;
+      for (int64_t j = 0; j < columns; ++j) {
+        expected[i * columns + j] += value * b_values[j * call.b_row_stride + r * call.b_depth_stride];
+      }
+    }
+    for (int64_t j = 0; extras && j < columns; ++j) {
+      expected[i * columns + j] = std::fmax(0.0, expected[i * columns + j] + bias_values[j]);
+    }
+  }
+  run(
+      name,
+      [&] {
+        output.reset(), sums.reset();
+        return launch_small_matrix_product(dtype, call, {});
+      },
+      [&] {
+        compare(name, dtype, output.get(), expected, std::sqrt(static_cast<double>(depth)));
+        if (extras)
+          compare(name + " row sums", dtype, sums.get(), expected_sums, std::sqrt(static_cast<double>(depth)));
+      });
+}
+
+// ----------------------------------------------------------------------------------------------------- whole network
+
+// relu(max_pool(conv)) of a LeNet layer in float64.
+std::vector<double> pooled(const ConvPoolShape& s, const std::vector<double>& input, const std::vector<double>& weight,
+                           const std::vector<double>& bias) {
+  const Conv c{s, input, weight, bias};
+  std::vector<double> output(c.outputs());
+  for (int64_t i = 0; i < c.outputs(); ++i) {
+    const int64_t plane = i / (s.out_h * s.out_w);
+    for (int code = 0; code < 4; ++code) {
+      int64_t ch, cw;
+      c.position(i / s.out_w % s.out_h, i % s.out_w, code, &ch, &cw);
+      output[i] = std::fmax(output[i], c.convolution(plane / s.out_channels, plane % s.out_channels, ch, cw));
+    }
+  }
+  return output;
+}
+
+void test_lenet(int64_t batch, int64_t classes, bool training) {
+  const std::string name = "lenet batch " + std::to_string(batch);
+  const DType dtype = DType::kFloat32;
+  const ConvPoolShape s1 = plain(batch, 1, 32, 6, 5), s2 = plain(batch, 6, 14, 16, 5);
+  const int64_t sizes[] = {150, 6, 2400, 16, 48000, 120, 120 * 84, 84, 84 * classes, classes};
+  const double scales[] = {0.2, 0.2, 0.08, 0.08, 0.05, 0.05, 0.09, 0.09, 0.1, 0.1};
+  std::vector<std::vector<double>> values;
+  std::vector<std::unique_ptr<Buffer>> parameters;
+  LenetForward call{};
+  for (int i = 0; i < 10; ++i) {
+    values.push_back(random_values(dtype, sizes[i], scales[i]));
+    parameters.push_back(std::make_unique<Buffer>(dtype, sizes[i]));
+    parameters[i]->set(values[i]);
+    call.parameters[i] = static_cast<const float*>(parameters[i]->data());
+  }
+  const std::vector<double> images = random_values(dtype, batch * 1024);
+  std::vector<std::vector<double>> expected = {pooled(s1, images, values[0], values[1])};
+  expected.push_back(pooled(s2, expected[0], values[2], values[3]));
+  const int64_t widths[] = {400, 120, 84, classes};
+  for (int layer = 0; layer < 3; ++layer) {
+    const int64_t depth = widths[layer], width = widths[layer + 1];
+    std::vector<double> out(batch * width);
+    for (int64_t i = 0; i < batch * width; ++i) {
+      out[i] = values[5 + 2 * layer][i % width];
+      for (int64_t k = 0; k < depth; ++k) {
+        out[i] += expected.back()[i / width * depth + k] * values[4 + 2 * layer][i % width * depth + k];
+      }
+      if (layer < 2) out[i] = std::fmax(out[i], 0.0);
+    }
+    expected.push_back(out);
+  }
+
+  Buffer input(dtype, batch * 1024);
+  input.set(images);
+  std::vector<std::unique_ptr<Buffer>> results;
+  for (const auto& each : expected) results.push_back(std::make_unique<Buffer>(dtype, each.size()));
+  Bytes indices1(batch * 1176), indices2(batch * 400);
+  auto data = [&](int i) { return static_cast<float*>(results[i]->data()); };
+  call.batch = batch, call.classes = classes;
+  call.input = static_cast<const float*>(input.data()), call.output = data(4);
+  if (training) {
+    call.pooled1 = data(0), call.pooled2 = data(1), call.hidden1 = data(2), call.hidden2 = data(3);
+    call.indices1 = indices1.data, call.indices2 = indices2.data;
+  }
+  run(
+      name,
+      [&] {
+        for (auto& each : results) each->reset();
+        return launch_lenet_forward(call, {});
+      },
+      [&] {
+        for (int i = training ? 0 : 4; i < 5; ++i) {
+          compare(name + " result " + std::to_string(i), dtype, results[i]->get(), expected[i], 4);
+        }
+      });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1) schedules = atoi(argv[1]);
+  const DType all[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
+  for (const DType dtype : all) {
+    const std::string suffix = " dtype " + std::to_string(static_cast<int>(dtype));
+    test_convolution("odd" + suffix, dtype, odd(2));
+    test_convolution("plain" + suffix, dtype, plain(3, 3, 9, 5, 3));
+    test_product(dtype, 5, 37, 70, false, true);
+    test_product(dtype, 37, 33, 3, true, true);
+    test_product(dtype, 16, 32, 130, true, false);
+  }
+  for (const int64_t batch : {1, 3, 13}) {
+    const std::string suffix = " batch " + std::to_string(batch);
+    test_convolution("conv1" + suffix, DType::kFloat32, plain(batch, 1, 32, 6, 5));
+    test_convolution("conv2" + suffix, DType::kFloat32, plain(batch, 6, 14, 16, 5));
+  }
+  test_lenet(1, 10, false);
+  test_lenet(5, 128, true);
+  test_convolution("conv1 float16", DType::kFloat16, plain(2, 1, 32, 6, 5));
+  test_convolution("conv2 bfloat16", DType::kBFloat16, plain(2, 6, 14, 16, 5));
+  printf("%d passed, %d failed\n", passed, failed);
+  return failed == 0 ? 0 : 1;
+}

@@ -1,0 +1,29 @@
+// The host side of the CUDA operators, and with it their kernels, for CPU tensors: built by tests/cuda_on_cpu/build.py
+// against the stand-in for CUDA beside this file, and registered as torch.ops.lenet_ext_cuda_on_cpu.* (the build
+// defines lenet_ext to be that name). One file, because torch's headers take most of the time.
+#include "../../csrc/checks.cpp"
+#include "../../csrc/conv_relu_max_pool2d_cuda.cpp"
+#include "../../csrc/conv_relu_max_pool2d_shape.cpp"
+#include "../../csrc/lenet_cuda.cpp"
+#include "../../csrc/lenet_shape.cpp"
+#include "../../csrc/linear_cuda.cpp"
+#include "../../csrc/linear_shape.cpp"
+
+namespace {
+int forced_algorithm = -1;
+}
+
+namespace lenet_ext {
+// In place of csrc/algorithm.cpp, which reads the environment once: here each test chooses.
+Algorithm choose_algorithm(Algorithm preferred) {
+  return forced_algorithm < 0 ? preferred : forced_algorithm == 0 ? Algorithm::Direct : Algorithm::Vendor;
+}
+}  // namespace lenet_ext
+
+// For ctypes. algorithm: -1 by the cost rule, 0 direct, 1 vendor. schedule: 0 forward, 1 reverse, 2 shuffled.
+extern "C" void cuda_on_cpu_configure(int algorithm, int schedule, unsigned seed) {
+  forced_algorithm = algorithm;
+  lx_shim::state().schedule = static_cast<lx_shim::Schedule>(schedule);
+  lx_shim::state().seed = seed;
+}
+extern "C" int64_t cuda_on_cpu_launches() { return lx_shim::state().launches; }

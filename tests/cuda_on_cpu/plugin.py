@@ -1,0 +1,40 @@
+"""A pytest plugin: torch.ops.lenet_ext.* on CPU tensors becomes the CUDA side, run on the CPU.
+
+`pytest -p cuda_on_cpu.plugin` (with tests/ on PYTHONPATH) makes any test of the operators a test of the CUDA host code
+and kernels. CUDA_ON_CPU_ALGORITHM is -1 (by the cost rule), 0 (our kernels) or 1 (the vendor's convolution and GEMM).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+from hypothesis import HealthCheck, settings
+
+from cuda_on_cpu import build
+
+# For HYPOTHESIS_PROFILE: fibers are slow, and the same tests run with more examples on the CPU's own kernels.
+settings.register_profile(
+    "cuda_on_cpu",
+    derandomize=True,
+    max_examples=12,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+_control = build.operators()
+_control.cuda_on_cpu_configure(int(os.environ.get("CUDA_ON_CPU_ALGORITHM", "-1")), 2, 1)
+_overrides = torch.library.Library("lenet_ext", "IMPL")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that a kernel is overridden is the point
+    for _name in build.operator_names():
+        _overrides.impl(_name, getattr(getattr(torch.ops, build.NAMESPACE), _name).default, "CPU")
+
+
+def pytest_sessionfinish(session) -> None:
+    """A run that never reached a kernel of ours has tested nothing."""
+    if session.testscollected and _control.cuda_on_cpu_launches() == 0:
+        session.exitstatus = 1
+        print("no CUDA kernel was launched")

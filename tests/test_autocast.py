@@ -1,0 +1,171 @@
+"""Autocast: casts as stock conv2d and linear do, in both directions, and leaves everything else alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from reference import assert_equal, integers
+
+from lenet_ext import Net, ReferenceNet, functional
+
+NAMES = ["conv_relu_max_pool2d", "linear", "linear_relu"]
+SHAPES = {
+    "conv_relu_max_pool2d": [(2, 3, 9, 9), (4, 3, 3, 3), (4,)],
+    "linear": [(5, 7), (3, 7), (3,)],
+    "linear_relu": [(5, 7), (3, 7), (3,)],
+}
+LOW = {"cpu": [torch.bfloat16], "cuda": [torch.bfloat16, torch.float16]}
+MIXTURES = [
+    (torch.float32, torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.float64, torch.float64, torch.float64),
+]
+
+
+def _autocasts(device):
+    return LOW[torch.device(device).type]
+
+
+def _operands(name, dtypes, device):
+    return [integers(*s, low=-1, high=1).to(device, dtype) for s, dtype in zip(SHAPES[name], dtypes, strict=True)]
+
+
+@pytest.mark.parametrize("dtypes", MIXTURES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
+@pytest.mark.parametrize("name", NAMES)
+def test_output_and_gradients(device, name, dtypes):
+    """Dtype of the output as in stock; values and gradients exact for small integers; gradients in the operands'."""
+    for low in _autocasts(device):
+        results = []
+        for module in (functional, reference):
+            torch.manual_seed(0)
+            tensors = [t.requires_grad_() for t in _operands(name, dtypes, device)]
+            with torch.autocast(torch.device(device).type, dtype=low):
+                output = getattr(module, name)(*tensors)
+            output.sum().backward()
+            results.append((output, [t.grad for t in tensors]))
+        (ours, grads), (stock, stock_grads) = results
+        assert_equal(ours, stock, "output")
+        assert ours.dtype == (torch.float64 if dtypes[0] == torch.float64 else low)
+        for grad, expected, dtype in zip(grads, stock_grads, dtypes, strict=True):
+            assert grad.dtype == dtype
+            assert_equal(grad, expected, "grad")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_bias_and_without_gradients(device, name):
+    for low in _autocasts(device):
+        x, w, _ = _operands(name, [torch.float32] * 3, device)
+        with torch.autocast(torch.device(device).type, dtype=low), torch.no_grad():
+            assert_equal(getattr(functional, name)(x, w), getattr(reference, name)(x, w), "output")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_disabled_region(device, name):
+    """autocast(enabled=False) inside of autocast: float32 stays float32, and a mixture is an error again."""
+    kind = torch.device(device).type
+    x, w, b = _operands(name, [torch.float32] * 3, device)
+    with torch.autocast(kind, dtype=LOW[kind][0]), torch.autocast(kind, enabled=False):
+        assert getattr(functional, name)(x, w, b).dtype == torch.float32
+        with pytest.raises(RuntimeError, match="weight"):
+            getattr(functional, name)(x.to(LOW[kind][0]), w, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mixture_outside_of_autocast_names_both_dtypes(device, name):
+    x, w, b = _operands(name, [torch.bfloat16, torch.float32, torch.float32], device)
+    with pytest.raises(RuntimeError, match=r"(?i)bfloat16") as info:
+        getattr(functional, name)(x, w, b)
+    assert "Float" in str(info.value) or "float32" in str(info.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_calls_are_errors_under_autocast(name):
+    x, w, b = _operands(name, [torch.float32] * 3, "cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(TypeError, match="input"):
+            getattr(functional, name)(None, w, b)
+        with pytest.raises(RuntimeError):
+            getattr(functional, name)(x[..., :1], w, b)
+
+
+def test_net_trains(device):
+    """Mixed-precision training: losses as stock's within bfloat16, float32 gradients, a falling loss."""
+    kind = torch.device(device).type
+    torch.manual_seed(0)
+    stock = ReferenceNet().to(device)
+    ours = Net().to(device)
+    ours.load_state_dict(stock.state_dict())
+    x, target = torch.randn(16, 1, 32, 32, device=device), torch.randint(10, (16,), device=device)
+    losses = []
+    for net in (ours, stock):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        curve = []
+        for _ in range(5):
+            optimizer.zero_grad()
+            with torch.autocast(kind, dtype=torch.bfloat16):
+                logits = net(x)
+                loss = F.cross_entropy(logits, target)
+            assert logits.dtype == torch.bfloat16
+            loss.backward()
+            assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+            optimizer.step()
+            curve.append(loss.item())
+        losses.append(curve)
+    assert losses[0][-1] < losses[0][0]
+    # Both round to bfloat16 (2**-8) at every layer, ours once where stock does it three times.
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0, atol=0.02)
+
+
+def test_gradients_in_autocast_are_near_float32(device):
+    kind = torch.device(device).type
+    torch.manual_seed(0)
+    net = Net().to(device)
+    exact = copy.deepcopy(net)
+    x, target = torch.randn(64, 1, 32, 32, device=device), torch.randint(10, (64,), device=device)
+    with torch.autocast(kind, dtype=torch.bfloat16):
+        F.cross_entropy(net(x), target).backward()
+    F.cross_entropy(exact(x), target).backward()
+    for (name, p), q in zip(net.named_parameters(), exact.named_parameters(), strict=True):
+        assert torch.nn.functional.cosine_similarity(p.grad.flatten(), q[1].grad.flatten(), dim=0) > 0.99, name
+
+
+def test_grad_scaler():
+    """The scaler's unscale and overflow check see ordinary float32 gradients."""
+    net = Net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    before = net.fc3.bias.detach().clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = net(torch.randn(4, 1, 32, 32)).float().pow(2).mean()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(before, net.fc3.bias)
+
+
+def test_second_derivative_under_autocast():
+    results = []
+    for module in (functional, reference):
+        torch.manual_seed(0)
+        x, w, b = (t.requires_grad_() for t in _operands("conv_relu_max_pool2d", [torch.float32] * 3, "cpu"))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = module.conv_relu_max_pool2d(x, w, b)
+        (grad,) = torch.autograd.grad(output.float().pow(2).sum(), x, create_graph=True)
+        grad.sum().backward()
+        results.append((x.grad, w.grad))
+    for a, b in zip(*results, strict=True):
+        # Sums of up to about 100 products of values up to 30, rounded to bfloat16 at different places.
+        torch.testing.assert_close(a, b, rtol=0.03, atol=2.0)
+    assert results[1][0].abs().max() > 20
+
+
+def test_float16_on_the_cpu_goes_through_stock():
+    x, w, b = _operands("conv_relu_max_pool2d", [torch.float32] * 3, "cpu")
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert_equal(functional.conv_relu_max_pool2d(x, w, b), reference.conv_relu_max_pool2d(x, w, b), "output")

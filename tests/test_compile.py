@@ -1,0 +1,263 @@
+"""torch.compile, torch.export, make_fx, torch.fx: the operators are opaque nodes with known shapes, nothing breaks."""
+
+from __future__ import annotations
+
+import io
+import shutil
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from reference import assert_equal, integers
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lenet_ext import Net, ReferenceNet, functional, nn
+
+NAMES = ["conv_relu_max_pool2d", "linear", "linear_relu"]
+SHAPES = {
+    "conv_relu_max_pool2d": [(2, 4, 12, 11), (6, 2, 3, 3), (6,)],
+    "linear": [(5, 7), (3, 7), (3,)],
+    "linear_relu": [(5, 7), (3, 7), (3,)],
+}
+OPTIONS = {"conv_relu_max_pool2d": {"groups": 2, "padding": "same", "pool_kernel_size": 3, "pool_stride": 2}}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _exact_net(**arguments):
+    torch.manual_seed(0)
+    net = Net(**arguments)
+    for p in net.parameters():
+        p.data.copy_(integers(*p.shape, low=-1, high=1) * (torch.rand(p.shape) < (0.2 if p.dim() == 2 else 1)))
+    return net
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", NAMES)
+def test_functions(device, name, training):
+    """fullgraph: a graph break would be an error. Values and gradients as in eager mode."""
+    options = OPTIONS.get(name, {})
+    tensors = [integers(*s, device=device).requires_grad_(training) for s in SHAPES[name]]
+    compiled = torch.compile(
+        lambda *t: getattr(functional, name)(*t, **options) * 2, fullgraph=True, backend="aot_eager"
+    )
+    output, expected = compiled(*tensors), getattr(reference, name)(*tensors, **options) * 2
+    assert_equal(output, expected, "output")
+    if training:
+        for a, e in zip(
+            torch.autograd.grad(output.sum(), tensors), torch.autograd.grad(expected.sum(), tensors), strict=True
+        ):
+            assert_equal(a, e, "grad")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_net_forward_and_backward(device, dtype, channels_last):
+    net = _exact_net(dtype=torch.float32).to(device, dtype)
+    x = integers(3, 1, 32, 32, low=-1, high=1, dtype=dtype, device=device)
+    if channels_last:
+        net, x = net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    grads = []
+    for function in (net, compiled):
+        net.zero_grad()
+        output = function(x)
+        output.float().pow(2).mean().backward()
+        grads.append([output.detach(), *(p.grad.clone() for p in net.parameters())])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0 if dtype == torch.float32 else 0.02, atol=0)
+
+
+def test_batch_size_is_dynamic_without_recompilation(device):
+    net = Net().to(device)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=counter)
+    for batch in (4, 2, 3, 5, 64, 7, 33):
+        x = torch.randn(batch, 1, 32, 32, device=device)
+        output = compiled(x)
+        torch.testing.assert_close(output, net(x), rtol=1e-5, atol=1e-6)
+        output.sum().backward()
+    assert counter.frame_count == 1, f"compiled {counter.frame_count} times"
+
+
+def test_default_settles_after_one_recompilation(device):
+    """dynamic=None: static first, dynamic as soon as a second batch size comes, then no more."""
+    net = Net().to(device).eval()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for batch in (4, 2, 3, 5, 64, 7, 33, 100):
+            x = torch.randn(batch, 1, 32, 32, device=device)
+            torch.testing.assert_close(compiled(x), net(x), rtol=1e-5, atol=1e-6)
+    assert counter.frame_count <= 2, f"compiled {counter.frame_count} times"
+
+
+def test_image_size_may_be_dynamic(device):
+    layer = nn.ConvReLUMaxPool2d(2, 3, 3, padding="same", pool_kernel_size=3, pool_stride=2, ceil_mode=True).to(device)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for size in ((20, 30), (21, 31), (17, 12), (9, 40)):
+        x = torch.randn(2, 2, *size, device=device)
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert counter.frame_count <= 2
+
+
+def test_training_step(device):
+    """Loss and backward inside of the compiled region's graph; the optimizer outside, as people write it."""
+    torch.manual_seed(0)
+    nets = [Net().to(device)]
+    nets.append(Net().to(device))
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, y = torch.randn(8, 1, 32, 32, device=device), torch.randint(10, (8,), device=device)
+    curves = []
+    for net, wrap in zip(
+        nets, (lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")), strict=True
+    ):
+        step = wrap(lambda x, y, net=net: F.cross_entropy(net(x), y))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        curve = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = step(x, y)
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(torch.tensor(curve))
+    assert curves[0][-1] < curves[0][0]
+    torch.testing.assert_close(*curves, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_inside(device):
+    kind = torch.device(device).type
+    net = Net().to(device)
+
+    def forward(x):
+        with torch.autocast(kind, dtype=torch.bfloat16):
+            return net(x)
+
+    x = torch.randn(4, 1, 32, 32, device=device)
+    output = torch.compile(forward, fullgraph=True, backend="aot_eager")(x)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, forward(x), rtol=0.02, atol=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a compiler")
+def test_inductor():
+    """The default backend, which may change strides and fuse around our operators: forward and backward."""
+    net = Net()
+    compiled = torch.compile(net, fullgraph=True, dynamic=True)
+    for batch in (3, 8):
+        x = torch.randn(batch, 1, 32, 32)
+        grads = []
+        for function in (net, compiled):
+            net.zero_grad()
+            F.log_softmax(function(x), 1).pow(2).sum().backward()
+            grads.append([p.grad.clone() for p in net.parameters()])
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+# --- export --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_and_load_again(device, strict):
+    net = Net().to(device).eval()
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    example = (torch.randn(3, 1, 32, 32, device=device),)
+    program = torch.export.export(net, example, dynamic_shapes=({0: batch},), strict=strict)
+    # Strict export keeps an autograd.Function as a subgraph of its own, so all modules are searched.
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    targets = {str(node.target) for graph in graphs for node in graph.nodes}
+    assert any(target.startswith("lenet_ext.") for target in targets), targets
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    for size in (1, 2, 65):
+        x = torch.randn(size, 1, 32, 32, device=device)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(x), net(x), rtol=1e-5, atol=1e-6)
+
+
+def test_export_of_a_layer_with_every_option():
+    layer = nn.ConvReLUMaxPool2d(
+        4, 6, 3, padding="same", dilation=2, groups=2, pool_kernel_size=3, pool_stride=2, ceil_mode=True
+    )
+    x = torch.randn(2, 4, 15, 14)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    x = torch.randn(5, 4, 15, 14)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+# --- tracing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx(mode):
+    net = Net().eval()
+    parameters = {k: v.detach() for k, v in net.named_parameters()}
+    x = torch.randn(3, 1, 32, 32)
+    traced = make_fx(lambda p, x: torch.func.functional_call(net, p, (x,)), tracing_mode=mode)(parameters, x)
+    assert any("lenet_ext" in str(node.target) for node in traced.graph.nodes)
+    torch.testing.assert_close(traced(parameters, x), net(x), rtol=1e-5, atol=1e-6)
+
+
+def test_make_fx_of_a_gradient():
+    """Forward and backward in one graph, through torch.func."""
+    x, w, b = (integers(*s) for s in [(2, 3, 9, 9), (4, 3, 3, 3), (4,)])
+    function = torch.func.grad(lambda w: functional.conv_relu_max_pool2d(x, w, b).pow(2).sum())
+    assert_equal(make_fx(function)(w)(w), function(w), "grad")
+
+
+def test_symbolic_trace():
+    """torch.fx records the fused functions as calls, so graph rewriters see them."""
+    net = Net()
+    traced = torch.fx.symbolic_trace(net)
+    x = torch.randn(3, 1, 32, 32)
+    torch.testing.assert_close(traced(x), net(x), rtol=1e-5, atol=1e-6)
+    assert len(list(traced.parameters())) == 10
+
+
+def test_jit_trace():
+    net = Net().eval()
+    x = torch.randn(3, 1, 32, 32)
+    with torch.no_grad():
+        traced = torch.jit.trace(net, x)
+        other = torch.randn(5, 1, 32, 32)
+        torch.testing.assert_close(traced(other), net(other), rtol=1e-5, atol=1e-6)
+
+
+def test_fake_tensor_mode():
+    """Shapes without memory: a net on fake tensors allocates nothing and computes nothing."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        net = Net()
+        output = net(torch.empty(100_000, 1, 32, 32))
+        output.sum().backward()
+        assert output.shape == (100_000, 10)
+        assert net.conv1.weight.grad.shape == (6, 1, 5, 5)
+
+
+def test_errors_while_compiling():
+    """A bad shape is an error at trace time that names the argument, not a wrong graph."""
+    compiled = torch.compile(functional.conv_relu_max_pool2d, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="input"):
+        compiled(torch.randn(2, 2, 8, 8), torch.randn(4, 3, 3, 3))
+
+
+def test_reference_net_is_compiled_the_same_way():
+    """The two nets agree when both are compiled: what the benchmark compares."""
+    ours, stock = Net(), ReferenceNet()
+    ours.load_state_dict(stock.state_dict())
+    x = torch.randn(3, 1, 32, 32)
+    a, b = (torch.compile(net, fullgraph=True, backend="aot_eager")(x) for net in (ours, stock))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,191 @@
+"""What only a GPU can show: streams, CUDA graphs, several devices, determinism, precision flags, very large tensors.
+
+The operators' values and gradients on `cuda` are tested where those of the CPU are (the `device` fixture), and the CUDA
+code without a GPU in test_cuda_on_cpu.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lenet_ext import Net, ReferenceNet, build_info
+from lenet_ext.functional import conv_relu_max_pool2d, linear, linear_relu
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.skipif(build_info()["cuda"] is None, reason="lenet_ext was built without CUDA"),
+]
+
+LAYERS = {
+    "conv1": (conv_relu_max_pool2d, (1, 32, 32), (6, 1, 5, 5)),
+    "conv2": (conv_relu_max_pool2d, (6, 14, 14), (16, 6, 5, 5)),
+    "small": (conv_relu_max_pool2d, (3, 9, 9), (5, 3, 3, 3)),
+    "vendor": (conv_relu_max_pool2d, (64, 32, 32), (64, 64, 3, 3)),
+    "fc1": (linear_relu, (400,), (120, 400)),
+    "fc3": (linear, (84,), (10, 84)),
+}
+
+
+def operands(name, batch, device="cuda", dtype=torch.float32):
+    function, image, weight = LAYERS[name]
+    make = torch.Generator().manual_seed(1)
+    shapes = [(batch, *image), weight, weight[:1]]
+    tensors = [torch.randn(s, generator=make, dtype=torch.float64).to(device, dtype) for s in shapes]
+    return function, [t.requires_grad_() for t in tensors]
+
+
+def forward_and_backward(function, tensors):
+    output = function(*tensors)
+    return [output.detach(), *torch.autograd.grad(output, tensors, torch.ones_like(output))]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_current_stream(name):
+    """Work on a side stream waits for what that stream does, and for nothing else."""
+    function, tensors = operands(name, 16)
+    expected = forward_and_backward(function, tensors)
+    late = [torch.full_like(t, float("nan")) for t in tensors]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # a kernel on another stream would read the NaN
+        for to, value in zip(late, tensors, strict=True):
+            to.copy_(value.detach())
+        got = forward_and_backward(function, [t.requires_grad_() for t in late])
+    stream.synchronize()
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_nothing_synchronises(name):
+    function, tensors = operands(name, 16)
+    forward_and_backward(function, tensors)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        forward_and_backward(function, tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_training_step_in_a_graph(batch):
+    """Captured once, replayed on other data: as eager on that data."""
+    net = Net(device="cuda")
+    images = [torch.randn(batch, 1, 32, 32, device="cuda") for _ in range(3)]
+    static = images[0].clone()
+
+    def step():
+        for parameter in net.parameters():
+            parameter.grad = None
+        loss = net(static).square().mean()
+        loss.backward()
+        return loss
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    captured = [parameter.grad for parameter in net.parameters()]
+    for image in images[1:]:
+        static.copy_(image)
+        graph.replay()
+        results = [loss.detach().clone(), *(grad.clone() for grad in captured)]
+        expected = [step().detach(), *(parameter.grad for parameter in net.parameters())]
+        for one, other in zip(results, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "vendor"])
+def test_bitwise_the_same_in_20_runs(name):
+    function, tensors = operands(name, 61)
+    first = forward_and_backward(function, tensors)
+    for _ in range(19):
+        for one, other in zip(forward_and_backward(function, tensors), first, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["conv1", "conv2"])
+def test_an_image_does_not_depend_on_its_batch(name):
+    function, tensors = operands(name, 300)
+    whole = function(*tensors)
+    for begin, end in [(0, 1), (7, 20), (299, 300)]:
+        assert torch.equal(function(tensors[0][begin:end], *tensors[1:]), whole[begin:end])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("name", LAYERS)
+def test_second_device(name):
+    """Tensors on cuda:1 while cuda:0 is current."""
+    expected = forward_and_backward(*operands(name, 8, "cuda:0"))
+    with torch.cuda.device(0):
+        got = forward_and_backward(*operands(name, 8, "cuda:1"))
+        assert torch.cuda.current_device() == 0
+    for one, other in zip(got, expected, strict=True):
+        assert one.device == torch.device("cuda:1")
+        torch.testing.assert_close(one.cpu(), other.cpu())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_tensors_on_two_devices_are_refused(name):
+    function, (x, w, b) = operands(name, 2)
+    with pytest.raises(RuntimeError, match="device"):
+        function(x, w.cpu(), b)
+
+
+@pytest.mark.parametrize("name", ["conv1", "conv2", "fc1"])
+def test_own_kernels_are_strict_float32(name):
+    """Flags that allow TF32 concern the vendor's kernels; the error of ours stays that of float32."""
+    function, tensors = operands(name, 32)
+    expected = function(*[t.double() for t in tensors])
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    got = function(*tensors)
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(dtype):
+    torch.manual_seed(0)
+    net, x = Net(device="cuda"), torch.randn(32, 1, 32, 32, device="cuda")
+    reference = ReferenceNet(device="cuda")
+    reference.load_state_dict(net.state_dict())
+    with torch.autocast("cuda", dtype):
+        output, expected = net(x), reference(x)
+    assert output.dtype == expected.dtype == dtype
+    tolerance = 0.02 if dtype == torch.bfloat16 else 0.003
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+    output.float().square().sum().backward()
+    expected.float().square().sum().backward()
+    for one, other in zip(net.parameters(), reference.parameters(), strict=True):
+        assert one.grad.dtype == torch.float32
+        torch.testing.assert_close(one.grad, other.grad, rtol=0.1, atol=10 * tolerance * float(other.grad.abs().max()))
+
+
+def test_compile():
+    torch.manual_seed(0)
+    net, x = Net(device="cuda"), torch.randn(16, 1, 32, 32, device="cuda")
+    expected = net(x)
+    expected_grads = torch.autograd.grad(expected.square().sum(), list(net.parameters()))
+    output = torch.compile(net, fullgraph=True)(x)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(torch.autograd.grad(output.square().sum(), list(net.parameters())), expected_grads)
+
+
+def test_more_than_two_to_the_31_elements():
+    """2.2 million images: 9 GB of input, offsets beyond 32 bits."""
+    if torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("needs a GPU with 60 GB")
+    batch = 2_200_000
+    function, (_, w, b) = operands("conv1", 1)
+    x = torch.empty(batch, 1, 32, 32, device="cuda").uniform_(-1, 1)
+    x[-1] = x[0]
+    with torch.no_grad():
+        output = function(x, w, b)
+    assert torch.equal(output[-1], output[0])
+    torch.testing.assert_close(output[-3:], function(x[-3:], w, b))

@@ -1,0 +1,330 @@
+"""torch.func: grad, vmap, per-sample gradients, jacrev, functional_call; forward mode is refused by name."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from reference import assert_equal, integers
+from torch.autograd import forward_ad
+from torch.func import (
+    functional_call,
+    grad,
+    grad_and_value,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    stack_module_state,
+    vjp,
+    vmap,
+)
+
+from lenet_ext import Net, ReferenceNet, functional
+
+NAMES = ["conv_relu_max_pool2d", "linear", "linear_relu"]
+SHAPES = {
+    "conv_relu_max_pool2d": [(2, 4, 9, 8), (6, 2, 3, 3), (6,)],
+    "linear": [(5, 7), (3, 7), (3,)],
+    "linear_relu": [(5, 7), (3, 7), (3,)],
+}
+OPTIONS = {"conv_relu_max_pool2d": {"groups": 2, "padding": "same", "pool_kernel_size": 3, "pool_stride": 2}}
+
+
+def _functions(name):
+    options = OPTIONS.get(name, {})
+    return [lambda *t, module=module: getattr(module, name)(*t, **options) for module in (functional, reference)]
+
+
+def _operands(name, device, batch=None):
+    return [
+        integers(*(() if batch is None else (batch,)), *s, dtype=torch.float64, device=device) for s in SHAPES[name]
+    ]
+
+
+def _assert_close(actual, expected):
+    """Trees of tensors, exact: small integers in float64."""
+    a, b = torch.utils._pytree.tree_leaves(actual), torch.utils._pytree.tree_leaves(expected)
+    assert len(a) == len(b) > 0
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        assert_equal(x, y, f"result {i}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("argnums", [0, 1, 2, (0, 1, 2)], ids=str)
+def test_grad(device, name, argnums):
+    operands = _operands(name, device)
+    ours, stock = (grad(lambda *t, f=f: f(*t).pow(2).sum(), argnums=argnums)(*operands) for f in _functions(name))
+    _assert_close(ours, stock)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_grad_of_grad(device, name):
+    operands = _operands(name, device)
+
+    def twice(f):
+        inner = grad(lambda *t: f(*t).pow(2).sum(), argnums=(0, 1))
+        return grad(lambda *t: sum((g * g).sum() for g in inner(*t)), argnums=(0, 1, 2))(*operands)
+
+    _assert_close(*map(twice, _functions(name)))
+
+
+IN_DIMS = [d for d in itertools.product((None, 0), repeat=3) if any(v is not None for v in d)]
+
+
+@pytest.mark.parametrize("in_dims", IN_DIMS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_vmap(device, name, in_dims):
+    """Any operand mapped or shared: a batch of inputs, an ensemble of weights, or both."""
+    operands = [_operands(name, device, None if d is None else 3)[i] for i, d in enumerate(in_dims)]
+    _assert_close(*(vmap(f, in_dims=in_dims)(*operands) for f in _functions(name)))
+
+
+@pytest.mark.parametrize("in_dims", [(1, None, None), (-1, 0, None), (2, 1, 1), (None, 3, 0)], ids=str)
+@pytest.mark.parametrize("out_dims", [0, 1, -1])
+@pytest.mark.parametrize("name", NAMES)
+def test_vmap_over_other_dimensions(device, name, in_dims, out_dims):
+    operands = []
+    for tensor, dim in zip(_operands(name, device, 3), in_dims, strict=True):
+        if dim is None:
+            operands.append(tensor[0])
+        else:
+            operands.append(tensor.movedim(0, min(dim, tensor.dim() - 1)))
+    in_dims = tuple(None if d is None else min(d, t.dim() - 1) for d, t in zip(in_dims, operands, strict=True))
+    _assert_close(*(vmap(f, in_dims=in_dims, out_dims=out_dims)(*operands) for f in _functions(name)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vmap_without_bias_and_unbatched(device, name):
+    x, w, _ = _operands(name, device, 3)
+    _assert_close(*(vmap(lambda x, w, f=f: f(x[0], w))(x, w) for f in _functions(name)))
+    _assert_close(*(vmap(lambda x, f=f: f(x, w[0]))(x) for f in _functions(name)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vmap_in_vmap(device, name):
+    shapes = SHAPES[name]
+    x = integers(2, 3, *shapes[0], dtype=torch.float64, device=device)
+    w = integers(3, *shapes[1], dtype=torch.float64, device=device)
+    b = integers(2, *shapes[2], dtype=torch.float64, device=device)
+
+    def nested(f):
+        return vmap(lambda x, b: vmap(lambda x, w: f(x, w, b))(x, w))(x, b)
+
+    _assert_close(*map(nested, _functions(name)))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_vmap_in_chunks(device, chunk_size):
+    operands = _operands("conv_relu_max_pool2d", device, 5)
+    _assert_close(*(vmap(f, chunk_size=chunk_size)(*operands) for f in _functions("conv_relu_max_pool2d")))
+
+
+@pytest.mark.parametrize("in_dims", IN_DIMS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_vmap_of_grad(device, name, in_dims):
+    operands = [_operands(name, device, None if d is None else 3)[i] for i, d in enumerate(in_dims)]
+
+    def mapped(f):
+        return vmap(grad(lambda *t: f(*t).pow(2).sum(), argnums=(0, 1, 2)), in_dims=in_dims)(*operands)
+
+    _assert_close(*map(mapped, _functions(name)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_grad_of_vmap(device, name):
+    operands = _operands(name, device, 3)
+    _assert_close(
+        *(grad(lambda *t, f=f: vmap(f)(*t).pow(2).sum(), argnums=(0, 1, 2))(*operands) for f in _functions(name))
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backward_through_vmap(device, name):
+    """vmap in an ordinary training loop: loss.backward() outside of any transform."""
+    results = []
+    for f in _functions(name):
+        torch.manual_seed(0)
+        operands = [t.requires_grad_() for t in _operands(name, device, 3)]
+        vmap(f)(*operands).pow(2).sum().backward()
+        results.append([t.grad for t in operands])
+    _assert_close(*results)
+
+
+@pytest.mark.parametrize("argnums", [0, 1, 2], ids=["input", "weight", "bias"])
+@pytest.mark.parametrize("name", NAMES)
+def test_jacrev(device, name, argnums):
+    operands = _operands(name, device)
+    operands[0] = operands[0][:1]
+    _assert_close(*(jacrev(f, argnums=argnums)(*operands) for f in _functions(name)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hessian_by_reverse_mode(device, name):
+    operands = _operands(name, device)
+    operands[0] = operands[0][:1, ..., :5] if name.startswith("conv") else operands[0][:1]
+    x, w, b = operands
+
+    def second(f):
+        return jacrev(jacrev(lambda w: f(x, w, b).pow(2).sum()))(w)
+
+    _assert_close(*map(second, _functions(name)))
+
+
+def test_jacobian_of_torch_autograd(device):
+    """The older interface, with its vectorised version."""
+    x, w, b = _operands("linear_relu", device)
+    for vectorize in (False, True):
+        ours, stock = (
+            torch.autograd.functional.jacobian(f, (x, w, b), vectorize=vectorize) for f in _functions("linear_relu")
+        )
+        _assert_close(ours, stock)
+    x, w, b = _operands("conv_relu_max_pool2d", device)
+    ours, stock = (
+        torch.autograd.functional.jacobian(lambda w, f=f: f(x[:1], w, b), w, vectorize=True)
+        for f in _functions("conv_relu_max_pool2d")
+    )
+    _assert_close(ours, stock)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vjp(device, name):
+    operands = _operands(name, device)
+    results = []
+    for f in _functions(name):
+        output, pullback = vjp(f, *operands)
+        results.append((output, pullback(torch.ones_like(output)), pullback(2 * torch.ones_like(output))))
+    _assert_close(*results)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_grads_batched(device, name):
+    """torch.autograd.grad(..., is_grads_batched=True) maps over our backward."""
+    results = []
+    for f in _functions(name):
+        torch.manual_seed(0)
+        operands = [t.requires_grad_() for t in _operands(name, device)]
+        output = f(*operands)
+        vectors = integers(4, *output.shape, dtype=torch.float64, device=device)
+        results.append(torch.autograd.grad(output, operands, vectors, is_grads_batched=True))
+    _assert_close(*results)
+
+
+# --- the net -------------------------------------------------------------------------------------------------------
+
+
+def _nets(dtype=torch.float64):
+    torch.manual_seed(0)
+    stock = ReferenceNet(dtype=dtype)
+    ours = Net(dtype=dtype)
+    ours.load_state_dict(stock.state_dict())
+    return ours, stock
+
+
+def _loss(net, parameters, x, y):
+    return F.cross_entropy(functional_call(net, parameters, (x.unsqueeze(0),)), y.unsqueeze(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_per_sample_gradients(device, dtype):
+    """The tutorial of torch.func: vmap(grad(loss)) over a batch."""
+    x, y = torch.randn(6, 1, 32, 32, dtype=dtype, device=device), torch.randint(10, (6,), device=device)
+    results = []
+    for net in _nets(dtype):
+        net.to(device)
+        parameters = {k: v.detach() for k, v in net.named_parameters()}
+        per_sample = vmap(grad(lambda p, x, y, net=net: _loss(net, p, x, y)), in_dims=(None, 0, 0))(parameters, x, y)
+        results.append(per_sample)
+        # The mean of them is the gradient of the batch.
+        F.cross_entropy(net(x), y).backward()
+        for name, p in net.named_parameters():
+            torch.testing.assert_close(per_sample[name].mean(0), p.grad, rtol=1e-4, atol=1e-5)
+    tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(*results, **tolerance)
+
+
+def test_functional_call(device):
+    """With other parameters than the module's own, which stay as they are; grad_and_value on top."""
+    x, y = torch.randn(1, 32, 32, dtype=torch.float64, device=device), torch.tensor(3, device=device)
+    results = []
+    for net in _nets():
+        net.to(device)
+        parameters = {k: v.detach() * 1.5 for k, v in net.named_parameters()}
+        before = net.conv1.weight.detach().clone()
+        results.append(grad_and_value(lambda p, net=net: _loss(net, p, x, y))(parameters))
+        assert_equal(net.conv1.weight, before, "the module's own parameter")
+        assert net.conv1.weight.grad is None
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+def test_functional_call_without_transform():
+    net = Net()
+    zeros = {k: torch.zeros_like(v) for k, v in net.named_parameters()}
+    x = torch.randn(3, 1, 32, 32)
+    assert not functional_call(net, zeros, (x,)).any()
+    assert net(x).any()
+
+
+def test_ensemble(device):
+    """Several nets at once with stacked parameters."""
+    x = torch.randn(4, 1, 32, 32, dtype=torch.float64, device=device)
+    results = []
+    for cls in (Net, ReferenceNet):
+        torch.manual_seed(0)
+        nets = [cls(dtype=torch.float64, device=device) for _ in range(3)]
+        parameters, buffers = stack_module_state(nets)
+        base = cls(device="meta", dtype=torch.float64)
+        results.append(vmap(lambda p, b, base=base: functional_call(base, (p, b), (x,)))(parameters, buffers))
+        for net, output in zip(nets, results[-1], strict=True):
+            torch.testing.assert_close(net(x), output, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+def test_jacobian_of_the_net(device):
+    x = torch.randn(1, 1, 32, 32, dtype=torch.float64, device=device)
+    ours, stock = (jacrev(net.to(device))(x) for net in _nets())
+    assert ours.shape == (1, 10, 1, 1, 32, 32)
+    assert stock.any()
+    torch.testing.assert_close(ours, stock, rtol=1e-9, atol=1e-12)
+
+
+# --- forward mode ----------------------------------------------------------------------------------------------------
+
+FORWARD_MODE = "(?i)forward[- ]mode"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("how", ["jvp", "jacfwd", "hessian", "dual"])
+def test_forward_mode_is_refused_by_name(device, name, how):
+    x, w, b = _operands(name, device)
+    f = _functions(name)[0]
+
+    def dual():
+        with forward_ad.dual_level():
+            f(forward_ad.make_dual(x, torch.ones_like(x)), w, b)
+
+    calls = {
+        "jvp": lambda: jvp(lambda x: f(x, w, b), (x,), (torch.ones_like(x),)),
+        "jacfwd": lambda: jacfwd(lambda w: f(x, w, b))(w),
+        "hessian": lambda: hessian(lambda b: f(x, w, b).sum())(b),
+        "dual": dual,
+    }
+    with pytest.raises((NotImplementedError, RuntimeError), match=FORWARD_MODE):
+        calls[how]()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("no_grad", [True, False])
+def test_forward_mode_of_the_net_is_refused_by_name(dtype, no_grad):
+    """Also where no gradient is needed: the tangent must not be dropped in silence."""
+    net, x = Net(dtype=dtype), torch.randn(1, 1, 32, 32, dtype=dtype)
+    with torch.set_grad_enabled(not no_grad):
+        with pytest.raises(Exception, match=FORWARD_MODE):
+            jvp(net, (x,), (torch.ones_like(x),))
+        with pytest.raises(Exception, match=FORWARD_MODE), forward_ad.dual_level():
+            net(forward_ad.make_dual(x, torch.ones_like(x)))
+        with forward_ad.dual_level():  # nothing dual goes in: nothing is refused
+            assert net(x).shape == (1, 10)
