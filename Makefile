@@ -42,7 +42,7 @@ bench: $(VENV)/installed
 	$(BIN)/lenet-ext bench --json benchmarks/results/cpu.json --plot benchmarks/results/cpu.png
 
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-PYTHON_FILES := setup.py build_backend lenet_ext tests benchmarks examples
+PYTHON_FILES := setup.py build_backend lenet_ext tests benchmarks
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check $(PYTHON_FILES)

@@ -5,7 +5,7 @@ in the ``setup_context`` style, which is the one that ``torch.func`` understands
 arguments, then the options as the operator takes them. Call them through :mod:`lenet_ext.functional`.
 
 Derivatives of any order by ``backward`` and ``torch.func.grad`` are right; forward-mode AD raises
-:class:`NotImplementedError`.
+:class:`NotImplementedError` (no ``jvp`` is defined here: ``torch.compile`` refuses Functions that have one).
 """
 
 from __future__ import annotations
@@ -19,18 +19,6 @@ from torch.autograd import Function
 from lenet_ext import ops
 
 __all__ = ["ConvReLUMaxPool2dFunction", "LeNetFunction", "LinearFunction", "LinearReLUFunction"]
-
-
-class _ReverseModeFunction(Function):
-    """A Function that says plainly that it has no forward-mode derivative."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(
-            "lenet_ext does not support forward-mode automatic differentiation (torch.autograd.forward_ad, "
-            "torch.func.jvp, torch.func.jacfwd); use reverse mode (backward, torch.func.grad, vjp, jacrev), "
-            "or the stock layers, e.g. lenet_ext.ReferenceNet"
-        )
 
 
 def _wanted(gradients: tuple[Tensor, Tensor, Tensor], mask: list[bool]) -> list[Tensor | None]:
@@ -67,7 +55,7 @@ def _more_groups(options: tuple, size: int) -> tuple:
     return (*options[:_GROUPS], options[_GROUPS] * size, *options[_GROUPS + 1 :])
 
 
-class ConvReLUMaxPool2dFunction(_ReverseModeFunction):
+class ConvReLUMaxPool2dFunction(Function):
     r"""Fused convolution, ReLU and max pooling.
 
     With the convolution :math:`z[n,o,q] = b[o] + \sum_{c,t} W[o,c,t]\, x[n,c,q \cdot s + t]` (:math:`q` a position of
@@ -142,7 +130,7 @@ def _conv_backward(
     return ops.conv_relu_max_pool2d_backward(grad_output, indices, input, weight, *options, mask)
 
 
-class _ConvBackwardFunction(_ReverseModeFunction):
+class _ConvBackwardFunction(Function):
     r"""The backward pass of the convolution as a function of its own, so that it can be differentiated.
 
     :math:`(g, x, W) \mapsto (G_x(g, W), G_W(g, x), G_b(g))` is linear in each argument (the winners are fixed). With
@@ -212,7 +200,7 @@ class _ConvBackwardFunction(_ReverseModeFunction):
         )
 
 
-class _ConvAtIndicesFunction(_ReverseModeFunction):
+class _ConvAtIndicesFunction(Function):
     r"""The convolution at the winning positions, :math:`C(x, W) + b`, 0 where there is none. Its gradients are those of
     :class:`ConvReLUMaxPool2dFunction`, whose winners it is given."""
 
@@ -264,7 +252,7 @@ def _linear_gradients(
     )
 
 
-class LinearFunction(_ReverseModeFunction):
+class LinearFunction(Function):
     r""":math:`y = x W^T + b`. With :math:`g = \partial L / \partial y` and rows flattened over the leading dimensions,
 
     .. math::
@@ -298,7 +286,7 @@ class LinearFunction(_ReverseModeFunction):
         return _vmap_linear(LinearFunction, info, in_dims, input, weight, bias), 0
 
 
-class LinearReLUFunction(_ReverseModeFunction):
+class LinearReLUFunction(Function):
     r""":math:`y = \max(0, x W^T + b)`. With :math:`g = \partial L / \partial y` and
     :math:`\delta = g` where :math:`y > 0` or is NaN, else 0,
 
@@ -351,7 +339,7 @@ def _vmap_linear(
     return output.relu() if function is LinearReLUFunction else output
 
 
-class LeNetFunction(_ReverseModeFunction):
+class LeNetFunction(Function):
     r"""The whole of LeNet, forward and backward in one operator each.
 
     The derivative is the chain of those of the layers' Functions, :class:`ConvReLUMaxPool2dFunction` twice,

@@ -68,8 +68,8 @@ class Net(nn.Module):
         """The ten parameters if the network can run as one operator with no observable difference, else None.
 
         It cannot if anything could look at or change what happens between the layers (hooks, replaced or subclassed
-        children, parametrizations, dispatch modes, torch.compile, torch.func) or if the arguments are not what the
-        operator takes, in which case the layers say what is wrong.
+        children, parametrizations, dispatch modes, tracing, torch.compile, torch.func) or if the arguments are not what
+        the operator takes, in which case the layers say what is wrong.
         """
         if (
             type(input) is not Tensor
@@ -78,6 +78,7 @@ class Net(nn.Module):
             or input.device.type != "cpu"
             or input.layout is not torch.strided
             or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
             or torch.is_autocast_enabled("cpu")
             or torch._C._are_functorch_transforms_active()
             or torch._C._len_torch_dispatch_stack() > 0

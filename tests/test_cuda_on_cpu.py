@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 DIRECT, VENDOR = 0, 1
-SCHEDULES = [(0, 0), (1, 0), (2, 1), (2, 2)]  # forward, reverse, two shuffled
+SCHEDULES = [(0, 0), (1, 0), (2, 1)]  # forward, reverse, shuffled
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 PLAIN = {
@@ -344,7 +344,7 @@ def test_driver_under_the_sanitizers():
     """Every kernel against plain loops, under AddressSanitizer and UndefinedBehaviorSanitizer."""
     if not build.has_sanitizers():
         pytest.skip("the compiler has no AddressSanitizer or UndefinedBehaviorSanitizer")
-    done = subprocess.run([build.driver(), "2"], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([build.driver(), "1"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     assert done.stdout.rstrip().endswith(", 0 failed")
 

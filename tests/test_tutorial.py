@@ -1,6 +1,5 @@
 """PyTorch's tutorial "Neural Networks", step by step, with the fused Net in place of the one it writes."""
 
-
 from __future__ import annotations
 
 import torch

@@ -92,7 +92,7 @@ def operators() -> ctypes.CDLL:
     flags = [*SHIM_FLAGS, "-O1", "-fPIC", f"-Dlenet_ext={NAMESPACE}", abi, *includes]
     torch_lib = Path(torch.__file__).parent / "lib"
     product = _build(
-        "operators.so",
+        f"operators-torch{torch.__version__}.so",
         [HERE / "library.cpp", *kernels()],
         flags,
         ["-shared", f"-L{torch_lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_lib}"],
@@ -109,7 +109,7 @@ def operators() -> ctypes.CDLL:
 
 def driver() -> Path:
     """Builds the driver program under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    flags = [*SHIM_FLAGS, "-O1", "-g", *SANITIZERS]
+    flags = [*SHIM_FLAGS, "-O0", "-g1", *SANITIZERS]  # at -O1 the sanitizers take the compiler a minute more
     return _build("driver", [HERE / "driver.cu", *kernels()], flags, SANITIZERS)
 
 

@@ -18,7 +18,7 @@ from cuda_on_cpu import build
 settings.register_profile(
     "cuda_on_cpu",
     derandomize=True,
-    max_examples=12,
+    max_examples=8,
     database=None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
