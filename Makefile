@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-BIN := $(VENV)/bin
+BIN := $(abspath $(VENV))/bin
 
 # What an installed package is made of: touched files mean building again.
 SOURCES := setup.py pyproject.toml $(shell find csrc lenet_ext build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
@@ -36,7 +36,7 @@ demo: $(VENV)/installed
 
 # From the tests' folder, so that the installed package is tested and not the source tree.
 test: $(VENV)/installed
-	cd tests && ../$(BIN)/python -m pytest $(PYTEST_ARGS)
+	cd tests && $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(VENV)/installed
 	$(BIN)/lenet-ext bench --json benchmarks/results/cpu.json --plot benchmarks/results/cpu.png

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -17,9 +18,10 @@ import torch
 from compile_objects import compile_objects
 from cpu_kernels import FLAGS, cpu_objects, supported_capabilities
 from cuda_toolkit import cuda_objects, find_cuda_toolkit
+from setuptools.command.build import build
 from torch.utils import cpp_extension
 
-BYTES_PER_JOB = 1.2e9  # a host file takes 0.9 GB, they include torch's headers
+BYTES_PER_JOB = 1e9  # the largest takes 0.7e9; with torch's headers no file is small
 
 
 def _compiler() -> list[str]:
@@ -78,9 +80,13 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
     class BuildExtension(cpp_extension.BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
-            if self.editable_mode:
-                # setuptools would take a temporary folder, and so compile everything each time.
-                self.build_temp = str(root / "build" / f"editable-{sys.implementation.cache_tag}")
+            # Kept between builds, also of an editable installation, so that only what changed is compiled again. One
+            # for each torch and compiler: ninja does not see it when those are replaced where they are.
+            tools = "\n".join([compiler_version, "" if cuda_reason else f"{toolkit.nvcc} {toolkit.version}"])
+            digest = hashlib.sha256(tools.encode()).hexdigest()[:8]
+            name = f"{sys.implementation.cache_tag}-torch-{torch.__version__}-{digest}"
+            self.build_temp = str(root / "build" / name)
+            self.force = True  # ninja decides what is out of date; without it everything is compiled
 
         def run(self) -> None:
             super().run()
@@ -96,7 +102,6 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
             compile_objects(objects, folder, jobs)
             extension = self.extensions[0]
             extension.extra_objects = [str(job.output) for job in objects]
-            extension.depends = [*extension.extra_objects, *map(str, csrc.rglob("*.h"))]
             extension.extra_compile_args["cxx"] += ["-I", str(folder)]
             super().build_extensions()
 
@@ -128,10 +133,16 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
             }
             (folder / "_build_record.json").write_text(json.dumps(record, indent=1) + "\n")
 
+    class Build(build):
+        def run(self) -> None:
+            # Modules that were removed from the source since the last build would be installed again.
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+            super().run()
+
     extension = cpp_extension.CppExtension(
         "lenet_ext._C",
         [os.path.relpath(path, root) for path in sources],
         extra_compile_args={"cxx": flags},
         extra_link_args=link_flags,
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [extension], "cmdclass": {"build": Build, "build_ext": BuildExtension}}

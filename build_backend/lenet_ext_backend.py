@@ -11,8 +11,6 @@ import importlib.util
 import site
 import sys
 
-from setuptools import build_meta
-
 
 def _target_site_packages() -> list[str]:
     paths = site.getsitepackages()
@@ -22,6 +20,9 @@ def _target_site_packages() -> list[str]:
 
 
 sys.path += [path for path in _target_site_packages() if path not in sys.path]
+
+# Only now: importing setuptools appends the packages it bundles, and torch must not get an older one of those.
+from setuptools import build_meta  # noqa: E402
 
 
 def _with_torch(requirements: list[str]) -> list[str]:

@@ -7,12 +7,17 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # The same examples in every run: a red build can be repeated, and a green one does not depend on luck. To search for
 # new examples on purpose: HYPOTHESIS_PROFILE=explore pytest.
-_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-settings.register_profile("repeatable", derandomize=True, max_examples=60, database=None, print_blob=True, **_COMMON)
+_COMMON = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+    # A failing example is made small, but not explained: that runs the kernels many hundred times more.
+    "phases": [Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+}
+settings.register_profile("repeatable", derandomize=True, max_examples=100, database=None, print_blob=True, **_COMMON)
 # For test_variants.py, which runs the same files several times over.
 settings.register_profile("variant", parent=settings.get_profile("repeatable"), max_examples=20)
 settings.register_profile("explore", max_examples=2000, print_blob=True, **_COMMON)

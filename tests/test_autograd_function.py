@@ -283,6 +283,28 @@ def test_nothing_of_the_convolutions_size_is_saved():
     assert sum(sizes) <= x.nbytes + w.nbytes + 4 * 6 * 14 * 14
 
 
+def test_the_convolution_is_never_stored():
+    """Neither forward nor backward allocates memory of the size of the convolution's output, 10 MB here."""
+    x = torch.randn(512, 1, 32, 32, requires_grad=True)
+    w, b = torch.randn(6, 1, 5, 5, requires_grad=True), torch.randn(6, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with torch.no_grad():
+            functional.conv_relu_max_pool2d(x, w, b)
+        output = functional.conv_relu_max_pool2d(x, w, b)
+        output.backward(torch.ones_like(output))
+    conv_size = 512 * 6 * 28 * 28 * 4
+    allocated = {e.name: e.self_cpu_memory_usage for e in profile.events() if "lenet_ext" in e.name}
+    assert {name.split("::")[1] for name in allocated} == {
+        "conv_relu_max_pool2d",
+        "conv_relu_max_pool2d_with_indices",
+        "conv_relu_max_pool2d_backward",
+    }
+    children = [e for e in profile.events() if e.cpu_parent is not None and "lenet_ext" in e.cpu_parent.name]
+    sizes = [*allocated.values(), *(e.self_cpu_memory_usage for e in children)]
+    assert sum(size for size in sizes if size > 0) > 512 * 6 * 14 * 14 * 4, "the profiler saw no allocation at all"
+    assert max(sizes) < conv_size / 2, allocated
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_activation_checkpointing(name, use_reentrant):

@@ -187,6 +187,38 @@ def test_what_cannot_be_built_is_told_in_one_sentence_before_compiling(
     assert not (tree / "build").exists()
 
 
+def test_what_an_earlier_build_left_behind_is_not_used(tree: Path, tmp_path: Path) -> None:
+    """Objects compiled against another torch, and modules that the source no longer has."""
+    code = """
+import sys
+from pathlib import Path
+import lenet_ext_backend, torch
+torch.__version__ = sys.argv[2]
+from extension import extension_and_command
+from setuptools import Distribution
+build = Distribution({"name": "lenet_ext", **extension_and_command(Path.cwd(), "0")}).get_command_obj("build")
+build.build_base, build.sub_commands = sys.argv[1], []
+build.ensure_finalized()
+removed = Path(build.build_lib, "lenet_ext", "removed.py")
+removed.parent.mkdir(parents=True, exist_ok=True)
+removed.touch()
+build.run()
+build_ext = build.get_finalized_command("build_ext")
+print(removed.exists(), build_ext.force, build_ext.build_temp)
+"""
+
+    def answer(torch_version: str) -> list[str]:
+        command = [sys.executable, "-c", code, str(tmp_path), torch_version]
+        where = environment(tree, LENET_EXT_CUDA="0")
+        done = subprocess.run(command, cwd=tree, env=where, capture_output=True, text=True, check=False)
+        return value(done).split(maxsplit=2)
+
+    first, again, other = answer("2.12.0"), answer("2.12.0"), answer("2.13.0")
+    assert first[:2] == ["False", "True"]
+    assert first == again
+    assert first[2] != other[2]
+
+
 @pytest.fixture
 def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`cuda_toolkit` of the build backend with a CUDA 13.0 toolkit that only answers questions."""

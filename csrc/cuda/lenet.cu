@@ -22,7 +22,7 @@ int64_t shared_bytes(int images) {
 }
 
 // The block computes a linear layer for `images` rows of `in` (shared, [images][depth]) and writes the `present` first
-// ones to `hidden` (shared, null for the last layer) and `output` (global, may be null).
+// ones to `output` (global, may be null) and, as the next layer's input, to `hidden` (shared), if there is ReLU.
 //
 // thread -> up to 5 images x 4 outputs and a quarter of the depth: 9 loads of 16 bytes for 80 multiply-adds. The
 // weights come straight from L2, 16 bytes of a row at a time; the rest of the sector is in L1 when the next step asks
@@ -75,15 +75,10 @@ __device__ __forceinline__ void linear_images(const float* in, int images, int p
     float value = bias[i % outputs];
     for (int p = 0; p < kParts; ++p) value += partial[p * images * outputs + i];
     if (relu && value <= 0) value = 0;  // NaN passes
-    if (hidden != nullptr) hidden[i] = value;
+    if (relu) hidden[i] = value;
     if (output != nullptr) output[i] = value;
   }
   __syncthreads();
-}
-
-template <typename P>
-LX_DEVICE P* advance(P* pointer, int64_t offset) {
-  return pointer == nullptr ? nullptr : pointer + offset;
 }
 
 // block -> `images` images at a time, until the batch is done; all activations of a pass stay in shared memory, each
@@ -98,8 +93,7 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_forward_kernel(LenetForward
   float* biases1 = lx::take<float>(shared, Conv1::kOut);
   float* weights2 = lx::take<float>(shared, Conv2::kOut * Conv2::kWeights);
   float* biases2 = lx::take<float>(shared, Conv2::kOut);
-  float *features = pixels, *hidden1 = features + images * kFeatures, *hidden2 = hidden1 + images * kHidden1;
-  float* partial = pooled1;
+  float *features = pixels, *partial = pooled1;
 
   transpose_weights<Conv1>(weights1, call.parameters[0]);
   transpose_weights<Conv2>(weights2, call.parameters[2]);
@@ -130,13 +124,21 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_forward_kernel(LenetForward
                              call.indices2[first * Conv2::kPooled + at] = winner.code();
                            });
     __syncthreads();
-    linear_images(features, images, present, kFeatures, call.parameters[4], call.parameters[5], kHidden1, true, partial,
-                  hidden1, advance(call.hidden1, first * kHidden1));
-    linear_images(hidden1, images, present, kHidden1, call.parameters[6], call.parameters[7], kHidden2, true, partial,
-                  hidden2, advance(call.hidden2, first * kHidden2));
-    const int classes = static_cast<int>(call.classes);
-    linear_images(hidden2, images, present, kHidden2, call.parameters[8], call.parameters[9], classes, false, partial,
-                  nullptr, call.output + first * classes);
+    // One copy of the code for the three layers: with three, what the compiler prepares for each outside of the loop
+    // over the passes does not fit the registers.
+    const float* in = features;
+#pragma unroll 1
+    for (int layer = 0; layer < 3; ++layer) {
+      const int depth = layer == 0 ? kFeatures : layer == 1 ? kHidden1 : kHidden2;
+      const int outputs = layer == 0 ? kHidden1 : layer == 1 ? kHidden2 : static_cast<int>(call.classes);
+      const float* weight = layer == 0 ? call.parameters[4] : layer == 1 ? call.parameters[6] : call.parameters[8];
+      const float* bias = layer == 0 ? call.parameters[5] : layer == 1 ? call.parameters[7] : call.parameters[9];
+      float* result = layer == 0 ? call.hidden1 : layer == 1 ? call.hidden2 : call.output;
+      float* hidden = features + images * (layer == 0 ? kFeatures : kFeatures + kHidden1);
+      linear_images(in, images, present, depth, weight, bias, outputs, layer < 2, partial, hidden,
+                    result == nullptr ? nullptr : result + first * outputs);
+      in = hidden;
+    }
   }
 }
 

@@ -153,14 +153,13 @@ def _measure_all(report: Report, providers: Sequence[Provider], on_workload: Cal
 @contextlib.contextmanager
 def _cudnn_settings() -> Iterator[None]:
     """Stock at its best in float32: cuDNN may try its algorithms, but must not round the inputs to TF32."""
-    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        yield
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            yield
     finally:
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before[:2]
-        torch.backends.cuda.matmul.allow_tf32 = before[2]
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _affordable(provider: Provider, plan: Plan, case: str, batch: int) -> bool:
