@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const char* op, const Ten
   const LinearShape s = check_linear_backward(op, grad_output, output, input, weight);
   const at::AutoDispatchBelowADInplaceOrView guard;
   const auto none = [&input] { return at::empty({0}, input.options()); };  // a gradient that was not asked for
-  if (s.rows == 0 || s.out_features == 0 || s.in_features == 0) {
+  if (s.rows == 0 || s.out_features == 0) {
     return {output_mask[0] ? at::zeros(input.sizes(), input.options()) : none(),
             output_mask[1] ? at::zeros(weight.sizes(), weight.options()) : none(),
             output_mask[2] ? at::zeros({s.out_features}, weight.options()) : none()};
@@ -126,11 +126,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const char* op, const Ten
         kernels.relu_backward(g, cpu::data<T>(mask), grad.numel(), masked);
         g = masked;
       }
-      if (output_mask[0]) {  // grad_input = grad * weight
+      if (output_mask[0] && s.in_features > 0) {  // grad_input = grad * weight
         run_gemm(cpu::Gemm<T>{s.rows, s.in_features, s.out_features, g, s.out_features, 1, cpu::data<T>(kernel),
                               s.in_features, cpu::mutable_data<T>(grad_input), s.in_features, nullptr, false, false});
       }
-      if (output_mask[1]) {  // grad_weight = grad^T * input
+      if (output_mask[1] && s.in_features > 0) {  // grad_weight = grad^T * input
         run_gemm(cpu::Gemm<T>{s.out_features, s.in_features, s.rows, g, 1, s.out_features, cpu::data<T>(rows),
                               s.in_features, cpu::mutable_data<T>(grad_weight), s.in_features, nullptr, false, false});
       }

@@ -146,3 +146,15 @@ def test_long_sums_keep_their_accuracy(device):
     stock = torch.nn.functional.linear(x.float(), w.float())
     expected = torch.nn.functional.linear(x.float().double(), w.float().double())
     assert_accurate(ours, expected.cpu(), expected.cpu(), "output", stock=stock)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_relu"])
+def test_bias_gradient_of_a_layer_without_inputs(name):
+    """With in_features == 0 the output is the bias, and its gradient is still the sum of the output's."""
+    x, w, b = torch.empty(3, 0), torch.empty(4, 0), torch.ones(4)
+    gradients = []
+    for function in (getattr(functional, name), getattr(reference, name)):
+        bias = b.clone().requires_grad_()
+        function(x, w, bias).sum().backward()
+        gradients.append(bias.grad)
+    torch.testing.assert_close(*gradients)
