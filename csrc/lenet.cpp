@@ -1,12 +1,13 @@
 // The whole network in one call on the CPU: for inference all layers on one block of images after the other, for
 // training the layers' own kernels without the cost of five operators and five Functions.
+#include "lenet.h"
+
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <vector>
 
-#include "checks.h"
 #include "cpu/dispatch.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
@@ -17,34 +18,6 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-constexpr int64_t kOne[] = {1, 1}, kTwo[] = {2, 2}, kZero[] = {0, 0, 0, 0};
-const ConvPoolOptions kConvolution{kOne, kZero, kOne, 1, kTwo, kTwo, at::IntArrayRef(kZero, 2), kOne};
-
-void check_lenet(const char* op, const Tensor& input, TensorList p) {
-  TORCH_CHECK(p.size() == 10, op, ": parameters must hold 10 tensors, got ", p.size());
-  check_same_device_and_dtype(op, {{"input", input},
-                                   {"parameters[0]", p[0]},
-                                   {"parameters[1]", p[1]},
-                                   {"parameters[2]", p[2]},
-                                   {"parameters[3]", p[3]},
-                                   {"parameters[4]", p[4]},
-                                   {"parameters[5]", p[5]},
-                                   {"parameters[6]", p[6]},
-                                   {"parameters[7]", p[7]},
-                                   {"parameters[8]", p[8]},
-                                   {"parameters[9]", p[9]}});
-  TORCH_CHECK(p[8].dim() == 2, op, ": parameters[8] must be 2-D, got shape ", p[8].sizes());
-  const int64_t channels = p[0].dim() == 4 ? p[0].size(1) : 1, classes = p[8].size(0);
-  TORCH_CHECK(input.dim() == 4 && input.size(1) == channels && input.size(2) == 32 && input.size(3) == 32, op,
-              ": input must have shape [batch, ", channels, ", 32, 32], got ", input.sizes());
-  const std::vector<int64_t> sizes[] = {{6, channels, 5, 5}, {6},  {16, 6, 5, 5}, {16},     {120, 400}, {120},
-                                        {84, 120},           {84}, {classes, 84}, {classes}};
-  for (size_t i = 0; i < 10; ++i) {
-    TORCH_CHECK(p[i].sizes() == at::IntArrayRef(sizes[i]), op, ": parameters[", i, "] must have shape ",
-                at::IntArrayRef(sizes[i]), ", got ", p[i].sizes());
-  }
-}
-
 // 833 kFLOP an image.
 constexpr double kImageFlops = 833e3;
 
@@ -54,9 +27,10 @@ struct Layers {
 
 Layers run_layers(const char* op, const Tensor& input, TensorList p, bool training) {
   Layers a;
-  a.pooled1 = conv_relu_max_pool2d_cpu(op, input, p[0], p[1], kConvolution, false, training ? &a.indices1 : nullptr);
+  a.pooled1 =
+      conv_relu_max_pool2d_cpu(op, input, p[0], p[1], lenet_convolution(), false, training ? &a.indices1 : nullptr);
   a.pooled2 =
-      conv_relu_max_pool2d_cpu(op, a.pooled1, p[2], p[3], kConvolution, false, training ? &a.indices2 : nullptr);
+      conv_relu_max_pool2d_cpu(op, a.pooled1, p[2], p[3], lenet_convolution(), false, training ? &a.indices2 : nullptr);
   a.hidden1 = linear_cpu(op, a.pooled2.view({input.size(0), 400}), p[4], p[5], true);
   a.hidden2 = linear_cpu(op, a.hidden1, p[6], p[7], true);
   a.output = linear_cpu(op, a.hidden2, p[8], p[9], false);
@@ -120,9 +94,9 @@ std::tuple<Tensor, std::vector<Tensor>> lenet_backward(const Tensor& grad_output
   const Tensor features = pooled2.view({pooled2.size(0), 400});
   auto [grad_features, fc1_weight, fc1_bias] = linear_backward_cpu(op, grad_hidden1, hidden1, features, p[4], all);
   auto [grad_pooled1, conv2_weight, conv2_bias] = conv_relu_max_pool2d_backward_cpu(
-      op, grad_features.view(pooled2.sizes()), indices2, pooled1, p[2], kConvolution, all);
+      op, grad_features.view(pooled2.sizes()), indices2, pooled1, p[2], lenet_convolution(), all);
   auto [grad_input, conv1_weight, conv1_bias] = conv_relu_max_pool2d_backward_cpu(
-      op, grad_pooled1, indices1, input, p[0], kConvolution, {input_gradient, true, true});
+      op, grad_pooled1, indices1, input, p[0], lenet_convolution(), {input_gradient, true, true});
   return {grad_input,
           {conv1_weight, conv1_bias, conv2_weight, conv2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc3_weight,
            fc3_bias}};
