@@ -25,7 +25,7 @@ Algorithm choose_algorithm(Algorithm preferred) {
   return choice.value_or(preferred);
 }
 
-Algorithm conv_pool_algorithm_cpu(const ConvPoolShape& s, bool backward) {
+Algorithm conv_pool_algorithm_cpu(const ConvPoolShape& s) {
   // Offsets inside an image, and of a kernel in the packed weights, are 32-bit.
   const double image =
       double(s.in_channels) * (s.height + s.pad_top + s.pad_bottom) * (s.width + s.pad_left + s.pad_right + s.stride_w);
@@ -40,8 +40,7 @@ Algorithm conv_pool_algorithm_cpu(const ConvPoolShape& s, bool backward) {
   if (s.groups > 1 && group_channels < 4) return choose_algorithm(Algorithm::Vendor);
   // Many channels: the vendor's blocking for the caches is at its best, and pooling is a small part of the work.
   const int64_t depth = s.in_channels / s.groups * s.kernel_h * s.kernel_w;
-  const bool many = backward ? depth > 1200 : depth > 1200;
-  return choose_algorithm(many ? Algorithm::Vendor : Algorithm::Direct);
+  return choose_algorithm(depth > 1200 ? Algorithm::Vendor : Algorithm::Direct);
 }
 
 Algorithm linear_algorithm_cpu(int64_t in_features, int64_t out_features) {

@@ -12,7 +12,7 @@ enum class Algorithm { Direct, Vendor };
 Algorithm choose_algorithm(Algorithm preferred);
 
 // The cost rules, each with its reason beside it.
-Algorithm conv_pool_algorithm_cpu(const ConvPoolShape& shape, bool backward);
+Algorithm conv_pool_algorithm_cpu(const ConvPoolShape& shape);
 Algorithm linear_algorithm_cpu(int64_t in_features, int64_t out_features);
 
 }  // namespace lenet_ext

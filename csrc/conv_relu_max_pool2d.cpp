@@ -83,7 +83,7 @@ void forward(const ConvPoolShape& s, const char* op, const Tensor& input, const 
   if (output.numel() == 0) return;
   cpu::dispatch(input, op, [&](auto zero) {
     using T = decltype(zero);
-    if (conv_pool_algorithm_cpu(s, false) == Algorithm::Direct) {
+    if (conv_pool_algorithm_cpu(s) == Algorithm::Direct) {
       const Tensor contiguous_bias = bias.has_value() ? bias->contiguous() : Tensor();
       forward_direct<T>(s, input, weight.contiguous(), contiguous_bias, output, indices);
     } else {
@@ -223,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cpu(const char*
   }
   return cpu::dispatch(input, op, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
     using T = decltype(zero);
-    if (conv_pool_algorithm_cpu(s, true) == Algorithm::Direct) {
+    if (conv_pool_algorithm_cpu(s) == Algorithm::Direct) {
       const at::MemoryFormat format = output_memory_format(input);
       const Tensor grad_input = output_mask[0] ? at::empty(input.sizes(), input.options(), format) : Tensor();
       const Tensor grad_weight =
