@@ -35,6 +35,54 @@ double winner_flops(const ConvPoolShape& s) {
   return 4.0 * s.batch * s.out_channels * s.out_h * s.out_w * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w;
 }
 
+// LeNet's own kernels, where this is one of its convolutions.
+cpu::ConvPoolFixedShape lenet_kernels(const ConvPoolShape& s) {
+  const bool options = s.kernel_h == 5 && s.kernel_w == 5 && s.stride_h == 1 && s.stride_w == 1 && s.pad_top == 0 &&
+                       s.pad_bottom == 0 && s.pad_left == 0 && s.pad_right == 0 && s.dilation_h == 1 &&
+                       s.dilation_w == 1 && s.groups == 1 && s.pool_kernel_h == 2 && s.pool_kernel_w == 2 &&
+                       s.pool_stride_h == 2 && s.pool_stride_w == 2 && s.pool_pad_h == 0 && s.pool_pad_w == 0 &&
+                       s.pool_dilation_h == 1 && s.pool_dilation_w == 1;
+  const auto& kernels = LENET_EXT_CPU_DISPATCH(conv_pool_lenet_kernels);
+  auto is = [&](int64_t in_channels, int64_t size, int64_t out_channels) {
+    return s.in_channels == in_channels && s.height == size && s.width == size && s.out_channels == out_channels;
+  };
+  if (options && is(1, 32, 6)) return kernels.conv1;
+  if (options && is(6, 14, 16)) return kernels.conv2;
+  return {};
+}
+
+// Is each image of the batch one contiguous piece?
+bool contiguous_images(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  return strides[3] == 1 && strides[2] == sizes[3] && (sizes[1] == 1 || strides[1] == sizes[2] * sizes[3]);
+}
+
+// The kernels for these tensors: those of the fixed shape where it has any and the tensors fit.
+template <typename T>
+const cpu::ConvPoolForwardKernels<T>& forward_kernels(const ConvPoolShape& s, const Tensor& input,
+                                                      const Tensor& output) {
+  if constexpr (std::is_same_v<T, float>) {
+    const auto* fixed = lenet_kernels(s).forward;
+    if (fixed != nullptr && contiguous_images(input) && contiguous_images(output)) return *fixed;
+  }
+  return cpu::conv_pool_table<T>().forward;
+}
+
+template <typename T>
+const cpu::ConvPoolBackwardKernels<T>& backward_kernels(const ConvPoolShape& s, const Tensor& grad_output,
+                                                        const Tensor& indices, const Tensor& input,
+                                                        const Tensor& grad_input) {
+  if constexpr (std::is_same_v<T, float>) {
+    const auto* fixed = lenet_kernels(s).backward;
+    const bool input_gradient = grad_input.defined();
+    if (fixed != nullptr && contiguous_images(grad_output) && contiguous_images(indices) && contiguous_images(input) &&
+        (!input_gradient || (s.in_channels > 1 && contiguous_images(grad_input)))) {
+      return *fixed;
+    }
+  }
+  return cpu::conv_pool_table<T>().backward;
+}
+
 at::Tensor vendor_convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                               const ConvPoolOptions& o) {
   // Gradients flow by the Functions in lenet_ext/autograd.py; what is called from here must not record any.
@@ -46,7 +94,7 @@ at::Tensor vendor_convolution(const Tensor& input, const Tensor& weight, const O
 template <typename T>
 void forward_direct(const ConvPoolShape& s, const Tensor& input, const Tensor& weight, const Tensor& bias,
                     const Tensor& output, const Tensor& indices) {
-  const auto& kernels = cpu::conv_pool_table<T>().forward;
+  const auto& kernels = forward_kernels<T>(s, input, output);
   const cpu::ConvPoolForward<T> job{s,
                                     cpu::data<T>(input),
                                     cpu::strides4(input),
@@ -133,7 +181,7 @@ template <typename T>
 bool backward_direct(const ConvPoolShape& s, const Tensor& grad_output, const Tensor& indices, const Tensor& input,
                      const Tensor& weight, const Tensor& grad_input, const Tensor& grad_weight,
                      const Tensor& grad_bias) {
-  const auto& kernels = cpu::conv_pool_table<T>().backward;
+  const auto& kernels = backward_kernels<T>(s, grad_output, indices, input, grad_input);
   const bool input_gradient = grad_input.defined();
   const cpu::ConvPoolBackward<T> job{s,
                                      cpu::data<T>(grad_output),

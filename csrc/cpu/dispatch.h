@@ -13,6 +13,7 @@
 namespace lenet_ext::cpu {
 
 LENET_EXT_CPU_DECLARE(ConvPoolKernels, conv_pool_kernels)
+LENET_EXT_CPU_DECLARE(ConvPoolLenetKernels, conv_pool_lenet_kernels)
 LENET_EXT_CPU_DECLARE(GemmKernels, gemm_kernels)
 LENET_EXT_CPU_DECLARE(LenetKernels, lenet_kernels)
 

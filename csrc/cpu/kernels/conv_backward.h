@@ -322,7 +322,7 @@ bool backward_run(const ConvPoolBackward<T>& job, const void* packed, void* part
 }
 
 template <typename T>
-void backward_reduce(const ConvPoolBackward<T>& job, const void* partials) {
+void backward_reduce(const ConvPoolBackward<T>& job, void* partials) {
   using A = Accumulator<T>;
   const ConvPoolShape& s = job.shape;
   const BackwardPlan<A> p = backward_plan<A>(s);

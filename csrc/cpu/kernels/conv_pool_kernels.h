@@ -80,26 +80,32 @@ struct ReluPoolBackward {
 // does not depend on the partition. `scratch` of `scratch_bytes` belongs to one run call. Buffers are aligned to 64
 // bytes.
 template <typename T>
+struct ConvPoolForwardKernels {
+  int64_t (*packed_bytes)(const ConvPoolShape&);
+  int64_t (*scratch_bytes)(const ConvPoolShape&);
+  int64_t (*units)(const ConvPoolShape&);
+  void (*prepare)(const ConvPoolForward<T>&, void* packed);
+  void (*run)(const ConvPoolForward<T>&, const void* packed, void* scratch, int64_t begin, int64_t end);
+};
+
+template <typename T>
+struct ConvPoolBackwardKernels {
+  int64_t (*packed_bytes)(const ConvPoolShape&, bool input_gradient);
+  int64_t (*scratch_bytes)(const ConvPoolShape&, bool input_gradient);
+  int64_t (*units)(const ConvPoolShape&);
+  int64_t (*partial_bytes)(const ConvPoolShape&);  // of each unit, for the weight and bias gradients
+  // prepare and run return false where an operand is not finite: the caller then takes the dense path, in which a
+  // position that did not win contributes 0 * infinity = NaN, as in stock.
+  bool (*prepare)(const ConvPoolBackward<T>&, void* packed);
+  bool (*run)(const ConvPoolBackward<T>&, const void* packed, void* partials, void* scratch, int64_t begin,
+              int64_t end);
+  void (*reduce)(const ConvPoolBackward<T>&, void* partials);
+};
+
+template <typename T>
 struct ConvPoolTable {
-  struct {
-    int64_t (*packed_bytes)(const ConvPoolShape&);
-    int64_t (*scratch_bytes)(const ConvPoolShape&);
-    int64_t (*units)(const ConvPoolShape&);
-    void (*prepare)(const ConvPoolForward<T>&, void* packed);
-    void (*run)(const ConvPoolForward<T>&, const void* packed, void* scratch, int64_t begin, int64_t end);
-  } forward;
-  struct {
-    int64_t (*packed_bytes)(const ConvPoolShape&, bool input_gradient);
-    int64_t (*scratch_bytes)(const ConvPoolShape&, bool input_gradient);
-    int64_t (*units)(const ConvPoolShape&);
-    int64_t (*partial_bytes)(const ConvPoolShape&);  // of each unit, for the weight and bias gradients
-    // prepare and run return false where an operand is not finite: the caller then takes the dense path, in which a
-    // position that did not win contributes 0 * infinity = NaN, as in stock.
-    bool (*prepare)(const ConvPoolBackward<T>&, void* packed);
-    bool (*run)(const ConvPoolBackward<T>&, const void* packed, void* partials, void* scratch, int64_t begin,
-                int64_t end);
-    void (*reduce)(const ConvPoolBackward<T>&, const void* partials);
-  } backward;
+  ConvPoolForwardKernels<T> forward;
+  ConvPoolBackwardKernels<T> backward;
   struct {
     int64_t (*packed_bytes)(const ConvPoolShape&);
     int64_t (*scratch_bytes)(const ConvPoolShape&);
@@ -118,6 +124,17 @@ struct ConvPoolKernels {
   ConvPoolTable<float> float32;
   ConvPoolTable<double> float64;
   ConvPoolTable<BFloat16> bfloat16;
+};
+
+// Kernels for one shape only: they take contiguous images. Null where an instruction set has none.
+struct ConvPoolFixedShape {
+  const ConvPoolForwardKernels<float>* forward;
+  const ConvPoolBackwardKernels<float>* backward;
+};
+
+// The two convolutions of LeNet; the first has no input gradient.
+struct ConvPoolLenetKernels {
+  ConvPoolFixedShape conv1, conv2;
 };
 
 }  // namespace lenet_ext::cpu

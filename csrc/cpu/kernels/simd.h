@@ -13,6 +13,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 finds fault with its own intrinsics (bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
 #if defined(__AVX2__)
 #include <immintrin.h>  // its functions are always inlined, so they never become shared copies
 #endif

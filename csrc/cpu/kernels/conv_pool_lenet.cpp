@@ -1,0 +1,33 @@
+// The table of the kernels for LeNet's two convolutions.
+#include "conv_pool_lenet.h"
+
+namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY {
+
+#if LENET_EXT_VECTOR_BYTES == 64
+
+namespace {
+
+constexpr ConvPoolForwardKernels<float> kForward1 = {forward1_packed_bytes, no_scratch, unit_per_image,
+                                                     forward1_prepare, forward1_run};
+constexpr ConvPoolForwardKernels<float> kForward2 = {forward2_packed_bytes, no_scratch, unit_per_image,
+                                                     forward2_prepare, forward2_run};
+constexpr ConvPoolBackwardKernels<float> kBackward1 = {
+    backward1_packed_bytes, backward1_scratch_bytes, backward_slices, backward1_partial_bytes,
+    backward1_prepare,      backward1_run,           backward1_reduce};
+constexpr ConvPoolBackwardKernels<float> kBackward2 = {
+    backward2_packed_bytes, backward2_scratch_bytes, backward_slices, backward2_partial_bytes,
+    backward2_prepare,      backward2_run,           backward2_reduce};
+
+}  // namespace
+
+extern const ConvPoolLenetKernels conv_pool_lenet_kernels;
+const ConvPoolLenetKernels conv_pool_lenet_kernels = {{&kForward1, &kBackward1}, {&kForward2, &kBackward2}};
+
+#else  // too few registers for these tiles; the general kernels do as well
+
+extern const ConvPoolLenetKernels conv_pool_lenet_kernels;
+const ConvPoolLenetKernels conv_pool_lenet_kernels = {};
+
+#endif
+
+}  // namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY
