@@ -15,6 +15,7 @@
 
 #include "algorithm.h"
 #include "cpu/dispatch.h"
+#include "cpu/gemm.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
 
@@ -24,20 +25,10 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// With fewer rows, dot products along k beat transposing the weight first.
-constexpr int64_t kDotRows = 6;
-
-template <typename A>
-void run_gemm(const cpu::Gemm<A>& gemm) {
-  const auto& kernels = cpu::gemm_table<A>();
-  cpu::parallel_units(kernels.units(gemm), 2.0 * gemm.m * gemm.n * gemm.k,
-                      [&](int64_t begin, int64_t end) { kernels.run(gemm, begin, end); });
-}
-
 template <typename A>
 void forward_direct(const LinearShape& s, const A* input, const A* weight, const A* bias, bool relu, A* output) {
   const auto& kernels = cpu::gemm_table<A>();
-  if (s.rows < kDotRows) {
+  if (s.rows < cpu::kDotRows) {
     const cpu::GemmNT<A> gemm{s.rows, s.out_features, s.in_features, input, weight, output, bias, relu};
     cpu::parallel_units(kernels.nt_units(gemm), 2.0 * s.rows * s.out_features * s.in_features,
                         [&](int64_t begin, int64_t end) { kernels.nt_run(gemm, begin, end); });
@@ -45,7 +36,7 @@ void forward_direct(const LinearShape& s, const A* input, const A* weight, const
   }
   A* transposed = static_cast<A*>(cpu::shared_scratch(s.in_features * s.out_features * sizeof(A)));
   kernels.transpose(weight, s.out_features, s.in_features, transposed);
-  run_gemm(cpu::Gemm<A>{s.rows, s.out_features, s.in_features, input, s.in_features, 1, transposed, s.out_features,
+  cpu::run_gemm(cpu::Gemm<A>{s.rows, s.out_features, s.in_features, input, s.in_features, 1, transposed, s.out_features,
                         output, s.out_features, bias, relu, false});
 }
 
@@ -127,11 +118,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const char* op, const Ten
         g = masked;
       }
       if (output_mask[0] && s.in_features > 0) {  // grad_input = grad * weight
-        run_gemm(cpu::Gemm<T>{s.rows, s.in_features, s.out_features, g, s.out_features, 1, cpu::data<T>(kernel),
+        cpu::run_gemm(cpu::Gemm<T>{s.rows, s.in_features, s.out_features, g, s.out_features, 1, cpu::data<T>(kernel),
                               s.in_features, cpu::mutable_data<T>(grad_input), s.in_features, nullptr, false, false});
       }
       if (output_mask[1] && s.in_features > 0) {  // grad_weight = grad^T * input
-        run_gemm(cpu::Gemm<T>{s.out_features, s.in_features, s.rows, g, 1, s.out_features, cpu::data<T>(rows),
+        cpu::run_gemm(cpu::Gemm<T>{s.out_features, s.in_features, s.rows, g, 1, s.out_features, cpu::data<T>(rows),
                               s.in_features, cpu::mutable_data<T>(grad_weight), s.in_features, nullptr, false, false});
       }
       if (output_mask[2]) kernels.column_sums(g, s.rows, s.out_features, cpu::mutable_data<T>(grad_bias));

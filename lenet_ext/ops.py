@@ -264,19 +264,26 @@ def _(grad_output, output, input, weight, output_mask):
     return _linear_gradients("linear_relu_backward", grad_output, input, weight, output_mask)
 
 
+_LENET_PARAMETERS = [
+    f"parameters[{2 * i + j}] ({layer}.{parameter})"
+    for i, layer in enumerate(("conv1", "conv2", "fc1", "fc2", "fc3"))
+    for j, parameter in enumerate(("weight", "bias"))
+]
+
+
 def _check_lenet(op: str, input: Tensor, parameters: list[Tensor]) -> None:
     _check(len(parameters) == 10, f"{op}: parameters must hold 10 tensors, got {len(parameters)}")
-    _check_together(op, input=input, **{f"parameters[{i}]": parameter for i, parameter in enumerate(parameters)})
+    _check_together(op, input=input, **dict(zip(_LENET_PARAMETERS, parameters, strict=True)))
     channels, classes = parameters[0].shape[1], parameters[8].shape[0]
     _check(
         input.dim() == 4 and tuple(input.shape[1:]) == (channels, 32, 32),
         f"{op}: input must have shape [batch, {channels}, 32, 32], got {tuple(input.shape)}",
     )
     shapes = [(6, channels, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 400), (120,), (84, 120), (84,), (classes, 84)]
-    for i, shape in enumerate([*shapes, (classes,)]):
+    for name, parameter, shape in zip(_LENET_PARAMETERS, parameters, [*shapes, (classes,)], strict=True):
         _check(
-            tuple(parameters[i].shape) == shape,
-            (f"{op}: parameters[{i}] must have shape {list(shape)}, got {tuple(parameters[i].shape)}"),
+            tuple(parameter.shape) == shape,
+            f"{op}: {name} must have shape {list(shape)}, got {tuple(parameter.shape)}",
         )
 
 

@@ -135,6 +135,12 @@ struct ConvPoolFixedShape {
 // The two convolutions of LeNet; the first has no input gradient.
 struct ConvPoolLenetKernels {
   ConvPoolFixedShape conv1, conv2;
+  // The weight gradients of both, one image after the other: the gradient between the two layers never leaves the
+  // cache. Prepared and reduced as each layer's own; `packed` is that of conv2 with an input gradient, and the
+  // units are those of each. Job 1 needs no grad_output, job 2 no grad_input (any that is not null will do).
+  int64_t scratch_bytes;
+  bool (*run_both)(const ConvPoolBackward<float>& job1, const ConvPoolBackward<float>& job2, const void* packed,
+                   void* partials1, void* partials2, void* scratch, int64_t begin, int64_t end);
 };
 
 }  // namespace lenet_ext::cpu

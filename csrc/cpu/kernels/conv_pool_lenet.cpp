@@ -21,7 +21,8 @@ constexpr ConvPoolBackwardKernels<float> kBackward2 = {
 }  // namespace
 
 extern const ConvPoolLenetKernels conv_pool_lenet_kernels;
-const ConvPoolLenetKernels conv_pool_lenet_kernels = {{&kForward1, &kBackward1}, {&kForward2, &kBackward2}};
+const ConvPoolLenetKernels conv_pool_lenet_kernels = {
+    {&kForward1, &kBackward1}, {&kForward2, &kBackward2}, sizeof(BackwardBoth), backward_both_run};
 
 #else  // too few registers for these tiles; the general kernels do as well
 

@@ -24,7 +24,6 @@ constexpr int kChannels2 = 16, kPooled2 = 5 * 5;      // the second's output
 constexpr int kDepth2 = kChannels1 * kTaps;           // taps of one output channel of the second
 constexpr int kRow2 = 14, kPixels2 = 14 * kChannels1; // a row of its input; with the channels together
 constexpr int kSlices = 32;                           // pieces of the batch with sums of their own
-constexpr int kSliceImages = 4;                       // images that a slice should have at least
 
 // --- forward ---
 
@@ -207,8 +206,9 @@ inline void forward2_run(const ConvPoolForward<float>& job, const void* packed, 
 
 // --- backward ---
 
+// A slice of several images makes better use of what it reads for all of them; several slices make use of threads.
 inline int64_t backward_slices(const ConvPoolShape& s) {
-  return max_of<int64_t>(min_of<int64_t>(divide_up(s.batch, kSliceImages), kSlices), 1);
+  return max_of<int64_t>(min_of<int64_t>(divide_up(s.batch, s.batch < 32 ? 4 : 8), kSlices), 1);
 }
 
 // Winners: where each is, in elements from some base, and its gradient.
@@ -572,6 +572,39 @@ inline bool backward2_run(const ConvPoolBackward<float>& job, const void* packed
                       weight_gradient ? sums : nullptr,
                       job.grad_input != nullptr ? job.grad_input + n * job.grad_input_strides.n : nullptr);
     }
+  }
+  return true;
+}
+
+struct BackwardBoth {
+  Backward1 first;
+  Backward2 second;
+  alignas(64) float grad[kChannels1 * kPooled1];
+};
+
+inline bool backward_both_run(const ConvPoolBackward<float>& job1, const ConvPoolBackward<float>& job2,
+                              const void* packed, void* partials1, void* partials2, void* scratch, int64_t begin,
+                              int64_t end) {
+  BackwardBoth& b = *static_cast<BackwardBoth*>(scratch);
+  for (int64_t slice = begin; slice < end; ++slice) {
+    float* sums1 = static_cast<float*>(partials1) + slice * kPartial1;
+    float* sums2 = static_cast<float*>(partials2) + slice * kPartial2;
+    for (int i = 0; i < kPartial1; ++i) sums1[i] = 0;
+    for (int i = 0; i < kPartial2; ++i) sums2[i] = 0;
+    const Slice images = slice_images(job1.shape, slice);
+    for (int64_t n = images.begin; n < images.end; ++n) {
+      const float* image = job1.input + n * job1.input_strides.n;
+      const float* between = job2.input + n * job2.input_strides.n;
+      const float* grad = job2.grad_output + n * job2.grad_output_strides.n;
+      if (!all_finite(image, kSize1) || !all_finite(between, kChannels1 * kPooled1) ||
+          !all_finite(grad, kChannels2 * kPooled2)) {
+        return false;
+      }
+      backward2_image(between, grad, job2.indices + n * job2.indices_strides.n, static_cast<const float*>(packed),
+                      b.second, sums2, b.grad);
+      backward1_image(image, b.grad, job1.indices + n * job1.indices_strides.n, b.first, sums1);
+    }
+    if (!all_finite(sums1 + kSums1, kChannels1)) return false;
   }
   return true;
 }
