@@ -18,12 +18,13 @@
 #pragma once
 
 #include "window_sum.h"
-#include "winners.h"
+#include "winner_lists.h"
 
 namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kMaxSlices = 32;
+constexpr int64_t kListSlack = 16;  // entries that may be written past a list's end
 
 template <typename A>
 struct BackwardPlan {
@@ -31,6 +32,7 @@ struct BackwardPlan {
   Runs runs;
   int64_t slices, slice_images;
   int64_t positions;   // pooled positions of a channel
+  int64_t list_size;   // entries of a position's list: the channels of a group, and slack
   int64_t image_size;  // elements of the padded image of a group, with room for a vector read past its end
 
   // Weight gradient: per output channel `runs.count` rows of `row_length` sums.
@@ -54,6 +56,7 @@ BackwardPlan<A> backward_plan(const ConvPoolShape& s) {
   p.slice_images = divide_up(s.batch, p.slices);
   p.slices = max_of<int64_t>(divide_up(s.batch, max_of<int64_t>(p.slice_images, 1)), 1);
   p.positions = s.out_h * s.out_w;
+  p.list_size = p.out_channels + kListSlack;
   p.row_length = round_up(p.runs.length, window_lanes<A>(p.runs.length));
   p.partial_size = round_up(s.out_channels * (p.runs.count * p.row_length + 1), 64 / sizeof(A));
 
@@ -80,11 +83,11 @@ struct BackwardScratch {
   A* grad_window;
   WinnerTables* tables;
   int32_t* framed_offset;   // [256]: of a code in a framed kernel
-  int64_t* window_offsets;  // [positions]
+  int32_t* window_offsets;  // [positions]
   int32_t* list_offsets;    // [positions]: the winners of one channel
   A* list_scales;
   int32_t* window_counts;   // [positions]: how many channels have a winner there
-  int32_t* kernel_offsets;  // [positions][out_channels]
+  int32_t* kernel_offsets;  // [positions][list_size]
   A* kernel_scales;
   int64_t bytes;
 };
@@ -101,14 +104,14 @@ BackwardScratch<A> backward_scratch(const BackwardPlan<A>& p, bool input_gradien
   b.image = reinterpret_cast<A*>(take(p.image_size * sizeof(A)));
   b.tables = reinterpret_cast<WinnerTables*>(take(sizeof(WinnerTables)));
   b.framed_offset = reinterpret_cast<int32_t*>(take(256 * sizeof(int32_t)));
-  b.window_offsets = reinterpret_cast<int64_t*>(take(p.positions * sizeof(int64_t)));
-  b.list_offsets = reinterpret_cast<int32_t*>(take((p.positions + 1) * sizeof(int32_t)));
-  b.list_scales = reinterpret_cast<A*>(take((p.positions + 1) * sizeof(A)));
+  b.window_offsets = reinterpret_cast<int32_t*>(take(p.positions * sizeof(int32_t)));
+  b.list_offsets = reinterpret_cast<int32_t*>(take((p.positions + kListSlack) * sizeof(int32_t)));
+  b.list_scales = reinterpret_cast<A*>(take((p.positions + kListSlack) * sizeof(A)));
   if (input_gradient) {
     b.grad_image = reinterpret_cast<A*>(take(p.image_size * sizeof(A)));
     b.window_counts = reinterpret_cast<int32_t*>(take(p.positions * sizeof(int32_t)));
-    b.kernel_offsets = reinterpret_cast<int32_t*>(take((p.positions * p.out_channels + 1) * sizeof(int32_t)));
-    b.kernel_scales = reinterpret_cast<A*>(take((p.positions * p.out_channels + 1) * sizeof(A)));
+    b.kernel_offsets = reinterpret_cast<int32_t*>(take((p.positions * p.list_size + kListSlack) * sizeof(int32_t)));
+    b.kernel_scales = reinterpret_cast<A*>(take((p.positions * p.list_size + kListSlack) * sizeof(A)));
     b.grad_window = reinterpret_cast<A*>(take(p.window_rows * p.framed_stride * sizeof(A)));
   }
   b.bytes = at - base;
@@ -217,7 +220,7 @@ bool backward_run(const ConvPoolBackward<T>& job, const void* packed, void* part
                                                  p.frame_length - tables.column[code] * s.stride_w * p.channels);
   }
   for (int64_t y = 0; y < s.out_h; ++y) {
-    for (int64_t x = 0; x < s.out_w; ++x) b.window_offsets[y * s.out_w + x] = window_offset(s, p.channels, y, x);
+    for (int64_t x = 0; x < s.out_w; ++x) b.window_offsets[y * s.out_w + x] = static_cast<int32_t>(window_offset(s, p.channels, y, x));
   }
   for (int64_t i = padded_height(s) * row_stride; i < p.image_size; ++i) b.image[i] = 0;
 
@@ -244,29 +247,13 @@ bool backward_run(const ConvPoolBackward<T>& job, const void* packed, void* part
           for (int64_t i = 0; i < p.positions; ++i) b.window_counts[i] = 0;
           for (int64_t i = 0; i < p.image_size; ++i) b.grad_image[i] = 0;
         }
+        const int64_t first = group * p.out_channels;
+        const PooledGroup<T> pooled{job.grad_output + n * gs.n + first * gs.c, job.indices + n * is.n + first * is.c, gs,
+                                    is, p.out_channels};
         for (int64_t o = 0; o < p.out_channels; ++o) {
-          const int64_t channel = group * p.out_channels + o;
-          // The winners of this channel, and of each pooled position. Entries are written always and kept only if
-          // there is a winner: a branch here would be mispredicted half the time.
-          int64_t count = 0;
-          const T* g = job.grad_output + n * gs.n + channel * gs.c;
-          const uint8_t* codes = job.indices + n * is.n + channel * is.c;
-          for (int64_t y = 0, position = 0; y < s.out_h; ++y) {
-            for (int64_t x = 0; x < s.out_w; ++x, ++position) {
-              const uint8_t code = codes[y * is.h + x * is.w];
-              const A scale = widen(g[y * gs.h + x * gs.w]);
-              const bool won = names_winner(s, tables, code, y, x);
-              b.list_offsets[count] = static_cast<int32_t>(b.window_offsets[position] + tables.offset[code]);
-              b.list_scales[count] = scale;
-              count += won;
-              if (input_gradient && p.windowed) {
-                const int64_t entry = position * p.out_channels + b.window_counts[position];
-                b.kernel_offsets[entry] = static_cast<int32_t>(o * kernel_size + b.framed_offset[code]);
-                b.kernel_scales[entry] = scale;
-                b.window_counts[position] += won;
-              }
-            }
-          }
+          const int64_t channel = first + o;
+          const int64_t count =
+              channel_winners(s, tables, pooled, o, b.window_offsets, b.list_offsets, b.list_scales);
           const A bias_sum = sum_of(b.list_scales, count);
           if (!all_finite(&bias_sum, 1)) return false;
           if (weight_gradient) {
@@ -291,11 +278,13 @@ bool backward_run(const ConvPoolBackward<T>& job, const void* packed, void* part
         }
         if (!input_gradient) continue;
         if (p.windowed) {
-          const A* kernels = static_cast<const A*>(packed) + group * p.out_channels * kernel_size;
+          position_winners(s, tables, pooled, b.framed_offset, kernel_size, p.list_size, b.kernel_offsets,
+                           b.kernel_scales, b.window_counts);
+          const A* kernels = static_cast<const A*>(packed) + first * kernel_size;
           for (int64_t y = 0, position = 0; y < s.out_h; ++y) {
             for (int64_t x = 0; x < s.out_w; ++x, ++position) {
-              const WindowList<A> list{kernels, p.framed_stride, b.kernel_offsets + position * p.out_channels,
-                                       b.kernel_scales + position * p.out_channels, b.window_counts[position]};
+              const WindowList<A> list{kernels, p.framed_stride, b.kernel_offsets + position * p.list_size,
+                                       b.kernel_scales + position * p.list_size, b.window_counts[position]};
               const int64_t offset = b.window_offsets[position];
               if (tables.inside) {
                 input_sum.add(list, b.grad_image + offset, row_stride);

@@ -216,14 +216,6 @@ LENET_EXT_INLINE WindowRange window_columns(const ConvPoolShape& s, int64_t x) {
   return window_range(x, s.conv_w, s.pool_kernel_w, s.pool_stride_w, s.pool_pad_w, s.pool_dilation_w);
 }
 
-// ReLU and the winner code that goes with it: NaN passes, everything not positive is closed.
-template <typename V, typename I>
-LENET_EXT_INLINE void close_relu(V& best, I& code) {
-  const I closed = best <= V{};
-  code = closed ? (I{} + kDead) : code;
-  best = closed ? V{} : best;
-}
-
 // One pooled row of one channel block: reads the ring, writes [out_w][width] values and codes.
 template <typename A, int lanes, bool with_indices>
 void pool_row(const ConvPoolShape& s, const A* const* ring_rows, const WindowRange& rows, int vectors, A* values,
@@ -254,14 +246,10 @@ void pool_row(const ConvPoolShape& s, const A* const* ring_rows, const WindowRan
             first = false;
             continue;
           }
-          const I wins = (candidate > best) | (candidate != candidate);
-          best = wins ? candidate : best;
-          if (with_indices) {
-            code = wins ? (I{} + static_cast<typename IntegerOf<A>::type>(i * s.pool_kernel_w + j)) : code;
-          }
+          offer(best, code, candidate, static_cast<int>(i * s.pool_kernel_w + j));
         }
       }
-      close_relu(best, code);
+      close_relu(best, code, kDead);
       store(value, best);
       if (with_indices) store(codes + x * width + v * lanes, code);
     }
@@ -282,12 +270,9 @@ void pool_row_2x2(const ConvPoolShape& s, const A* const* ring_rows, const Windo
       const V candidates[3] = {load<V>(top + width), load<V>(bottom), load<V>(bottom + width)};
       V best = load<V>(top);
       I code{};
-      LENET_EXT_UNROLL for (int i = 0; i < 3; ++i) {
-        const I wins = (candidates[i] > best) | (candidates[i] != candidates[i]);
-        best = wins ? candidates[i] : best;
-        if (with_indices) code = wins ? (I{} + (i + 1)) : code;
-      }
-      close_relu(best, code);
+      LENET_EXT_UNROLL for (int i = 0; i < 3; ++i)
+        offer(best, code, candidates[i], i + 1);
+      close_relu(best, code, kDead);
       store(values + x * width + v * lanes, best);
       if (with_indices) store(codes + x * width + v * lanes, code);
     }
@@ -342,12 +327,53 @@ int64_t forward_units(const ConvPoolShape& s) {
   return s.batch * forward_plan<Accumulator<T>>(s).bands;
 }
 
+// Rows of `lanes` values to columns, `count` of them: to[lane * stride + x] = from[x * width + lane]. In registers where
+// there are enough rows for a tile; the last tile overlaps the one before.
+template <int lanes, typename From, typename To>
+void transpose_row(const From* from, int64_t rows, int width, int64_t count, To* to, int64_t stride) {
+  if constexpr (sizeof(From) == 4 && lanes >= 4) {
+    typedef To Out __attribute__((vector_size(sizeof(To) * lanes)));
+    if (rows >= lanes) {
+      for (int64_t begin = 0; begin < rows; begin += lanes) {
+        const int64_t x = min_of(begin, rows - lanes);
+        Vec<float, lanes> tile[lanes];
+        LENET_EXT_UNROLL for (int i = 0; i < lanes; ++i)
+          tile[i] = load<Vec<float, lanes>>(reinterpret_cast<const float*>(from + (x + i) * width));
+        transpose_tile<lanes>(tile);
+        LENET_EXT_UNROLL for (int i = 0; i < lanes; ++i) {
+          if (i >= count) continue;
+          if constexpr (sizeof(To) == 4) {
+            store(to + i * stride + x, tile[i]);
+          } else {
+            store(to + i * stride + x, __builtin_convertvector((IntVec<float, lanes>)tile[i], Out));
+          }
+        }
+      }
+      return;
+    }
+  }
+  for (int64_t lane = 0; lane < count; ++lane) {
+    for (int64_t x = 0; x < rows; ++x) to[lane * stride + x] = static_cast<To>(from[x * width + lane]);
+  }
+}
+
 // One pooled row from [out_w][width] to the output's own strides.
-template <typename T>
+template <typename T, int lanes>
 void store_row(const ConvPoolForward<T>& job, int64_t n, int64_t channel, int64_t count, int64_t y, int width,
                const Accumulator<T>* values, const typename IntegerOf<Accumulator<T>>::type* codes) {
   const Strides4& st = job.output_strides;
   const int64_t offset = n * st.n + channel * st.c + y * st.h;
+  if constexpr (kIsFloat<T>) {
+    if (st.w == 1) {
+      for (int64_t lane = 0; lane < count; lane += lanes) {
+        const int64_t at = offset + lane * st.c, in_block = min_of<int64_t>(lanes, count - lane);
+        transpose_row<lanes>(values + lane, job.shape.out_w, width, in_block, job.output + at, st.c);
+        if (job.indices == nullptr) continue;
+        transpose_row<lanes>(codes + lane, job.shape.out_w, width, in_block, job.indices + at, st.c);
+      }
+      return;
+    }
+  }
   for (int64_t lane = 0; lane < count; ++lane) {
     T* out = job.output + offset + lane * st.c;
     for (int64_t x = 0; x < job.shape.out_w; ++x) out[x * st.w] = narrow<T>(values[x * width + lane]);
@@ -426,7 +452,7 @@ void forward_run_as(const ConvPoolForward<T>& job, const ForwardPlan& p, const v
           scratch.ring_rows[i] = scratch.ring + (window.start + i * s.pool_dilation_h) % p.ring * s.conv_w * width;
         }
         pool(s, scratch.ring_rows, window, vectors, scratch.values, scratch.codes);
-        store_row(job, n, group * (s.out_channels / s.groups) + in_group, count, y, width, scratch.values,
+        store_row<T, lanes>(job, n, group * (s.out_channels / s.groups) + in_group, count, y, width, scratch.values,
                   scratch.codes);
       }
     }

@@ -27,30 +27,22 @@ constexpr int kSlices = 32;                           // pieces of the batch wit
 
 // --- forward ---
 
-// A pooling window's best value so far and its place: stock's rule is that a greater value or a NaN replaces it.
+// What a pooling window comes to.
 struct Winner {
-  __m512 value;
-  __m512i code;
-
-  LENET_EXT_INLINE void offer(__m512 candidate, int place) {
-    const __mmask16 wins = _mm512_cmp_ps_mask(candidate, value, _CMP_GT_OQ) |
-                           _mm512_cmp_ps_mask(candidate, candidate, _CMP_UNORD_Q);
-    value = _mm512_mask_mov_ps(value, wins, candidate);
-    code = _mm512_mask_mov_epi32(code, wins, _mm512_set1_epi32(place));
-  }
+  Vec<float, 16> value;
+  IntVec<float, 16> code;
 };
 
 template <bool with_codes>
 LENET_EXT_INLINE Winner relu_pool(__m512 a, __m512 b, __m512 c, __m512 d) {
   using V = Vec<float, 16>;
-  if (!with_codes) return {(__m512)relu(max_of_four<V>((V)a, (V)b, (V)c, (V)d)), _mm512_setzero_si512()};
-  Winner best{a, _mm512_setzero_si512()};
-  best.offer(b, 1);
-  best.offer(c, 2);
-  best.offer(d, 3);
-  const __mmask16 closed = _mm512_cmp_ps_mask(best.value, _mm512_setzero_ps(), _CMP_LE_OQ);
-  return {_mm512_maskz_mov_ps(_knot_mask16(closed), best.value),
-          _mm512_mask_mov_epi32(best.code, closed, _mm512_set1_epi32(kDead))};
+  if (!with_codes) return {relu(max_of_four<V>((V)a, (V)b, (V)c, (V)d)), IntVec<float, 16>{}};
+  Winner best{(V)a, IntVec<float, 16>{}};
+  offer(best.value, best.code, (V)b, 1);
+  offer(best.value, best.code, (V)c, 2);
+  offer(best.value, best.code, (V)d, 3);
+  close_relu(best.value, best.code, kDead);
+  return best;
 }
 
 LENET_EXT_INLINE __m512 even_columns(__m512 a, __m512 b) {
@@ -91,10 +83,10 @@ void forward_image1(const float* image, const float* weight, const float* bias, 
           even_columns(sum[o][0][0], sum[o][0][1]), odd_columns(sum[o][0][0], sum[o][0][1]),
           even_columns(sum[o][1][0], sum[o][1][1]), odd_columns(sum[o][1][0], sum[o][1][1]));
       const int at = o * kPooled1 + y * out_row;
-      _mm256_storeu_ps(output + at, _mm512_castps512_ps256(best.value));
-      _mm256_storeu_ps(output + at + second / 2, _mm512_extractf32x8_ps(best.value, 1));
+      _mm256_storeu_ps(output + at, _mm512_castps512_ps256((__m512)best.value));
+      _mm256_storeu_ps(output + at + second / 2, _mm512_extractf32x8_ps((__m512)best.value, 1));
       if (with_codes) {
-        const __m128i bytes = _mm512_cvtepi32_epi8(best.code);
+        const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)best.code);
         _mm_storeu_si64(codes + at, bytes);
         _mm_storeu_si64(codes + at + second / 2, _mm_unpackhi_epi64(bytes, bytes));
       }
@@ -144,8 +136,8 @@ void forward_image2(const float* image, const float* packed, float* output, uint
     }
     LENET_EXT_UNROLL for (int x = 0; x < 5; ++x) {
       const Winner best = relu_pool<with_codes>(sum[0][2 * x], sum[0][2 * x + 1], sum[1][2 * x], sum[1][2 * x + 1]);
-      pooled[y * 5 + x] = best.value;
-      if (with_codes) winners[y * 5 + x] = _mm512_castsi512_ps(best.code);
+      pooled[y * 5 + x] = (__m512)best.value;
+      if (with_codes) winners[y * 5 + x] = (__m512)best.code;
     }
   }
   transpose_pooled2(pooled, [&](int channel, int column, __m512 v) __attribute__((always_inline)) {

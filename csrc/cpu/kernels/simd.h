@@ -58,6 +58,11 @@ template <typename T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
 template <typename T>
+constexpr bool kIsFloat = false;
+template <>
+constexpr bool kIsFloat<float> = true;
+
+template <typename T>
 constexpr int kLanes = LENET_EXT_VECTOR_BYTES / sizeof(T);
 
 template <typename T>
@@ -179,6 +184,40 @@ LENET_EXT_INLINE V max_of_four(V a, V b, V c, V d) {
 #endif
   const auto nan = (a != a) | (b != b) | (c != c) | (d != d);
   return nan ? broadcast<V>(static_cast<decltype(+a[0])>(__builtin_nanf(""))) : best;
+}
+
+// One step of a pooling window's scan: a candidate that is greater, or NaN, becomes the best; `code` is its place.
+template <typename V, typename I>
+LENET_EXT_INLINE void offer(V& best, I& code, V candidate, int place) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64 && sizeof(best[0]) == 4) {  // compilers move such masks through vector registers
+    const __mmask16 wins = _mm512_cmp_ps_mask((__m512)candidate, (__m512)best, _CMP_GT_OQ) |
+                           _mm512_cmp_ps_mask((__m512)candidate, (__m512)candidate, _CMP_UNORD_Q);
+    best = (V)_mm512_mask_mov_ps((__m512)best, wins, (__m512)candidate);
+    code = (I)_mm512_mask_mov_epi32((__m512i)code, wins, _mm512_set1_epi32(place));
+    return;
+  }
+#endif
+  const I wins = (candidate > best) | (candidate != candidate);
+  best = wins ? candidate : best;
+  code = wins ? (I{} + place) : code;
+}
+
+// ReLU of a window's best, and the code `closed` where it passes no gradient: NaN passes, nothing else that is not
+// positive.
+template <typename V, typename I>
+LENET_EXT_INLINE void close_relu(V& best, I& code, int closed_code) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64 && sizeof(best[0]) == 4) {
+    const __mmask16 closed = _mm512_cmp_ps_mask((__m512)best, _mm512_setzero_ps(), _CMP_LE_OQ);
+    best = (V)_mm512_maskz_mov_ps(_knot_mask16(closed), (__m512)best);
+    code = (I)_mm512_mask_mov_epi32((__m512i)code, closed, _mm512_set1_epi32(closed_code));
+    return;
+  }
+#endif
+  const I closed = best <= V{};
+  code = closed ? (I{} + closed_code) : code;
+  best = closed ? V{} : best;
 }
 
 #if defined(__clang__)

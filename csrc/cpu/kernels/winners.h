@@ -10,8 +10,8 @@ namespace {
 struct WinnerTables {
   bool inside;         // every window lies inside the convolution's output, so a valid code needs no further check
   uint8_t valid[256];  // the code names a window position
-  int64_t row[256];    // convolution rows below the window's start
-  int64_t column[256];
+  int32_t row[256];    // convolution rows below the window's start
+  int32_t column[256];
   int32_t offset[256];  // elements between the window's start and the winner's first tap
 };
 
@@ -22,8 +22,8 @@ LENET_EXT_INLINE void make_winner_tables(const ConvPoolShape& s, int64_t channel
              (s.out_w - 1) * s.pool_stride_w + (s.pool_kernel_w - 1) * s.pool_dilation_w < s.conv_w;
   for (int64_t code = 0; code < 256; ++code) {
     t.valid[code] = code < s.pool_kernel_h * s.pool_kernel_w;
-    t.row[code] = t.valid[code] ? code / s.pool_kernel_w * s.pool_dilation_h : 0;
-    t.column[code] = t.valid[code] ? code % s.pool_kernel_w * s.pool_dilation_w : 0;
+    t.row[code] = static_cast<int32_t>(t.valid[code] ? code / s.pool_kernel_w * s.pool_dilation_h : 0);
+    t.column[code] = static_cast<int32_t>(t.valid[code] ? code % s.pool_kernel_w * s.pool_dilation_w : 0);
     t.offset[code] =
         static_cast<int32_t>(t.row[code] * s.stride_h * row_stride + t.column[code] * s.stride_w * channels);
   }
