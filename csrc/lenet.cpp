@@ -50,7 +50,9 @@ Layers run_layers(const char* op, const Tensor& input, TensorList p, bool traini
 constexpr int64_t lines(int64_t floats) { return (floats + 15) / 16 * 16; }
 
 // A contiguous [channels, size, size] image with these extents, as the kernels of a convolution see it.
-cpu::Strides4 image_strides(int64_t channels, int64_t size, int64_t image) { return {image, channels == 1 ? image : size * size, size, 1}; }
+cpu::Strides4 image_strides(int64_t channels, int64_t size, int64_t image) {
+  return {image, channels == 1 ? image : size * size, size, 1};
+}
 
 ConvPoolShape conv_shape(int64_t batch, int64_t in_channels, int64_t size, int64_t out_channels) {
   ConvPoolShape s{};
@@ -110,7 +112,8 @@ class Blocks {
     const ConvPoolShape shapes[] = {conv_shape(1, 1, 32, 6), conv_shape(1, 6, 14, 16)};
     std::array<int64_t, 5> sizes{};  // in floats
     for (int i = 0; i < 2; ++i) sizes[i] = lines(conv_[i]->packed_bytes(shapes[i]) / 4 + 1);
-    if (!by_dot_products_) sizes[2] = kHidden1 * kFeatures, sizes[3] = kHidden2 * kHidden1, sizes[4] = call.classes * kHidden2;
+    if (!by_dot_products_)
+      sizes[2] = kHidden1 * kFeatures, sizes[3] = kHidden2 * kHidden1, sizes[4] = call.classes * kHidden2;
     int64_t total = 0;
     for (const int64_t size : sizes) total += lines(size);
     float* at = static_cast<float*>(cpu::shared_scratch(total * sizeof(float)));
@@ -169,7 +172,7 @@ class Blocks {
   int64_t conv_scratch_ = 0;
 };
 
-constexpr int64_t kBlock = 16;       // images of a block of a large batch
+constexpr int64_t kBlock = 16;      // images of a block of a large batch
 constexpr int64_t kSmallBlock = 4;  // of a small one: a row each of the dot products' tiles
 
 Tensor lenet(const Tensor& input, TensorList parameters) {
@@ -187,9 +190,9 @@ Tensor lenet(const Tensor& input, TensorList parameters) {
   const int64_t vectors = call.batch / kernels.lanes + (rest_in_lanes ? 1 : 0);
   const int64_t single_begin = rest_in_lanes ? call.batch : call.batch - rest;
   const int64_t blocks = (call.batch - single_begin + kSmallBlock - 1) / kSmallBlock;
-  const cpu::LenetInference job{call.batch, call.classes, call.input, call.image_stride, call.p[0], call.p[1],
-                                call.p[2],  call.p[3],    call.p[4],  call.p[5],         call.p[6], call.p[7],
-                                call.p[8],  call.p[9],    out};
+  const cpu::LenetInference job{call.batch, call.classes, call.input, call.image_stride, call.p[0],
+                                call.p[1],  call.p[2],    call.p[3],  call.p[4],         call.p[5],
+                                call.p[6],  call.p[7],    call.p[8],  call.p[9],         out};
   std::optional<Blocks> single;
   if (blocks > 0) single.emplace(call, call.batch - single_begin);
   const int64_t block_floats = lines(kSmallBlock * (kPooled1 + kFeatures + kHidden1 + kHidden2));
@@ -248,8 +251,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lenet_with_ac
 
 using Gradients = std::tuple<Tensor, std::vector<Tensor>>;
 
-Gradients layers_backward(const char* op, const Tensor& grad_output, const Tensor& input, TensorList p,
-                          const Layers& a, bool input_gradient) {
+Gradients layers_backward(const char* op, const Tensor& grad_output, const Tensor& input, TensorList p, const Layers& a,
+                          bool input_gradient) {
   constexpr std::array<bool, 3> all = {true, true, true};
   auto [grad_hidden2, fc3_weight, fc3_bias] = linear_backward_cpu(op, grad_output, Tensor(), a.hidden2, p[8], all);
   auto [grad_hidden1, fc2_weight, fc2_bias] = linear_backward_cpu(op, grad_hidden2, a.hidden2, a.hidden1, p[6], all);
@@ -292,8 +295,8 @@ bool blocks_backward(const Arguments& call, const float* grad_output, const Laye
   const int64_t packed_size = lines(second.packed_bytes(job2.shape, true) / 4);
   const int64_t partial_size1 = lines(first.partial_bytes(job1.shape) / 4);
   const int64_t partial_size2 = lines(second.partial_bytes(job2.shape) / 4);
-  const int64_t sizes[] = {packed_size,           slices * partial_size1,   slices * partial_size2,
-                           batch * kHidden2, batch * kHidden1, batch * kFeatures};
+  const int64_t sizes[] = {packed_size,      slices * partial_size1, slices * partial_size2,
+                           batch * kHidden2, batch * kHidden1,       batch * kFeatures};
   int64_t total = 0;
   for (const int64_t size : sizes) total += lines(size);
   const Tensor buffer = at::empty({total + 16}, call.images.options());

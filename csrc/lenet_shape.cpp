@@ -4,11 +4,11 @@
 namespace lenet_ext {
 namespace {
 
-constexpr const char* kNames[] = {
-    "parameters[0] (conv1.weight)", "parameters[1] (conv1.bias)", "parameters[2] (conv2.weight)",
-    "parameters[3] (conv2.bias)",   "parameters[4] (fc1.weight)", "parameters[5] (fc1.bias)",
-    "parameters[6] (fc2.weight)",   "parameters[7] (fc2.bias)",   "parameters[8] (fc3.weight)",
-    "parameters[9] (fc3.bias)"};
+constexpr const char* kNames[] = {"parameters[0] (conv1.weight)", "parameters[1] (conv1.bias)",
+                                  "parameters[2] (conv2.weight)", "parameters[3] (conv2.bias)",
+                                  "parameters[4] (fc1.weight)",   "parameters[5] (fc1.bias)",
+                                  "parameters[6] (fc2.weight)",   "parameters[7] (fc2.bias)",
+                                  "parameters[8] (fc3.weight)",   "parameters[9] (fc3.bias)"};
 
 }  // namespace
 

@@ -37,7 +37,7 @@ void forward_direct(const LinearShape& s, const A* input, const A* weight, const
   A* transposed = static_cast<A*>(cpu::shared_scratch(s.in_features * s.out_features * sizeof(A)));
   kernels.transpose(weight, s.out_features, s.in_features, transposed);
   cpu::run_gemm(cpu::Gemm<A>{s.rows, s.out_features, s.in_features, input, s.in_features, 1, transposed, s.out_features,
-                        output, s.out_features, bias, relu, false});
+                             output, s.out_features, bias, relu, false});
 }
 
 }  // namespace
@@ -119,11 +119,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(const char* op, const Ten
       }
       if (output_mask[0] && s.in_features > 0) {  // grad_input = grad * weight
         cpu::run_gemm(cpu::Gemm<T>{s.rows, s.in_features, s.out_features, g, s.out_features, 1, cpu::data<T>(kernel),
-                              s.in_features, cpu::mutable_data<T>(grad_input), s.in_features, nullptr, false, false});
+                                   s.in_features, cpu::mutable_data<T>(grad_input), s.in_features, nullptr, false,
+                                   false});
       }
       if (output_mask[1] && s.in_features > 0) {  // grad_weight = grad^T * input
         cpu::run_gemm(cpu::Gemm<T>{s.out_features, s.in_features, s.rows, g, 1, s.out_features, cpu::data<T>(rows),
-                              s.in_features, cpu::mutable_data<T>(grad_weight), s.in_features, nullptr, false, false});
+                                   s.in_features, cpu::mutable_data<T>(grad_weight), s.in_features, nullptr, false,
+                                   false});
       }
       if (output_mask[2]) kernels.column_sums(g, s.rows, s.out_features, cpu::mutable_data<T>(grad_bias));
     }

@@ -105,7 +105,7 @@ class Net(nn.Module):
                 or weight.dtype is not torch.float32
                 or not weight.is_cpu
                 or (weight_shape is not None and weight.shape != weight_shape)
-                or (kind is ConvReLUMaxPool2d and child._options() != autograd.LENET_OPTIONS)
+                or (type(child) is ConvReLUMaxPool2d and child._options() != autograd.LENET_OPTIONS)
             ):
                 return None
             parameters += (weight, bias)

@@ -68,6 +68,8 @@ BackwardPlan<A> backward_plan(const ConvPoolShape& s) {
   const int64_t vector_length = round_up(p.window_length, window_lanes<A>(p.window_length));
   p.framed_stride = vector_length + p.frame_length;
   p.framed_size = (p.window_rows + p.frame_rows) * p.framed_stride;
+  // Small kernels under large windows: adding to memory costs less than all those zeros.
+  if (p.window_rows * p.window_length > 3 * p.runs.count * p.runs.length) p.windowed = false;
   if (s.out_channels * p.framed_size > int64_t{1} << 30) p.windowed = false;
 
   const int64_t slack = max_of(p.row_length, vector_length) + p.frame_length + kLanes<A>;
@@ -220,7 +222,8 @@ bool backward_run(const ConvPoolBackward<T>& job, const void* packed, void* part
                                                  p.frame_length - tables.column[code] * s.stride_w * p.channels);
   }
   for (int64_t y = 0; y < s.out_h; ++y) {
-    for (int64_t x = 0; x < s.out_w; ++x) b.window_offsets[y * s.out_w + x] = static_cast<int32_t>(window_offset(s, p.channels, y, x));
+    for (int64_t x = 0; x < s.out_w; ++x)
+      b.window_offsets[y * s.out_w + x] = static_cast<int32_t>(window_offset(s, p.channels, y, x));
   }
   for (int64_t i = padded_height(s) * row_stride; i < p.image_size; ++i) b.image[i] = 0;
 
@@ -248,12 +251,11 @@ bool backward_run(const ConvPoolBackward<T>& job, const void* packed, void* part
           for (int64_t i = 0; i < p.image_size; ++i) b.grad_image[i] = 0;
         }
         const int64_t first = group * p.out_channels;
-        const PooledGroup<T> pooled{job.grad_output + n * gs.n + first * gs.c, job.indices + n * is.n + first * is.c, gs,
-                                    is, p.out_channels};
+        const PooledGroup<T> pooled{job.grad_output + n * gs.n + first * gs.c, job.indices + n * is.n + first * is.c,
+                                    gs, is, p.out_channels};
         for (int64_t o = 0; o < p.out_channels; ++o) {
           const int64_t channel = first + o;
-          const int64_t count =
-              channel_winners(s, tables, pooled, o, b.window_offsets, b.list_offsets, b.list_scales);
+          const int64_t count = channel_winners(s, tables, pooled, o, b.window_offsets, b.list_offsets, b.list_scales);
           const A bias_sum = sum_of(b.list_scales, count);
           if (!all_finite(&bias_sum, 1)) return false;
           if (weight_gradient) {

@@ -216,10 +216,11 @@ LENET_EXT_INLINE WindowRange window_columns(const ConvPoolShape& s, int64_t x) {
   return window_range(x, s.conv_w, s.pool_kernel_w, s.pool_stride_w, s.pool_pad_w, s.pool_dilation_w);
 }
 
-// One pooled row of one channel block: reads the ring, writes [out_w][width] values and codes.
+// One pooled row of one channel block: reads convolution rows whose columns are `stride` apart, writes [out_w][width]
+// values and codes.
 template <typename A, int lanes, bool with_indices>
-void pool_row(const ConvPoolShape& s, const A* const* ring_rows, const WindowRange& rows, int vectors, A* values,
-              typename IntegerOf<A>::type* codes) {
+void pool_row(const ConvPoolShape& s, const A* const* conv_rows, const WindowRange& rows, int vectors, int64_t stride,
+              A* values, typename IntegerOf<A>::type* codes) {
   using V = Vec<A, lanes>;
   using I = IntVec<A, lanes>;
   const int width = lanes * vectors;
@@ -237,9 +238,9 @@ void pool_row(const ConvPoolShape& s, const A* const* ring_rows, const WindowRan
       I code{};
       bool first = true;
       for (int64_t i = rows.begin; i < rows.end; ++i) {
-        const A* row = ring_rows[i] + v * lanes;
+        const A* row = conv_rows[i] + v * lanes;
         for (int64_t j = columns.begin; j < columns.end; ++j) {
-          const V candidate = load<V>(row + (columns.start + j * s.pool_dilation_w) * width);
+          const V candidate = load<V>(row + (columns.start + j * s.pool_dilation_w) * stride);
           if (first) {
             best = candidate;
             if (with_indices) code = I{} + static_cast<typename IntegerOf<A>::type>(i * s.pool_kernel_w + j);
@@ -258,16 +259,16 @@ void pool_row(const ConvPoolShape& s, const A* const* ring_rows, const WindowRan
 
 // The commonest window, 2x2 with stride 2 and no padding, without the loops.
 template <typename A, int lanes, bool with_indices>
-void pool_row_2x2(const ConvPoolShape& s, const A* const* ring_rows, const WindowRange&, int vectors, A* values,
-                  typename IntegerOf<A>::type* codes) {
+void pool_row_2x2(const ConvPoolShape& s, const A* const* conv_rows, const WindowRange&, int vectors, int64_t stride,
+                  A* values, typename IntegerOf<A>::type* codes) {
   using V = Vec<A, lanes>;
   using I = IntVec<A, lanes>;
   const int width = lanes * vectors;
   for (int64_t x = 0; x < s.out_w; ++x) {
     for (int v = 0; v < vectors; ++v) {
-      const A* top = ring_rows[0] + 2 * x * width + v * lanes;
-      const A* bottom = ring_rows[1] + 2 * x * width + v * lanes;
-      const V candidates[3] = {load<V>(top + width), load<V>(bottom), load<V>(bottom + width)};
+      const A* top = conv_rows[0] + 2 * x * stride + v * lanes;
+      const A* bottom = conv_rows[1] + 2 * x * stride + v * lanes;
+      const V candidates[3] = {load<V>(top + stride), load<V>(bottom), load<V>(bottom + stride)};
       V best = load<V>(top);
       I code{};
       LENET_EXT_UNROLL for (int i = 0; i < 3; ++i)
@@ -279,10 +280,20 @@ void pool_row_2x2(const ConvPoolShape& s, const A* const* ring_rows, const Windo
   }
 }
 
+template <typename A>
+using PoolRow = void (*)(const ConvPoolShape&, const A* const* conv_rows, const WindowRange&, int vectors,
+                         int64_t stride, A* values, typename IntegerOf<A>::type* codes);
+
 LENET_EXT_INLINE bool is_plain_2x2(const ConvPoolShape& s) {
   return s.pool_kernel_h == 2 && s.pool_kernel_w == 2 && s.pool_stride_h == 2 && s.pool_stride_w == 2 &&
          s.pool_pad_h == 0 && s.pool_pad_w == 0 && s.pool_dilation_h == 1 && s.pool_dilation_w == 1 &&
          2 * s.out_h <= s.conv_h && 2 * s.out_w <= s.conv_w;
+}
+
+template <typename A, int lanes>
+PoolRow<A> pool_row_for(const ConvPoolShape& s, bool with_indices) {
+  if (is_plain_2x2(s)) return with_indices ? pool_row_2x2<A, lanes, true> : pool_row_2x2<A, lanes, false>;
+  return with_indices ? pool_row<A, lanes, true> : pool_row<A, lanes, false>;
 }
 
 template <typename A>
@@ -327,8 +338,8 @@ int64_t forward_units(const ConvPoolShape& s) {
   return s.batch * forward_plan<Accumulator<T>>(s).bands;
 }
 
-// Rows of `lanes` values to columns, `count` of them: to[lane * stride + x] = from[x * width + lane]. In registers where
-// there are enough rows for a tile; the last tile overlaps the one before.
+// Rows of `lanes` values to columns, `count` of them: to[lane * stride + x] = from[x * width + lane]. In registers
+// where there are enough rows for a tile; the last tile overlaps the one before.
 template <int lanes, typename From, typename To>
 void transpose_row(const From* from, int64_t rows, int width, int64_t count, To* to, int64_t stride) {
   if constexpr (sizeof(From) == 4 && lanes >= 4) {
@@ -357,31 +368,49 @@ void transpose_row(const From* from, int64_t rows, int width, int64_t count, To*
   }
 }
 
+template <typename T>
+struct PooledOutput {
+  T* values;
+  uint8_t* indices;  // null: not wanted
+  Strides4 strides;
+  int64_t out_w;
+};
+
 // One pooled row from [out_w][width] to the output's own strides.
 template <typename T, int lanes>
-void store_row(const ConvPoolForward<T>& job, int64_t n, int64_t channel, int64_t count, int64_t y, int width,
+void store_row(const PooledOutput<T>& job, int64_t n, int64_t channel, int64_t count, int64_t y, int width,
                const Accumulator<T>* values, const typename IntegerOf<Accumulator<T>>::type* codes) {
-  const Strides4& st = job.output_strides;
+  const Strides4& st = job.strides;
   const int64_t offset = n * st.n + channel * st.c + y * st.h;
   if constexpr (kIsFloat<T>) {
     if (st.w == 1) {
       for (int64_t lane = 0; lane < count; lane += lanes) {
         const int64_t at = offset + lane * st.c, in_block = min_of<int64_t>(lanes, count - lane);
-        transpose_row<lanes>(values + lane, job.shape.out_w, width, in_block, job.output + at, st.c);
+        transpose_row<lanes>(values + lane, job.out_w, width, in_block, job.values + at, st.c);
         if (job.indices == nullptr) continue;
-        transpose_row<lanes>(codes + lane, job.shape.out_w, width, in_block, job.indices + at, st.c);
+        transpose_row<lanes>(codes + lane, job.out_w, width, in_block, job.indices + at, st.c);
       }
       return;
     }
   }
+  if (st.c == 1) {
+    for (int64_t x = 0; x < job.out_w; ++x) {
+      T* out = job.values + offset + x * st.w;
+      for (int64_t lane = 0; lane < count; ++lane) out[lane] = narrow<T>(values[x * width + lane]);
+      if (job.indices == nullptr) continue;
+      uint8_t* code = job.indices + offset + x * st.w;
+      for (int64_t lane = 0; lane < count; ++lane) code[lane] = static_cast<uint8_t>(codes[x * width + lane]);
+    }
+    return;
+  }
   for (int64_t lane = 0; lane < count; ++lane) {
-    T* out = job.output + offset + lane * st.c;
-    for (int64_t x = 0; x < job.shape.out_w; ++x) out[x * st.w] = narrow<T>(values[x * width + lane]);
+    T* out = job.values + offset + lane * st.c;
+    for (int64_t x = 0; x < job.out_w; ++x) out[x * st.w] = narrow<T>(values[x * width + lane]);
   }
   if (job.indices == nullptr) return;
   for (int64_t lane = 0; lane < count; ++lane) {
     uint8_t* out = job.indices + offset + lane * st.c;
-    for (int64_t x = 0; x < job.shape.out_w; ++x) out[x * st.w] = static_cast<uint8_t>(codes[x * width + lane]);
+    for (int64_t x = 0; x < job.out_w; ++x) out[x * st.w] = static_cast<uint8_t>(codes[x * width + lane]);
   }
 }
 
@@ -393,9 +422,8 @@ void forward_run_as(const ConvPoolForward<T>& job, const ForwardPlan& p, const v
   const int width = lanes * vectors;
   const ForwardScratch<A> scratch = forward_scratch<A>(s, p, scratch_base);
   const RowTiles<A> tiles = row_tiles<A, lanes, vectors>(s.conv_w);
-  const bool plain = is_plain_2x2(s);
-  auto* pool = job.indices != nullptr ? (plain ? pool_row_2x2<A, lanes, true> : pool_row<A, lanes, true>)
-                                      : (plain ? pool_row_2x2<A, lanes, false> : pool_row<A, lanes, false>);
+  const PoolRow<A> pool = pool_row_for<A, lanes>(s, job.indices != nullptr);
+  const PooledOutput<T> pooled{job.output, job.indices, job.output_strides, s.out_w};
 
   // A contiguous row of the arithmetic type without padding is read where it is.
   const bool in_place = sizeof(T) == sizeof(A) && s.stride_w == 1 && job.input_strides.w == 1 && s.pad_top == 0 &&
@@ -451,9 +479,9 @@ void forward_run_as(const ConvPoolForward<T>& job, const ForwardPlan& p, const v
         for (int64_t i = window.begin; i < window.end; ++i) {
           scratch.ring_rows[i] = scratch.ring + (window.start + i * s.pool_dilation_h) % p.ring * s.conv_w * width;
         }
-        pool(s, scratch.ring_rows, window, vectors, scratch.values, scratch.codes);
-        store_row<T, lanes>(job, n, group * (s.out_channels / s.groups) + in_group, count, y, width, scratch.values,
-                  scratch.codes);
+        pool(s, scratch.ring_rows, window, vectors, width, scratch.values, scratch.codes);
+        store_row<T, lanes>(pooled, n, group * (s.out_channels / s.groups) + in_group, count, y, width, scratch.values,
+                            scratch.codes);
       }
     }
   }

@@ -114,9 +114,10 @@ struct ConvPoolTable {
                 int64_t end);  // units: batch
   } at_indices;
   struct {
-    // units: batch * out_channels
-    void (*forward)(const ReluPool<T>&, int64_t begin, int64_t end);
-    void (*backward)(const ReluPoolBackward<T>&, int64_t begin, int64_t end);
+    int64_t channels;  // of a unit; units: batch * ceil(out_channels / channels)
+    int64_t (*scratch_bytes)(const ConvPoolShape&);
+    void (*forward)(const ReluPool<T>&, void* scratch, int64_t begin, int64_t end);
+    void (*backward)(const ReluPoolBackward<T>&, void* scratch, int64_t begin, int64_t end);
   } relu_pool;
 };
 

@@ -18,12 +18,12 @@ namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY {
 namespace {
 
 constexpr int kTaps = 25;
-constexpr int kRow1 = 32, kSize1 = kRow1 * kRow1;     // input of the first convolution
-constexpr int kChannels1 = 6, kPooled1 = 14 * 14;     // its output, the second's input
-constexpr int kChannels2 = 16, kPooled2 = 5 * 5;      // the second's output
-constexpr int kDepth2 = kChannels1 * kTaps;           // taps of one output channel of the second
-constexpr int kRow2 = 14, kPixels2 = 14 * kChannels1; // a row of its input; with the channels together
-constexpr int kSlices = 32;                           // pieces of the batch with sums of their own
+constexpr int kRow1 = 32, kSize1 = kRow1 * kRow1;      // input of the first convolution
+constexpr int kChannels1 = 6, kPooled1 = 14 * 14;      // its output, the second's input
+constexpr int kChannels2 = 16, kPooled2 = 5 * 5;       // the second's output
+constexpr int kDepth2 = kChannels1 * kTaps;            // taps of one output channel of the second
+constexpr int kRow2 = 14, kPixels2 = 14 * kChannels1;  // a row of its input; with the channels together
+constexpr int kSlices = 32;                            // pieces of the batch with sums of their own
 
 // --- forward ---
 
@@ -68,9 +68,8 @@ void forward_image1(const float* image, const float* weight, const float* bias, 
     for (int ky = 0; ky < 5; ++ky) {
       const float* row = image + (2 * y + ky) * kRow1;
       LENET_EXT_UNROLL for (int kx = 0; kx < 5; ++kx) {
-        const __m512 in[2][2] = {
-            {_mm512_loadu_ps(row + kx), _mm512_loadu_ps(row + kx + second)},
-            {_mm512_loadu_ps(row + kRow1 + kx), _mm512_loadu_ps(row + kRow1 + kx + second)}};
+        const __m512 in[2][2] = {{_mm512_loadu_ps(row + kx), _mm512_loadu_ps(row + kx + second)},
+                                 {_mm512_loadu_ps(row + kRow1 + kx), _mm512_loadu_ps(row + kRow1 + kx + second)}};
         LENET_EXT_UNROLL for (int o = 0; o < kChannels1; ++o) {
           const __m512 w = _mm512_set1_ps(weight[o * kTaps + ky * 5 + kx]);
           LENET_EXT_UNROLL for (int i = 0; i < 4; ++i)
@@ -79,9 +78,9 @@ void forward_image1(const float* image, const float* weight, const float* bias, 
       }
     }
     LENET_EXT_UNROLL for (int o = 0; o < kChannels1; ++o) {
-      const Winner best = relu_pool<with_codes>(
-          even_columns(sum[o][0][0], sum[o][0][1]), odd_columns(sum[o][0][0], sum[o][0][1]),
-          even_columns(sum[o][1][0], sum[o][1][1]), odd_columns(sum[o][1][0], sum[o][1][1]));
+      const Winner best =
+          relu_pool<with_codes>(even_columns(sum[o][0][0], sum[o][0][1]), odd_columns(sum[o][0][0], sum[o][0][1]),
+                                even_columns(sum[o][1][0], sum[o][1][1]), odd_columns(sum[o][1][0], sum[o][1][1]));
       const int at = o * kPooled1 + y * out_row;
       _mm256_storeu_ps(output + at, _mm512_castps512_ps256((__m512)best.value));
       _mm256_storeu_ps(output + at + second / 2, _mm512_extractf32x8_ps((__m512)best.value, 1));
@@ -261,8 +260,8 @@ inline void backward1_image(const float* image, const float* grad, const uint8_t
       const __m512 g = _mm512_maskz_loadu_ps(alive, grad + at);
       bias_sum = _mm512_add_ps(bias_sum, g);
       const __m512i column = _mm512_add_epi32(_mm512_slli_epi32(lane, 1), code_column(code));
-      const __mmask16 across = _mm512_cmpgt_epi32_mask(_mm512_and_si512(column, _mm512_set1_epi32(15)),
-                                                       _mm512_set1_epi32(8));
+      const __mmask16 across =
+          _mm512_cmpgt_epi32_mask(_mm512_and_si512(column, _mm512_set1_epi32(15)), _mm512_set1_epi32(8));
       __m512i offset = _mm512_add_epi32(column, times(code_row(code), kRow1));
       offset = _mm512_add_epi32(offset, _mm512_set1_epi32(2 * y * kRow1));
       offset = _mm512_mask_add_epi32(offset, across, offset, _mm512_set1_epi32(kCopy1 + 8));
@@ -348,7 +347,7 @@ constexpr int kKernels2 = kChannels2 * kKernel2;
 struct Backward2 {
   alignas(64) float image[4 * kCopy2];
   float grad_image[14 * kPixelRow];
-  __m512 grads[kPooled2];   // channels in the lanes
+  __m512 grads[kPooled2];  // channels in the lanes
   __m512i codes[kPooled2];
   WinnerList<kPooled2> winners;
   WinnerList<kChannels2> top, bottom;  // winners in the upper and the lower row of their window
@@ -435,8 +434,7 @@ inline void backward2_image(const float* image, const float* grad, const uint8_t
         bias_sum = _mm512_add_ps(bias_sum, g);
         const __m512i column =
             _mm512_add_epi32(_mm512_load_si512(columns[first / 16]), times(code_column(code), kChannels1));
-        const __m512i row =
-            _mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(rows[first / 16]), 1), code_row(code));
+        const __m512i row = _mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(rows[first / 16]), 1), code_row(code));
         const __m512i past = _mm512_and_si512(column, _mm512_set1_epi32(7));  // 0, 2, 4 or 6
         const __m512i shift = _mm512_and_si512(_mm512_sub_epi32(_mm512_setzero_si512(), past), _mm512_set1_epi32(7));
         __m512i offset = _mm512_add_epi32(times(_mm512_srli_epi32(past, 1), kCopy2), shift);
@@ -527,8 +525,8 @@ LENET_EXT_INLINE Slice slice_images(const ConvPoolShape& s, int64_t slice) {
   return {slice * s.batch / slices, (slice + 1) * s.batch / slices};
 }
 
-inline bool backward1_run(const ConvPoolBackward<float>& job, const void*, void* partials, void* scratch,
-                          int64_t begin, int64_t end) {
+inline bool backward1_run(const ConvPoolBackward<float>& job, const void*, void* partials, void* scratch, int64_t begin,
+                          int64_t end) {
   Backward1& b = *static_cast<Backward1*>(scratch);
   for (int64_t slice = begin; slice < end; ++slice) {
     float* sums = static_cast<float*>(partials) + slice * kPartial1;

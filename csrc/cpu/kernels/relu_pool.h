@@ -1,4 +1,7 @@
 // ReLU and max pooling in one pass over the output of the vendor's convolution, and back.
+//
+// Units are blocks of channels of an image, as many as a vector has lanes. Where the convolution's output has its
+// channels together (channels_last) they are handled as vectors, else one by one.
 #pragma once
 
 #include "conv_forward.h"
@@ -7,64 +10,177 @@
 namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY {
 namespace {
 
-// Units: the channels of all images.
 template <typename T>
-void relu_pool_forward(const ReluPool<T>& job, int64_t begin, int64_t end) {
+struct ReluPoolScratch {
+  using A = Accumulator<T>;
+  A* values;  // a pooled row, [out_w][lanes]
+  typename IntegerOf<A>::type* codes;
+  const A** rows;
+  int64_t bytes;
+};
+
+template <typename T>
+ReluPoolScratch<T> relu_pool_scratch(const ConvPoolShape& s, char* base) {
+  using A = Accumulator<T>;
+  const int64_t row = s.out_w * kLanes<A> * sizeof(A);
+  return {reinterpret_cast<A*>(base), reinterpret_cast<typename IntegerOf<A>::type*>(base + row),
+          reinterpret_cast<const A**>(base + 2 * row), 2 * row + static_cast<int64_t>(s.pool_kernel_h * sizeof(A*))};
+}
+
+template <typename T>
+int64_t relu_pool_scratch_bytes(const ConvPoolShape& s) {
+  return relu_pool_scratch<T>(s, nullptr).bytes;
+}
+
+// The channels of a unit.
+struct ChannelBlock {
+  int64_t n, first, count;
+  bool in_vectors;  // a whole vector of neighbours
+};
+
+template <typename T>
+LENET_EXT_INLINE ChannelBlock channel_block(const ConvPoolShape& s, int64_t unit, const Strides4& conv_strides) {
+  constexpr int64_t lanes = kLanes<Accumulator<T>>;
+  const int64_t blocks = divide_up(s.out_channels, lanes), first = unit % blocks * lanes;
+  const int64_t count = min_of(lanes, s.out_channels - first);
+  return {unit / blocks, first, count, sizeof(T) == sizeof(Accumulator<T>) && conv_strides.c == 1 && count == lanes};
+}
+
+template <typename T>
+void relu_pool_channel(const ReluPool<T>& job, int64_t n, int64_t c) {
   using A = Accumulator<T>;
   const ConvPoolShape& s = job.shape;
   const Strides4 &cs = job.conv_strides, &os = job.output_strides;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t n = unit / s.out_channels, c = unit % s.out_channels;
-    const T* conv = job.conv + n * cs.n + c * cs.c;
-    const int64_t out = n * os.n + c * os.c;
-    for (int64_t y = 0; y < s.out_h; ++y) {
-      const WindowRange rows = window_rows(s, y);
-      for (int64_t x = 0; x < s.out_w; ++x) {
-        const WindowRange columns = window_columns(s, x);
-        const int64_t at = out + y * os.h + x * os.w;
-        A best = static_cast<A>(-__builtin_inf());
-        uint8_t code = kDead;
-        for (int64_t i = rows.begin; i < rows.end; ++i) {
-          const T* row = conv + (rows.start + i * s.pool_dilation_h) * cs.h + columns.start * cs.w;
-          for (int64_t j = columns.begin; j < columns.end; ++j) {
-            const A candidate = widen(row[j * s.pool_dilation_w * cs.w]);
-            if (candidate > best || is_nan(candidate)) {
-              best = candidate;
-              code = static_cast<uint8_t>(i * s.pool_kernel_w + j);
-            }
+  const T* conv = job.conv + n * cs.n + c * cs.c;
+  const int64_t out = n * os.n + c * os.c;
+  for (int64_t y = 0; y < s.out_h; ++y) {
+    const WindowRange rows = window_rows(s, y);
+    for (int64_t x = 0; x < s.out_w; ++x) {
+      const WindowRange columns = window_columns(s, x);
+      const int64_t at = out + y * os.h + x * os.w;
+      A best = static_cast<A>(-__builtin_inf());
+      uint8_t code = kDead;
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const T* row = conv + (rows.start + i * s.pool_dilation_h) * cs.h + columns.start * cs.w;
+        for (int64_t j = columns.begin; j < columns.end; ++j) {
+          const A candidate = widen(row[j * s.pool_dilation_w * cs.w]);
+          if (candidate > best || is_nan(candidate)) {
+            best = candidate;
+            code = static_cast<uint8_t>(i * s.pool_kernel_w + j);
           }
         }
-        const bool empty = rows.begin == rows.end || columns.begin == columns.end;
-        const bool closed = best <= 0;
-        job.output[at] = narrow<T>(closed && !empty ? A(0) : best);
-        if (job.indices != nullptr) job.indices[at] = closed ? kDead : code;
+      }
+      const bool empty = rows.begin == rows.end || columns.begin == columns.end;
+      const bool closed = best <= 0;
+      job.output[at] = narrow<T>(closed && !empty ? A(0) : best);
+      if (job.indices != nullptr) job.indices[at] = closed ? kDead : code;
+    }
+  }
+}
+
+template <typename T>
+void relu_pool_forward(const ReluPool<T>& job, void* scratch_base, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  const ConvPoolShape& s = job.shape;
+  const Strides4& cs = job.conv_strides;
+  const ReluPoolScratch<T> scratch = relu_pool_scratch<T>(s, static_cast<char*>(scratch_base));
+  const PoolRow<A> pool = pool_row_for<A, kLanes<A>>(s, job.indices != nullptr);
+  const PooledOutput<T> pooled{job.output, job.indices, job.output_strides, s.out_w};
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const ChannelBlock block = channel_block<T>(s, unit, cs);
+    if (!block.in_vectors) {
+      for (int64_t i = 0; i < block.count; ++i) relu_pool_channel(job, block.n, block.first + i);
+      continue;
+    }
+    const A* conv = reinterpret_cast<const A*>(job.conv) + block.n * cs.n + block.first;
+    for (int64_t y = 0; y < s.out_h; ++y) {
+      const WindowRange rows = window_rows(s, y);
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        scratch.rows[i] = conv + (rows.start + i * s.pool_dilation_h) * cs.h;
+      }
+      pool(s, scratch.rows, rows, 1, cs.w, scratch.values, scratch.codes);
+      store_row<T, kLanes<A>>(pooled, block.n, block.first, block.count, y, kLanes<A>, scratch.values, scratch.codes);
+    }
+  }
+}
+
+template <typename T>
+void relu_pool_backward_channel(const ReluPoolBackward<T>& job, const WinnerTables& tables, int64_t n, int64_t c) {
+  const ConvPoolShape& s = job.shape;
+  const Strides4 &gs = job.grad_output_strides, &is = job.indices_strides, &cs = job.grad_conv_strides;
+  const T* g = job.grad_output + n * gs.n + c * gs.c;
+  const uint8_t* codes = job.indices + n * is.n + c * is.c;
+  T* grad = job.grad_conv + n * cs.n + c * cs.c;
+  for (int64_t y = 0; y < s.conv_h; ++y) {
+    for (int64_t x = 0; x < s.conv_w; ++x) grad[y * cs.h + x * cs.w] = narrow<T>(0);
+  }
+  for (int64_t y = 0; y < s.out_h; ++y) {
+    for (int64_t x = 0; x < s.out_w; ++x) {
+      const uint8_t code = codes[y * is.h + x * is.w];
+      if (!names_winner(s, tables, code, y, x)) continue;
+      T& at = grad[(y * s.pool_stride_h - s.pool_pad_h + tables.row[code]) * cs.h +
+                   (x * s.pool_stride_w - s.pool_pad_w + tables.column[code]) * cs.w];
+      at = narrow<T>(widen(at) + widen(g[y * gs.h + x * gs.w]));
+    }
+  }
+}
+
+// Every position of every window gets its winner's gradient or zero: more arithmetic than going to the winner, but
+// without a branch and for all lanes at once.
+template <typename A>
+void relu_pool_backward_block(const ReluPoolBackward<A>& job, const ReluPoolScratch<A>& scratch,
+                              const ChannelBlock& block) {
+  constexpr int lanes = kLanes<A>;
+  using V = Vec<A, lanes>;
+  using I = IntVec<A, lanes>;
+  const ConvPoolShape& s = job.shape;
+  const Strides4 &gs = job.grad_output_strides, &is = job.indices_strides, &cs = job.grad_conv_strides;
+  A* conv = job.grad_conv + block.n * cs.n + block.first;
+  for (int64_t y = 0; y < s.conv_h; ++y) {
+    for (int64_t x = 0; x < s.conv_w; ++x) store(conv + y * cs.h + x * cs.w, V{});
+  }
+  for (int64_t y = 0; y < s.out_h; ++y) {
+    const A* g = job.grad_output + block.n * gs.n + block.first * gs.c + y * gs.h;
+    const uint8_t* codes = job.indices + block.n * is.n + block.first * is.c + y * is.h;
+    for (int lane = 0; lane < lanes; ++lane) {
+      for (int64_t x = 0; x < s.out_w; ++x) {
+        scratch.values[x * lanes + lane] = g[lane * gs.c + x * gs.w];
+        scratch.codes[x * lanes + lane] = codes[lane * is.c + x * is.w];
+      }
+    }
+    const WindowRange rows = window_rows(s, y);
+    for (int64_t x = 0; x < s.out_w; ++x) {
+      const WindowRange columns = window_columns(s, x);
+      const V grad = load<V>(scratch.values + x * lanes);
+      const I code = load<I>(scratch.codes + x * lanes);
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        A* row = conv + (rows.start + i * s.pool_dilation_h) * cs.h + columns.start * cs.w;
+        for (int64_t j = columns.begin; j < columns.end; ++j) {
+          A* to = row + j * s.pool_dilation_w * cs.w;
+          const I place = I{} + static_cast<typename IntegerOf<A>::type>(i * s.pool_kernel_w + j);
+          store(to, load<V>(to) + (code == place ? grad : V{}));
+        }
       }
     }
   }
 }
 
 template <typename T>
-void relu_pool_backward(const ReluPoolBackward<T>& job, int64_t begin, int64_t end) {
+void relu_pool_backward(const ReluPoolBackward<T>& job, void* scratch_base, int64_t begin, int64_t end) {
   const ConvPoolShape& s = job.shape;
-  const Strides4 &gs = job.grad_output_strides, &is = job.indices_strides, &cs = job.grad_conv_strides;
+  const ReluPoolScratch<T> scratch = relu_pool_scratch<T>(s, static_cast<char*>(scratch_base));
   WinnerTables tables;
   make_winner_tables(s, 1, tables);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t n = unit / s.out_channels, c = unit % s.out_channels;
-    const T* g = job.grad_output + n * gs.n + c * gs.c;
-    const uint8_t* codes = job.indices + n * is.n + c * is.c;
-    T* grad = job.grad_conv + n * cs.n + c * cs.c;
-    for (int64_t y = 0; y < s.conv_h; ++y) {
-      for (int64_t x = 0; x < s.conv_w; ++x) grad[y * cs.h + x * cs.w] = narrow<T>(0);
-    }
-    for (int64_t y = 0; y < s.out_h; ++y) {
-      for (int64_t x = 0; x < s.out_w; ++x) {
-        const uint8_t code = codes[y * is.h + x * is.w];
-        if (!names_winner(s, tables, code, y, x)) continue;
-        T& at = grad[(y * s.pool_stride_h - s.pool_pad_h + tables.row[code]) * cs.h +
-                     (x * s.pool_stride_w - s.pool_pad_w + tables.column[code]) * cs.w];
-        at = narrow<T>(widen(at) + widen(g[y * gs.h + x * gs.w]));
+    const ChannelBlock block = channel_block<T>(s, unit, job.grad_conv_strides);
+    if constexpr (sizeof(T) == sizeof(Accumulator<T>)) {
+      if (block.in_vectors) {
+        relu_pool_backward_block(job, scratch, block);
+        continue;
       }
+    }
+    for (int64_t i = 0; i < block.count; ++i) {
+      relu_pool_backward_channel(job, tables, block.n, block.first + i);
     }
   }
 }

@@ -22,8 +22,7 @@ struct PooledGroup {
 // Vectors need codes that one register can look up, and rows of neighbours.
 template <typename T>
 LENET_EXT_INLINE bool in_vectors(const ConvPoolShape& s, const PooledGroup<T>& p) {
-  return sizeof(T) == 4 && s.pool_kernel_h * s.pool_kernel_w <= 16 && p.grad_strides.w == 1 &&
-         p.code_strides.w == 1;
+  return sizeof(T) == 4 && s.pool_kernel_h * s.pool_kernel_w <= 16 && p.grad_strides.w == 1 && p.code_strides.w == 1;
 }
 
 LENET_EXT_INLINE __mmask16 first_lanes(int64_t count) {
@@ -67,8 +66,9 @@ inline int64_t channel_winners_in_vectors(const ConvPoolShape& s, const WinnerTa
       const __m512i column = _mm512_add_epi32(_mm512_mullo_epi32(lane, all_lanes(s.pool_stride_w)),
                                               all_lanes(x * s.pool_stride_w - s.pool_pad_w));
       const __m512i start = _mm512_maskz_loadu_epi32(wanted, window_offsets + y * s.out_w + x);
-      append(alive_lanes(s, t, wanted, code, row, column), _mm512_add_epi32(start, _mm512_permutexvar_epi32(code, table)),
-             _mm512_maskz_loadu_ps(wanted, g + x), offsets, scales, count);
+      append(alive_lanes(s, t, wanted, code, row, column),
+             _mm512_add_epi32(start, _mm512_permutexvar_epi32(code, table)), _mm512_maskz_loadu_ps(wanted, g + x),
+             offsets, scales, count);
     }
   }
   return count;
@@ -90,8 +90,8 @@ inline void position_winners_in_vectors(const ConvPoolShape& s, const WinnerTabl
         Vec<float, 16> grads[16], codes[16];
         LENET_EXT_UNROLL for (int i = 0; i < 16; ++i) {
           const int64_t c = min_of(channel + i, p.channels - 1);
-          grads[i] = (Vec<float, 16>)_mm512_maskz_loadu_ps(
-              wanted, p.grad + c * p.grad_strides.c + y * p.grad_strides.h + x);
+          grads[i] =
+              (Vec<float, 16>)_mm512_maskz_loadu_ps(wanted, p.grad + c * p.grad_strides.c + y * p.grad_strides.h + x);
           codes[i] = (Vec<float, 16>)_mm512_cvtepu8_epi32(
               _mm_maskz_loadu_epi8(wanted, p.codes + c * p.code_strides.c + y * p.code_strides.h + x));
         }
@@ -103,8 +103,8 @@ inline void position_winners_in_vectors(const ConvPoolShape& s, const WinnerTabl
           int64_t count = counts[position];
           const __mmask16 alive = alive_lanes(s, t, channels, code, all_lanes(y * s.pool_stride_h - s.pool_pad_h),
                                               all_lanes((x + i) * s.pool_stride_w - s.pool_pad_w));
-          append(alive, _mm512_add_epi32(kernel, _mm512_permutexvar_epi32(code, table)),
-                 (__m512)grads[i], offsets + position * list_size, scales + position * list_size, count);
+          append(alive, _mm512_add_epi32(kernel, _mm512_permutexvar_epi32(code, table)), (__m512)grads[i],
+                 offsets + position * list_size, scales + position * list_size, count);
           counts[position] = static_cast<int32_t>(count);
         }
       }
