@@ -293,25 +293,50 @@ def _(input, parameters):
     return input.new_empty(input.shape[0], parameters[8].shape[0])
 
 
+# What the forward pass keeps for the backward pass: shapes of one image.
+_LENET_ACTIVATIONS = {
+    "pooled1": (6, 14, 14),
+    "indices1": (6, 14, 14),
+    "pooled2": (16, 5, 5),
+    "indices2": (16, 5, 5),
+    "hidden1": (120,),
+    "hidden2": (84,),
+}
+
+
+def _activation_dtype(name: str, input: Tensor) -> torch.dtype:
+    return torch.uint8 if name.startswith("indices") else input.dtype
+
+
 @torch.library.register_fake("lenet_ext::lenet_with_activations")
 def _(input, parameters):
     _check_lenet("lenet_with_activations", input, parameters)
     batch = input.shape[0]
     return (
         input.new_empty(batch, parameters[8].shape[0]),
-        input.new_empty(batch, 6, 14, 14),
-        input.new_empty(batch, 6, 14, 14, dtype=torch.uint8),
-        input.new_empty(batch, 16, 5, 5),
-        input.new_empty(batch, 16, 5, 5, dtype=torch.uint8),
-        input.new_empty(batch, 120),
-        input.new_empty(batch, 84),
+        *(
+            input.new_empty(batch, *shape, dtype=_activation_dtype(name, input))
+            for name, shape in _LENET_ACTIVATIONS.items()
+        ),
     )
 
 
 @torch.library.register_fake("lenet_ext::lenet_backward")
 def _(grad_output, input, parameters, *rest):
-    _check_lenet("lenet_backward", input, parameters)
+    op = "lenet_backward"
+    _check_lenet(op, input, parameters)
+    *activations, input_gradient = rest
+    shapes = {"grad_output": (parameters[8].shape[0],), **_LENET_ACTIVATIONS}
+    for (name, image), tensor in zip(shapes.items(), (grad_output, *activations), strict=True):
+        shape, dtype = (input.shape[0], *image), _activation_dtype(name, input)
+        _check(
+            tensor.shape == shape and tensor.dtype == dtype and tensor.device == input.device,
+            (
+                f"{op}: {name} must be a {dtype} tensor of shape {list(shape)} on {input.device}, "
+                f"got {tensor.dtype} of shape {list(tensor.shape)} on {tensor.device}"
+            ),
+        )
     return (
-        _empty_or_none(rest[-1], input, _memory_format(input)),
+        _empty_or_none(input_gradient, input, _memory_format(input)),
         [_empty_or_none(True, parameter) for parameter in parameters],
     )

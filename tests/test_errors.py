@@ -17,7 +17,7 @@ import reference
 import torch
 from reference import assert_equal
 
-from lenet_ext import functional, nn
+from lenet_ext import Net, functional, nn
 
 HUGE = 2**63
 
@@ -486,6 +486,30 @@ def test_linear_backward_operators_refuse_tensors_that_do_not_fit(name, change):
     with pytest.raises((RuntimeError, ValueError)) as info:
         op(**{**good, **change}, output_mask=[True] * 3)
     assert str(info.value).strip()
+
+
+@pytest.mark.parametrize("name", ["grad_output", "pooled1", "indices1", "pooled2", "indices2", "hidden1", "hidden2"])
+@pytest.mark.parametrize("change", ["batch", "size", "dims", "dtype", "device"])
+def test_lenet_backward_operator_refuses_tensors_that_do_not_fit(name, change):
+    parameters = [p.detach() for p in Net().parameters()]
+    x = t(3, 1, 32, 32)
+    ops = torch.ops.lenet_ext
+    output, *activations = ops.lenet_with_activations(x, parameters)
+    names = ("pooled1", "indices1", "pooled2", "indices2", "hidden1", "hidden2")
+    good = {"grad_output": output, **dict(zip(names, activations, strict=True))}
+    grad_input, grads = ops.lenet_backward(input=x, parameters=parameters, **good, input_gradient=True)
+    assert grad_input.shape == x.shape
+    assert [g.shape for g in grads] == [p.shape for p in parameters]
+    tensor = good[name]
+    bad = {
+        "batch": lambda: tensor[:2],
+        "size": lambda: tensor[..., :-1],
+        "dims": lambda: tensor[0],
+        "dtype": lambda: tensor.double(),
+        "device": lambda: tensor.to("meta"),
+    }[change]()
+    with pytest.raises(RuntimeError, match=f"lenet_backward: {name} must be"):
+        ops.lenet_backward(input=x, parameters=parameters, **{**good, name: bad}, input_gradient=True)
 
 
 def test_indices_out_of_their_window_do_not_crash():

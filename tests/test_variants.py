@@ -13,7 +13,8 @@ import pytest
 import lenet_ext
 
 HERE = Path(__file__).parent
-FILES = ["test_conv_relu_max_pool2d.py", "test_linear.py", "test_odd_cases.py", "test_layouts.py", "test_net.py"]
+FILES = ["test_conv_relu_max_pool2d.py", "test_linear.py", "test_odd_cases.py", "test_layouts.py"]
+FILES += ["test_lenet_convolutions.py", "test_net.py"]
 # Besides what this machine chooses by itself, which the other files test.
 VARIANTS = [
     ("direct", "default"),

@@ -1,0 +1,90 @@
+"""The two convolutions of LeNet, which have kernels of their own: what general shapes are tested for elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from reference import assert_accurate, assert_equal, assert_exact, integers, run, to64
+
+from lenet_ext.functional import conv_relu_max_pool2d
+
+pytestmark = pytest.mark.kernels
+
+LAYERS = {"conv1": ((1, 32, 32), (6, 1, 5, 5)), "conv2": ((6, 14, 14), (16, 6, 5, 5))}
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("batch", [1, 4, 33, 130])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_random_values_are_as_accurate_as_stock(layer, batch, has_bias):
+    image, shape = LAYERS[layer]
+    tensors = [torch.randn(batch, *image), torch.randn(shape), torch.randn(shape[0]) if has_bias else None]
+    output = reference.conv_relu_max_pool2d(*to64(tensors))
+    grad_output = torch.randn(output.shape) * reference.clear_winners(tensors, {}, gap=1e-4)
+    results = [
+        run(conv_relu_max_pool2d, tensors, {}, grad_output),
+        run(reference.conv_relu_max_pool2d, tensors, {}, grad_output),
+        run(reference.conv_relu_max_pool2d, to64(tensors), {}, grad_output),
+        reference.magnitudes(tensors, {}, grad_output),
+    ]
+    for (what, a), (_, s), (_, e), (_, m) in zip(*(r.items() for r in results), strict=True):
+        if e is not None:
+            assert_accurate(a, e, m, what, stock=s)
+
+
+@pytest.mark.parametrize("batch", [1, 35])
+@pytest.mark.parametrize("where", ["input", "weight", "bias", "grad_output"])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_non_finite_values(layer, value, where, batch):
+    image, shape = LAYERS[layer]
+    operands = {"input": integers(batch, *image), "weight": integers(*shape), "bias": integers(shape[0])}
+    size = (image[1] - 4) // 2
+    operands["grad_output"] = integers(batch, shape[0], size, size)
+    # One at the border of the first image, one further on.
+    target = operands[where]
+    target.view(-1)[1] = value
+    target.view(-1)[target.numel() * 2 // 3] = value
+    *tensors, grad_output = operands.values()
+    assert_exact(conv_relu_max_pool2d, reference.conv_relu_max_pool2d, tensors, {}, grad_output)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_dead_windows(layer):
+    """Whole images and single channels below zero: the sparse backward pass has no winner to go to."""
+    image, shape = LAYERS[layer]
+    x, w, b = integers(9, *image), integers(*shape), integers(shape[0])
+    b[::2] = -1000
+    x[3] = 0
+    w[1] = 0
+    output = reference.conv_relu_max_pool2d(x, w, b)
+    assert (output == 0).float().mean() > 0.4
+    assert_exact(conv_relu_max_pool2d, reference.conv_relu_max_pool2d, [x, w, b], {}, integers(*output.shape))
+
+
+@pytest.mark.parametrize("layout", reference.LAYOUTS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layouts(layer, layout):
+    image, shape = LAYERS[layer]
+    size = (image[1] - 4) // 2
+    shapes = [(18, *image), shape, (18, shape[0], size, size)]
+    x, w, grad_output = (reference.LAYOUTS[layout](integers(*s)) for s in shapes)
+    assert_exact(conv_relu_max_pool2d, reference.conv_relu_max_pool2d, [x, w, integers(shape[0])], {}, grad_output)
+
+
+@pytest.mark.parametrize("codes", ["valid", "any"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_backward_of_made_up_codes(layer, codes):
+    """The backward operator believes any codes it is given, as its float64 kernel does."""
+    image, shape = LAYERS[layer]
+    size = (image[1] - 4) // 2
+    options = ([1, 1], [0] * 4, [1, 1], 1, [2, 2], [2, 2], [0, 0], [1, 1])
+    indices = torch.randint(4 if codes == "valid" else 256, (21, shape[0], size, size)).byte()
+    x, w, grad = integers(21, *image), integers(*shape), integers(21, shape[0], size, size)
+    backward = torch.ops.lenet_ext.conv_relu_max_pool2d_backward
+    ours = backward(grad, indices, x, w, *options, [True] * 3)
+    expected = backward(grad.double(), indices, x.double(), w.double(), *options, [True] * 3)
+    for what, a, e in zip(("input", "weight", "bias"), ours, expected, strict=True):
+        assert_equal(a, e.float(), f"grad of {what}")
