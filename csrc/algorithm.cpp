@@ -25,22 +25,48 @@ Algorithm choose_algorithm(Algorithm preferred) {
   return choice.value_or(preferred);
 }
 
-Algorithm conv_pool_algorithm_cpu(const ConvPoolShape& s) {
-  // Offsets inside an image, and of a kernel in the packed weights, are 32-bit.
+namespace {
+
+// Offsets inside an image, and of a kernel in the packed weights, are 32-bit in our kernels.
+bool offsets_fit(const ConvPoolShape& s) {
   const double image =
       double(s.in_channels) * (s.height + s.pad_top + s.pad_bottom) * (s.width + s.pad_left + s.pad_right + s.stride_w);
   const double kernels = double(s.out_channels) * (s.in_channels / s.groups) *
                          (s.kernel_h + 2.0 * s.pool_kernel_h * s.pool_dilation_h * s.stride_h) *
                          (s.kernel_w + 2.0 * s.pool_kernel_w * s.pool_dilation_w * s.stride_w + 64);
-  if (image > std::numeric_limits<int32_t>::max() / 2 || kernels > std::numeric_limits<int32_t>::max() / 2) {
-    return Algorithm::Vendor;
-  }
-  // The lanes are output channels of one group: with few of them most of each vector is idle.
-  const int64_t group_channels = s.out_channels / s.groups;
-  if (s.groups > 1 && group_channels < 4) return choose_algorithm(Algorithm::Vendor);
-  // Many channels: the vendor's blocking for the caches is at its best, and pooling is a small part of the work.
-  const int64_t depth = s.in_channels / s.groups * s.kernel_h * s.kernel_w;
-  return choose_algorithm(depth > 1200 ? Algorithm::Vendor : Algorithm::Direct);
+  constexpr double limit = std::numeric_limits<int32_t>::max() / 2;
+  return image <= limit && kernels <= limit;
+}
+
+// The lanes are output channels of one group: with few of them most of each vector is idle.
+bool lanes_idle(const ConvPoolShape& s) { return s.groups > 1 && s.out_channels / s.groups < 4; }
+
+}  // namespace
+
+// The numbers below are where the times of both algorithms crossed on the general shapes of benchmarks/.
+
+Algorithm conv_pool_forward_algorithm_cpu(const ConvPoolShape& s, at::ScalarType dtype, bool channels_last) {
+  if (!offsets_fit(s)) return Algorithm::Vendor;
+  const int64_t channels = s.in_channels / s.groups, depth = channels * s.kernel_h * s.kernel_w;
+  // The vendor's float32 kernels want channels_last, and are at their best where the channels fill vectors: what
+  // pooling in registers saves is less than they gain by blocking for the caches, unless the input is laid out
+  // otherwise and has to be converted.
+  const bool nothing_to_convert = dtype == at::kFloat && channels_last && channels >= 16;
+  const bool vendor = lanes_idle(s) || nothing_to_convert || depth > 1700;
+  return choose_algorithm(vendor ? Algorithm::Vendor : Algorithm::Direct);
+}
+
+Algorithm conv_pool_backward_algorithm_cpu(const ConvPoolShape& s) {
+  if (!offsets_fit(s)) return Algorithm::Vendor;
+  const int64_t channels = s.in_channels / s.groups, depth = channels * s.kernel_h * s.kernel_w;
+  const double positions = double(s.conv_h) * s.conv_w, winners = double(s.out_h) * s.out_w;
+  // Visiting the winners one by one does about a third of the arithmetic per second that a dense product does, except
+  // with few input channels, where neither is any good.
+  const bool dense = channels >= 16 && 3 * winners > positions;
+  // Each winner's kernel and its gradient are visited at random: they have to be in the cache.
+  const bool out_of_cache = s.out_channels / s.groups * depth > int64_t{1} << 19;
+  const bool vendor = lanes_idle(s) || dense || out_of_cache;
+  return choose_algorithm(vendor ? Algorithm::Vendor : Algorithm::Direct);
 }
 
 Algorithm linear_algorithm_cpu(int64_t in_features, int64_t out_features) {

@@ -1,6 +1,8 @@
 // Which algorithm runs a given shape: our own ("direct") kernel, or the vendor's library (ATen) with one pass of ours.
 #pragma once
 
+#include <c10/core/ScalarType.h>
+
 #include "conv_pool_shape.h"
 
 namespace lenet_ext {
@@ -11,8 +13,9 @@ enum class Algorithm { Direct, Vendor };
 // `preferred` is what the cost rule says.
 Algorithm choose_algorithm(Algorithm preferred);
 
-// The cost rules, each with its reason beside it.
-Algorithm conv_pool_algorithm_cpu(const ConvPoolShape& shape);
+// The cost rules, each with its reason beside it. `channels_last` is the layout of the input.
+Algorithm conv_pool_forward_algorithm_cpu(const ConvPoolShape& shape, at::ScalarType dtype, bool channels_last);
+Algorithm conv_pool_backward_algorithm_cpu(const ConvPoolShape& shape);
 Algorithm linear_algorithm_cpu(int64_t in_features, int64_t out_features);
 
 }  // namespace lenet_ext

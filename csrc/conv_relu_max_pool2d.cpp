@@ -83,16 +83,19 @@ const cpu::ConvPoolBackwardKernels<T>& backward_kernels(const ConvPoolShape& s, 
   return cpu::conv_pool_table<T>().backward;
 }
 
-// The vendor's float32 convolutions are fastest on channels_last, by more than the conversion costs.
-at::MemoryFormat vendor_memory_format(const Tensor& input) {
-  return input.scalar_type() == at::kFloat ? at::MemoryFormat::ChannelsLast : output_memory_format(input);
+// The vendor's float32 convolutions are fastest on channels_last, by more than converting the activations costs, but
+// not by what converting large weights costs.
+at::MemoryFormat vendor_memory_format(const Tensor& input, const Tensor& weight, const ConvPoolShape& s) {
+  const int64_t activations = s.batch * (input.size(1) * s.height * s.width + s.out_channels * s.conv_h * s.conv_w);
+  const bool convert = input.scalar_type() == at::kFloat && weight.numel() < 2 * activations;
+  return convert ? at::MemoryFormat::ChannelsLast : output_memory_format(input);
 }
 
-at::Tensor vendor_convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                              const ConvPoolOptions& o) {
+at::Tensor vendor_convolution(const ConvPoolShape& s, const Tensor& input, const Tensor& weight,
+                              const OptionalTensor& bias, const ConvPoolOptions& o) {
   // Gradients flow by the Functions in lenet_ext/autograd.py; what is called from here must not record any.
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const VendorConvolution v = vendor_convolution_input(input.contiguous(vendor_memory_format(input)), o);
+  const VendorConvolution v = vendor_convolution_input(input.contiguous(vendor_memory_format(input, weight, s)), o);
   return at::convolution(v.input, weight, bias, o.stride, v.padding, o.dilation, false, {0, 0}, o.groups);
 }
 
@@ -138,11 +141,12 @@ void forward(const ConvPoolShape& s, const char* op, const Tensor& input, const 
   if (output.numel() == 0) return;
   cpu::dispatch(input, op, [&](auto zero) {
     using T = decltype(zero);
-    if (conv_pool_algorithm_cpu(s) == Algorithm::Direct) {
+    const bool channels_last = output_memory_format(input) == at::MemoryFormat::ChannelsLast;
+    if (conv_pool_forward_algorithm_cpu(s, input.scalar_type(), channels_last) == Algorithm::Direct) {
       const Tensor contiguous_bias = bias.has_value() ? bias->contiguous() : Tensor();
       forward_direct<T>(s, input, weight.contiguous(), contiguous_bias, output, indices);
     } else {
-      relu_pool_forward<T>(s, vendor_convolution(input, weight, bias, options), output, indices);
+      relu_pool_forward<T>(s, vendor_convolution(s, input, weight, bias, options), output, indices);
     }
   });
 }
@@ -214,7 +218,9 @@ bool backward_direct(const ConvPoolShape& s, const Tensor& grad_output, const Te
     if (!kernels.run(job, packed, partials, cpu::unit_scratch(scratch), begin, end)) finite = false;
   });
   if (!finite) return false;
-  if (grad_weight.defined()) kernels.reduce(job, partials);
+  if (!grad_weight.defined()) return true;
+  cpu::parallel_units(s.out_channels, 0.25 * partial_bytes,
+                      [&](int64_t begin, int64_t end) { kernels.reduce(job, partials, begin, end); });
   return true;
 }
 
@@ -243,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_dense(const ConvPoolShape& s, const 
                                                   const Tensor& indices, const Tensor& input, const Tensor& weight,
                                                   const ConvPoolOptions& o, std::array<bool, 3> output_mask) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const at::MemoryFormat format = vendor_memory_format(input);
+  const at::MemoryFormat format = vendor_memory_format(input, weight, s);
   Tensor grad_conv = relu_pool_backward<T>(s, grad_output, indices, format);
   auto [source, padding] = vendor_convolution_input(input.contiguous(format), o);
   Tensor kernel = weight;
@@ -281,13 +287,17 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cpu(const char*
   }
   return cpu::dispatch(input, op, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
     using T = decltype(zero);
-    if (conv_pool_algorithm_cpu(s) == Algorithm::Direct) {
+    if (conv_pool_backward_algorithm_cpu(s) == Algorithm::Direct) {
       const at::MemoryFormat format = output_memory_format(input);
       const Tensor grad_input = output_mask[0] ? at::empty(input.sizes(), input.options(), format) : Tensor();
       const Tensor grad_weight =
           any_parameter ? at::empty(weight.sizes(), weight.options(), at::MemoryFormat::Contiguous) : Tensor();
       const Tensor grad_bias = any_parameter ? at::empty({s.out_channels}, weight.options()) : Tensor();
-      if (backward_direct<T>(s, grad_output, indices, input, weight.contiguous(), grad_input, grad_weight, grad_bias)) {
+      // The winners of a channel are read one after the other: those of a large image should be neighbours.
+      const bool rearrange = grad_output.stride(1) == 1 && s.out_channels * s.out_h * s.out_w > int64_t{1} << 16;
+      if (backward_direct<T>(s, rearrange ? grad_output.contiguous() : grad_output,
+                             rearrange ? indices.contiguous() : indices, input, weight.contiguous(), grad_input,
+                             grad_weight, grad_bias)) {
         return {output_mask[0] ? grad_input : absent(input), output_mask[1] ? grad_weight : absent(input),
                 output_mask[2] ? grad_bias : absent(input)};
       }

@@ -336,8 +336,8 @@ bool blocks_backward(const Arguments& call, const float* grad_output, const Laye
     }
   });
   if (!finite) return false;
-  first.reduce(job1, partials1);
-  second.reduce(job2, partials2);
+  first.reduce(job1, partials1, 0, 6);
+  second.reduce(job2, partials2, 0, 16);
 
   auto weight_gradient = [&](int64_t out, int64_t in, const float* from, const float* input, float* weight,
                              float* bias) {

@@ -42,7 +42,8 @@ void at_indices_run(const ConvAtIndices<T>& job, const void* packed, void* scrat
   A* image = static_cast<A*>(scratch);
   for (int64_t n = begin; n < end; ++n) {
     for (int64_t group = 0; group < s.groups; ++group) {
-      gather_pixels(s, job.input + n * job.input_strides.n, job.input_strides, group * channels, channels, image);
+      gather_pixels(s, job.input + n * job.input_strides.n, job.input_strides, group * channels, channels, 0,
+                    padded_height(s), image);
       for (int64_t o = group * out_channels; o < (group + 1) * out_channels; ++o) {
         const A* kernel = static_cast<const A*>(packed) + o * runs.count * runs.length;
         for (int64_t y = 0; y < s.out_h; ++y) {

@@ -338,36 +338,6 @@ int64_t forward_units(const ConvPoolShape& s) {
   return s.batch * forward_plan<Accumulator<T>>(s).bands;
 }
 
-// Rows of `lanes` values to columns, `count` of them: to[lane * stride + x] = from[x * width + lane]. In registers
-// where there are enough rows for a tile; the last tile overlaps the one before.
-template <int lanes, typename From, typename To>
-void transpose_row(const From* from, int64_t rows, int width, int64_t count, To* to, int64_t stride) {
-  if constexpr (sizeof(From) == 4 && lanes >= 4) {
-    typedef To Out __attribute__((vector_size(sizeof(To) * lanes)));
-    if (rows >= lanes) {
-      for (int64_t begin = 0; begin < rows; begin += lanes) {
-        const int64_t x = min_of(begin, rows - lanes);
-        Vec<float, lanes> tile[lanes];
-        LENET_EXT_UNROLL for (int i = 0; i < lanes; ++i)
-          tile[i] = load<Vec<float, lanes>>(reinterpret_cast<const float*>(from + (x + i) * width));
-        transpose_tile<lanes>(tile);
-        LENET_EXT_UNROLL for (int i = 0; i < lanes; ++i) {
-          if (i >= count) continue;
-          if constexpr (sizeof(To) == 4) {
-            store(to + i * stride + x, tile[i]);
-          } else {
-            store(to + i * stride + x, __builtin_convertvector((IntVec<float, lanes>)tile[i], Out));
-          }
-        }
-      }
-      return;
-    }
-  }
-  for (int64_t lane = 0; lane < count; ++lane) {
-    for (int64_t x = 0; x < rows; ++x) to[lane * stride + x] = static_cast<To>(from[x * width + lane]);
-  }
-}
-
 template <typename T>
 struct PooledOutput {
   T* values;

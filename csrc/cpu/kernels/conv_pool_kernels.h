@@ -99,7 +99,8 @@ struct ConvPoolBackwardKernels {
   bool (*prepare)(const ConvPoolBackward<T>&, void* packed);
   bool (*run)(const ConvPoolBackward<T>&, const void* packed, void* partials, void* scratch, int64_t begin,
               int64_t end);
-  void (*reduce)(const ConvPoolBackward<T>&, void* partials);
+  // Adds up the units, for the output channels [begin, end).
+  void (*reduce)(const ConvPoolBackward<T>&, void* partials, int64_t begin, int64_t end);
 };
 
 template <typename T>

@@ -600,25 +600,27 @@ inline bool backward_both_run(const ConvPoolBackward<float>& job1, const ConvPoo
 }
 
 // Adds up the slices, in order, into the first.
-inline const float* sum_of_slices(const ConvPoolShape& s, void* partials, int size) {
-  float* sums = static_cast<float*>(partials);
+inline void add_slices(const ConvPoolShape& s, float* sums, int size, int64_t begin, int64_t end) {
   for (int64_t slice = 1; slice < backward_slices(s); ++slice) {
-    for (int i = 0; i < size; ++i) sums[i] += sums[slice * size + i];
+    for (int64_t i = begin; i < end; ++i) sums[i] += sums[slice * size + i];
   }
-  return sums;
 }
 
-inline void backward1_reduce(const ConvPoolBackward<float>& job, void* partials) {
-  const float* sums = sum_of_slices(job.shape, partials, kPartial1);
-  for (int o = 0; o < kChannels1; ++o) {
+inline void backward1_reduce(const ConvPoolBackward<float>& job, void* partials, int64_t begin, int64_t end) {
+  float* sums = static_cast<float*>(partials);
+  add_slices(job.shape, sums, kPartial1, begin * 40, end * 40);
+  add_slices(job.shape, sums, kPartial1, kSums1 + begin, kSums1 + end);
+  for (int64_t o = begin; o < end; ++o) {
     for (int tap = 0; tap < kTaps; ++tap) job.grad_weight[o * kTaps + tap] = sums[(o * 5 + tap / 5) * 8 + tap % 5];
     job.grad_bias[o] = sums[kSums1 + o];
   }
 }
 
-inline void backward2_reduce(const ConvPoolBackward<float>& job, void* partials) {
-  const float* sums = sum_of_slices(job.shape, partials, kPartial2);
-  for (int o = 0; o < kChannels2; ++o) {
+inline void backward2_reduce(const ConvPoolBackward<float>& job, void* partials, int64_t begin, int64_t end) {
+  float* sums = static_cast<float*>(partials);
+  add_slices(job.shape, sums, kPartial2, begin * 160, end * 160);
+  add_slices(job.shape, sums, kPartial2, kSums2 + begin, kSums2 + end);
+  for (int64_t o = begin; o < end; ++o) {
     for (int ky = 0; ky < 5; ++ky) {
       const float* row = sums + (o * 5 + ky) * 32;
       const __m512 pixels[6] = {_mm512_load_ps(row), _mm512_load_ps(row + 16)};

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "conv_pool_kernels.h"
+#include "transpose.h"
 
 namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY {
 namespace {
@@ -62,22 +63,39 @@ void gather_planar(const ConvPoolShape& s, const T* image, const Strides4& strid
   }
 }
 
-// Pixels with their channels together, [row][column][channel]: the taps of one kernel row are contiguous.
-// Returns whether all values are finite.
+// One row of pixels with their channels together.
+template <typename T>
+void pixel_row(const T* in, const Strides4& strides, int64_t channels, int64_t width, Accumulator<T>* out) {
+  if (strides.c == 1) {
+    for (int64_t x = 0; x < width; ++x) {
+      for (int64_t c = 0; c < channels; ++c) out[x * channels + c] = widen(in[x * strides.w + c]);
+    }
+    return;
+  }
+  if constexpr (sizeof(T) == sizeof(Accumulator<T>)) {
+    if (strides.w == 1) return transpose_plane(in, channels, strides.c, width, out, channels);
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t x = 0; x < width; ++x) out[x * channels + c] = widen(in[c * strides.c + x * strides.w]);
+  }
+}
+
+// Padded rows [row_begin, row_end) of pixels with their channels together, [row][column][channel]: the taps of one
+// kernel row are contiguous. Returns whether all values are finite.
 template <typename T>
 bool gather_pixels(const ConvPoolShape& s, const T* image, const Strides4& strides, int64_t channel_begin,
-                   int64_t channels, Accumulator<T>* to) {
-  const int64_t height = padded_height(s), width = padded_width(s), row_stride = width * channels;
+                   int64_t channels, int64_t row_begin, int64_t row_end, Accumulator<T>* to) {
+  const int64_t width = padded_width(s), row_stride = width * channels;
   bool finite = true;
-  for (int64_t row = 0; row < height; ++row) {
-    Accumulator<T>* out = to + row * row_stride;
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    Accumulator<T>* out = to + (row - row_begin) * row_stride;
     const int64_t y = row - s.pad_top;
     const int64_t begin = y < 0 || y >= s.height ? width : min_of(width, s.pad_left);
     const int64_t end = max_of(begin, min_of(width, s.pad_left + s.width));
     for (int64_t i = 0; i < begin * channels; ++i) out[i] = 0;
-    for (int64_t c = 0; c < channels; ++c) {
-      const T* in = image + (channel_begin + c) * strides.c + y * strides.h - s.pad_left * strides.w;
-      for (int64_t x = begin; x < end; ++x) out[x * channels + c] = widen(in[x * strides.w]);
+    if (begin < end) {
+      const T* in = image + channel_begin * strides.c + y * strides.h + (begin - s.pad_left) * strides.w;
+      pixel_row(in, strides, channels, end - begin, out + begin * channels);
     }
     finite &= all_finite(out + begin * channels, (end - begin) * channels);
     for (int64_t i = end * channels; i < row_stride; ++i) out[i] = 0;

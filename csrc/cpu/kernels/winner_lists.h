@@ -8,13 +8,15 @@
 namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY {
 namespace {
 
-// Gradient and codes of one group of channels of one image.
+// Gradient and codes of one group of channels of one image, and the pooled rows that are wanted of it. What is indexed
+// by position starts at the first of those rows.
 template <typename T>
 struct PooledGroup {
   const T* grad;
   const uint8_t* codes;
   Strides4 grad_strides, code_strides;
   int64_t channels;
+  int64_t row_begin, row_end;
 };
 
 #if LENET_EXT_VECTOR_BYTES == 64
@@ -56,7 +58,7 @@ inline int64_t channel_winners_in_vectors(const ConvPoolShape& s, const WinnerTa
   const __m512i table = _mm512_loadu_si512(t.offset);
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   int64_t count = 0;
-  for (int64_t y = 0; y < s.out_h; ++y) {
+  for (int64_t y = p.row_begin; y < p.row_end; ++y) {
     const float* g = p.grad + channel * p.grad_strides.c + y * p.grad_strides.h;
     const uint8_t* codes = p.codes + channel * p.code_strides.c + y * p.code_strides.h;
     for (int64_t x = 0; x < s.out_w; x += 16) {
@@ -65,7 +67,7 @@ inline int64_t channel_winners_in_vectors(const ConvPoolShape& s, const WinnerTa
       const __m512i row = all_lanes(y * s.pool_stride_h - s.pool_pad_h);
       const __m512i column = _mm512_add_epi32(_mm512_mullo_epi32(lane, all_lanes(s.pool_stride_w)),
                                               all_lanes(x * s.pool_stride_w - s.pool_pad_w));
-      const __m512i start = _mm512_maskz_loadu_epi32(wanted, window_offsets + y * s.out_w + x);
+      const __m512i start = _mm512_maskz_loadu_epi32(wanted, window_offsets + (y - p.row_begin) * s.out_w + x);
       append(alive_lanes(s, t, wanted, code, row, column),
              _mm512_add_epi32(start, _mm512_permutexvar_epi32(code, table)), _mm512_maskz_loadu_ps(wanted, g + x),
              offsets, scales, count);
@@ -84,7 +86,7 @@ inline void position_winners_in_vectors(const ConvPoolShape& s, const WinnerTabl
     const __mmask16 channels = first_lanes(p.channels - channel);
     const __m512i kernel = _mm512_mullo_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int>(channel))),
                                               _mm512_set1_epi32(static_cast<int>(kernel_size)));
-    for (int64_t y = 0; y < s.out_h; ++y) {
+    for (int64_t y = p.row_begin; y < p.row_end; ++y) {
       for (int64_t x = 0; x < s.out_w; x += 16) {
         const __mmask16 wanted = first_lanes(s.out_w - x);
         Vec<float, 16> grads[16], codes[16];
@@ -99,7 +101,7 @@ inline void position_winners_in_vectors(const ConvPoolShape& s, const WinnerTabl
         transpose_tile<16>(codes);
         for (int64_t i = 0; i < min_of<int64_t>(16, s.out_w - x); ++i) {
           const __m512i code = (__m512i)codes[i];
-          const int64_t position = y * s.out_w + x + i;
+          const int64_t position = (y - p.row_begin) * s.out_w + x + i;
           int64_t count = counts[position];
           const __mmask16 alive = alive_lanes(s, t, channels, code, all_lanes(y * s.pool_stride_h - s.pool_pad_h),
                                               all_lanes((x + i) * s.pool_stride_w - s.pool_pad_w));
@@ -126,7 +128,7 @@ int64_t channel_winners(const ConvPoolShape& s, const WinnerTables& t, const Poo
   int64_t count = 0;
   const T* g = p.grad + channel * p.grad_strides.c;
   const uint8_t* codes = p.codes + channel * p.code_strides.c;
-  for (int64_t y = 0, position = 0; y < s.out_h; ++y) {
+  for (int64_t y = p.row_begin, position = 0; y < p.row_end; ++y) {
     for (int64_t x = 0; x < s.out_w; ++x, ++position) {
       const uint8_t code = codes[y * p.code_strides.h + x * p.code_strides.w];
       offsets[count] = window_offsets[position] + t.offset[code];
@@ -153,7 +155,7 @@ void position_winners(const ConvPoolShape& s, const WinnerTables& t, const Poole
   for (int64_t channel = 0; channel < p.channels; ++channel) {
     const T* g = p.grad + channel * p.grad_strides.c;
     const uint8_t* codes = p.codes + channel * p.code_strides.c;
-    for (int64_t y = 0, position = 0; y < s.out_h; ++y) {
+    for (int64_t y = p.row_begin, position = 0; y < p.row_end; ++y) {
       for (int64_t x = 0; x < s.out_w; ++x, ++position) {
         const uint8_t code = codes[y * p.code_strides.h + x * p.code_strides.w];
         const int64_t entry = position * list_size + counts[position];

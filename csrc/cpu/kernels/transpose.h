@@ -1,0 +1,54 @@
+// Transposing between layouts with the channels together and layouts with the pixels together.
+#pragma once
+
+#include "simd.h"
+
+namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY {
+namespace {
+
+// `count` columns of `lanes` or fewer to rows: to[lane * stride + x] = from[x * width + lane]. In registers where there
+// are enough rows for a tile and all `lanes` values of a row may be read; the last tile overlaps the one before.
+template <int lanes, typename From, typename To>
+void transpose_row(const From* from, int64_t rows, int64_t width, int64_t count, To* to, int64_t stride) {
+  if constexpr (sizeof(From) == 4 && lanes >= 4) {
+    typedef To Out __attribute__((vector_size(sizeof(To) * lanes)));
+    if (rows >= lanes) {
+      for (int64_t begin = 0; begin < rows; begin += lanes) {
+        const int64_t x = min_of(begin, rows - lanes);
+        Vec<float, lanes> tile[lanes];
+        LENET_EXT_UNROLL for (int i = 0; i < lanes; ++i)
+          tile[i] = load<Vec<float, lanes>>(reinterpret_cast<const float*>(from + (x + i) * width));
+        transpose_tile<lanes>(tile);
+        LENET_EXT_UNROLL for (int i = 0; i < lanes; ++i) {
+          if (i >= count) continue;
+          if constexpr (sizeof(To) == 4) {
+            store(to + i * stride + x, tile[i]);
+          } else {
+            store(to + i * stride + x, __builtin_convertvector((IntVec<float, lanes>)tile[i], Out));
+          }
+        }
+      }
+      return;
+    }
+  }
+  for (int64_t lane = 0; lane < count; ++lane) {
+    for (int64_t x = 0; x < rows; ++x) to[lane * stride + x] = static_cast<To>(from[x * width + lane]);
+  }
+}
+
+// A matrix of which nothing but the `columns` of each row may be read: to[column * stride + x] = from[x * width +
+// column].
+template <typename T>
+void transpose_plane(const T* from, int64_t rows, int64_t width, int64_t columns, T* to, int64_t stride) {
+  constexpr int kTile = kLanes<T>;
+  int64_t column = 0;
+  for (; column + kTile <= columns; column += kTile) {
+    transpose_row<kTile>(from + column, rows, width, kTile, to + column * stride, stride);
+  }
+  for (int64_t x = 0; x < rows; ++x) {
+    for (int64_t rest = column; rest < columns; ++rest) to[rest * stride + x] = from[x * width + rest];
+  }
+}
+
+}  // namespace
+}  // namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY
