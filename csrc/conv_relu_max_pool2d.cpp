@@ -266,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_dense(const ConvPoolShape& s, const 
   const auto dtype = input.scalar_type();
   return {output_mask[0] ? crop_vendor_grad_input(grad_input, s, o).to(dtype).contiguous(output_memory_format(input))
                          : absent(input),
-          output_mask[1] ? grad_weight.to(dtype).contiguous() : absent(input),
+          output_mask[1] ? grad_weight.to(dtype).contiguous(output_memory_format(weight)) : absent(input),
           output_mask[2] ? grad_bias.to(dtype) : absent(input)};
 }
 
@@ -282,7 +282,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cpu(const char*
   const bool any_parameter = output_mask[1] || output_mask[2];
   if (grad_output.numel() == 0) {
     return {output_mask[0] ? at::zeros(input.sizes(), input.options()) : absent(input),
-            output_mask[1] ? at::zeros(weight.sizes(), weight.options()) : absent(input),
+            output_mask[1] ? at::zeros(weight.sizes(), weight.options()).contiguous(output_memory_format(weight))
+                           : absent(input),
             output_mask[2] ? at::zeros({s.out_channels}, weight.options()) : absent(input)};
   }
   return cpu::dispatch(input, op, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
@@ -298,7 +299,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cpu(const char*
       if (backward_direct<T>(s, rearrange ? grad_output.contiguous() : grad_output,
                              rearrange ? indices.contiguous() : indices, input, weight.contiguous(), grad_input,
                              grad_weight, grad_bias)) {
-        return {output_mask[0] ? grad_input : absent(input), output_mask[1] ? grad_weight : absent(input),
+        return {output_mask[0] ? grad_input : absent(input),
+                output_mask[1] ? grad_weight.contiguous(output_memory_format(weight)) : absent(input),
                 output_mask[2] ? grad_bias : absent(input)};
       }
     }

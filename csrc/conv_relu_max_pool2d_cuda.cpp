@@ -130,11 +130,11 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cuda(const char
   check_planes(op, s);
   const CudaScope scope(input);
   const cuda::DType dtype = cuda_dtype(op, input);
-  const at::MemoryFormat format = output_memory_format(input);
+  const at::MemoryFormat format = output_memory_format(input), weight_format = output_memory_format(weight);
   const Tensor none = at::empty({0}, input.options());
   if (grad_output.numel() == 0) {
     return {output_mask[0] ? at::zeros(input.sizes(), input.options()) : none,
-            output_mask[1] ? at::zeros(weight.sizes(), weight.options()) : none,
+            output_mask[1] ? at::zeros(weight.sizes(), weight.options()).contiguous(weight_format) : none,
             output_mask[2] ? at::zeros({s.out_channels}, weight.options()) : none};
   }
   const Tensor grad_bias = output_mask[2] ? at::empty({s.out_channels}, weight.options()) : Tensor();
@@ -147,7 +147,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cuda(const char
     auto laid_out = [lenet](const Tensor& tensor) { return lenet ? tensor.contiguous() : tensor; };
     launch_backward(scope, s, op, laid_out(grad_output), laid_out(indices), laid_out(input), weight.contiguous(),
                     grad_input, grad_weight, grad_bias);
-    return {output_mask[0] ? grad_input : none, output_mask[1] ? grad_weight : none, output_mask[2] ? grad_bias : none};
+    return {output_mask[0] ? grad_input : none, output_mask[1] ? grad_weight.contiguous(weight_format) : none,
+            output_mask[2] ? grad_bias : none};
   }
 
   // The bias gradient needs the winners only, not the dense gradient that the vendor would read once more.
@@ -170,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cuda(const char
         at::convolution_backward(grad_conv, v.input, weight, std::nullopt, o.stride, v.padding, o.dilation, false,
                                  {0, 0}, o.groups, {output_mask[0], output_mask[1], false});
     if (output_mask[0]) grad_input = crop_vendor_grad_input(vendor_grad_input, s, o).contiguous(format);
-    if (output_mask[1]) grad_weight = vendor_grad_weight.contiguous();
+    if (output_mask[1]) grad_weight = vendor_grad_weight.contiguous(weight_format);
   }
   return {grad_input, grad_weight, output_mask[2] ? grad_bias : none};
 }

@@ -259,9 +259,9 @@ Gradients layers_backward(const char* op, const Tensor& grad_output, const Tenso
   const Tensor features = a.pooled2.view({a.pooled2.size(0), kFeatures});
   auto [grad_features, fc1_weight, fc1_bias] = linear_backward_cpu(op, grad_hidden1, a.hidden1, features, p[4], all);
   auto [grad_pooled1, conv2_weight, conv2_bias] = conv_relu_max_pool2d_backward_cpu(
-      op, grad_features.view(a.pooled2.sizes()), a.indices2, a.pooled1, p[2], lenet_convolution(), all);
+      op, grad_features.view(a.pooled2.sizes()), a.indices2, a.pooled1, p[2].contiguous(), lenet_convolution(), all);
   auto [grad_input, conv1_weight, conv1_bias] = conv_relu_max_pool2d_backward_cpu(
-      op, grad_pooled1, a.indices1, input, p[0], lenet_convolution(), {input_gradient, true, true});
+      op, grad_pooled1, a.indices1, input, p[0].contiguous(), lenet_convolution(), {input_gradient, true, true});
   return {grad_input,
           {conv1_weight, conv1_bias, conv2_weight, conv2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc3_weight,
            fc3_bias}};

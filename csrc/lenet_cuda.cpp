@@ -88,10 +88,10 @@ std::tuple<Tensor, std::vector<Tensor>> lenet_backward(const Tensor& grad_output
   auto [grad_hidden1, fc2_weight, fc2_bias] = linear_backward_cuda(op, grad_hidden2, hidden2, hidden1, p[6], all);
   const Tensor features = pooled2.view({pooled2.size(0), 400});
   auto [grad_features, fc1_weight, fc1_bias] = linear_backward_cuda(op, grad_hidden1, hidden1, features, p[4], all);
-  auto [grad_pooled1, conv2_weight, conv2_bias] =
-      conv_relu_max_pool2d_backward_cuda(op, grad_features.view(pooled2.sizes()), indices2, pooled1, p[2], o, all);
-  auto [grad_input, conv1_weight, conv1_bias] =
-      conv_relu_max_pool2d_backward_cuda(op, grad_pooled1, indices1, input, p[0], o, {input_gradient, true, true});
+  auto [grad_pooled1, conv2_weight, conv2_bias] = conv_relu_max_pool2d_backward_cuda(
+      op, grad_features.view(pooled2.sizes()), indices2, pooled1, p[2].contiguous(), o, all);
+  auto [grad_input, conv1_weight, conv1_bias] = conv_relu_max_pool2d_backward_cuda(
+      op, grad_pooled1, indices1, input, p[0].contiguous(), o, {input_gradient, true, true});
   return {grad_input,
           {conv1_weight, conv1_bias, conv2_weight, conv2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc3_weight,
            fc3_bias}};

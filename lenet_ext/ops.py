@@ -205,7 +205,7 @@ def _(grad_output, indices, input, weight, *options):
     output_mask = options[-1]
     return (
         _empty_or_none(output_mask[0], input, _memory_format(input)),
-        _empty_or_none(output_mask[1], weight),
+        _empty_or_none(output_mask[1], weight, _memory_format(weight)),
         weight.new_empty(weight.shape[0] if output_mask[2] else 0),
     )
 

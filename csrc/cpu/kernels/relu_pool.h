@@ -142,10 +142,19 @@ void relu_pool_backward_block(const ReluPoolBackward<A>& job, const ReluPoolScra
   for (int64_t y = 0; y < s.out_h; ++y) {
     const A* g = job.grad_output + block.n * gs.n + block.first * gs.c + y * gs.h;
     const uint8_t* codes = job.indices + block.n * is.n + block.first * is.c + y * is.h;
-    for (int lane = 0; lane < lanes; ++lane) {
+    if (gs.c == 1 && is.c == 1) {
       for (int64_t x = 0; x < s.out_w; ++x) {
-        scratch.values[x * lanes + lane] = g[lane * gs.c + x * gs.w];
-        scratch.codes[x * lanes + lane] = codes[lane * is.c + x * is.w];
+        for (int lane = 0; lane < lanes; ++lane) {
+          scratch.values[x * lanes + lane] = g[lane + x * gs.w];
+          scratch.codes[x * lanes + lane] = codes[lane + x * is.w];
+        }
+      }
+    } else {
+      for (int lane = 0; lane < lanes; ++lane) {
+        for (int64_t x = 0; x < s.out_w; ++x) {
+          scratch.values[x * lanes + lane] = g[lane * gs.c + x * gs.w];
+          scratch.codes[x * lanes + lane] = codes[lane * is.c + x * is.w];
+        }
       }
     }
     const WindowRange rows = window_rows(s, y);
