@@ -3,6 +3,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <new>
 
@@ -47,18 +49,29 @@ inline void* unit_scratch(size_t bytes) { return ThreadScratch::get(bytes, 1); }
 
 // A thread is worth waking for about 20 microseconds of work.
 constexpr double kFlopsPerThread = 1e6;
+constexpr int64_t kChunksPerThread = 8;
 
 // Calls run(begin, end) over [0, units); `flops` is the work of all of them.
+//
+// Threads take chunks from a common counter instead of equal shares: where another process has taken a core, the thread
+// that lost it does not keep the others waiting with half of the work.
 template <typename F>
 void parallel_units(int64_t units, double flops, const F& run) {
   if (units <= 0) return;
   const double per_unit = flops / static_cast<double>(units);
   const int64_t grain = per_unit >= kFlopsPerThread ? 1 : static_cast<int64_t>(kFlopsPerThread / (per_unit + 1)) + 1;
-  if (grain >= units) {
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (units + grain - 1) / grain);
+  if (threads <= 1 || at::in_parallel_region()) {
     run(0, units);
-  } else {
-    at::parallel_for(0, units, grain, run);
+    return;
   }
+  const int64_t chunk = std::max(grain, units / (threads * kChunksPerThread));
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(chunk, std::memory_order_relaxed)) < units;) {
+      run(begin, std::min(units, begin + chunk));
+    }
+  });
 }
 
 }  // namespace lenet_ext::cpu
