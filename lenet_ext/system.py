@@ -12,7 +12,9 @@ import torch
 
 import lenet_ext
 
-__all__ = ["cpu_count", "cpu_model", "describe", "git_commit"]
+__all__ = ["cpu_count", "cpu_flags", "cpu_governor", "cpu_model", "describe", "git_commit"]
+
+_FLAGS = {"sse2", "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "asimd", "sve"}
 
 
 def cpu_model() -> str:
@@ -22,11 +24,7 @@ def cpu_model() -> str:
         >>> bool(cpu_model())
         True
     """
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
+    for line in _cpuinfo():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine() or "unknown"
@@ -38,7 +36,7 @@ def cpu_count() -> int:
 
 
 def git_commit() -> str | None:
-    """Commit of this package's repository, with ``+changes`` where the tree differs; None outside of it.
+    """Commit of this package's repository, with ``+changes`` where the package differs from it; None outside of it.
 
     Looked for around the package and in the current directory: an installed package is often run from a clone.
     """
@@ -47,12 +45,48 @@ def git_commit() -> str | None:
         if not (start / "csrc" / "library.cpp").is_file():
             continue
         try:
-            command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
-            done = subprocess.run(command, cwd=start, capture_output=True, text=True, timeout=10, check=True)
+            commit = _git(start, "rev-parse", "HEAD")
+            # What the package is made of: other files, the results of a benchmark among them, change no number.
+            changes = _git(
+                start, "status", "--porcelain", "--untracked-files=no", "--", "csrc", "lenet_ext", "setup.py"
+            )
         except (OSError, subprocess.SubprocessError):
             continue
-        return done.stdout.strip()
+        return commit + ("+changes" if changes else "")
     return None
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def cpu_flags() -> list[str]:
+    """Those of the processor's instruction sets that matter to float32 arithmetic; empty where the system does not say.
+
+    Example:
+        >>> isinstance(cpu_flags(), list)
+        True
+    """
+    for line in _cpuinfo():
+        if line.startswith(("flags", "Features")):
+            return [flag for flag in line.split(":", 1)[1].split() if flag in _FLAGS]
+    return []
+
+
+def cpu_governor() -> str | None:
+    """How the first processor's clock is chosen, where the system tells it."""
+    try:
+        return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text().strip() or None
+    except OSError:
+        return None
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def describe() -> list[tuple[str, str]]:

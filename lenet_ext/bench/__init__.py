@@ -1,21 +1,26 @@
-"""Benchmarks: providers x cases x modes x batch sizes.
+"""Benchmarks: providers x cases x modes x batch sizes x threads.
 
 - `cases`: what is computed (a layer, the whole net), as a stock module and as one of ours.
 - `providers`: who computes it (fused, eager, channels_last, torch.compile, ...).
 - `timing`: how time is taken: interleaved rounds in one process, medians and percentiles.
+- `flops`, `peak`: how many operations a workload has, and how many the processor can do.
 - `runner`: goes through the product, compares outputs before it times them.
-- `report`: table on the terminal, JSON, picture.
+- `memory`, `neighbour`: peak memory of a training step; all threads beside a busy process.
+- `results`: plain values for JSON and CSV; `report`: tables on the terminal, picture.
 """
 
 from __future__ import annotations
 
-from lenet_ext.bench.cases import CASES, Case, Workload
+from lenet_ext.bench.cases import CASES, GROUPS, Case, Workload
+from lenet_ext.bench.flops import flops_per_image
 from lenet_ext.bench.providers import PROVIDERS, Program, Provider
-from lenet_ext.bench.report import plot_report, print_report, report_to_dict
+from lenet_ext.bench.report import plot_results, print_results
+from lenet_ext.bench.results import merge, read_results, report_to_dict, write_csv
 from lenet_ext.bench.runner import Plan, Report, run_benchmarks
 
 __all__ = [
     "CASES",
+    "GROUPS",
     "PROVIDERS",
     "Case",
     "Plan",
@@ -23,8 +28,12 @@ __all__ = [
     "Provider",
     "Report",
     "Workload",
-    "plot_report",
-    "print_report",
+    "flops_per_image",
+    "merge",
+    "plot_results",
+    "print_results",
+    "read_results",
     "report_to_dict",
     "run_benchmarks",
+    "write_csv",
 ]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lenet_ext import functional
 from lenet_ext import nn as fused_nn
 from lenet_ext.net import Net, ReferenceNet
 
-__all__ = ["CASES", "MODES", "Case", "Workload"]
+__all__ = ["CASES", "GROUPS", "MODES", "Case", "FunctionCall", "Workload"]
 
 # forward: in inference mode. training: forward and backward, gradients of all parameters (and of the input, for a
 # layer that is not the first); without loss and optimizer, which are the same for everybody.
@@ -38,6 +40,32 @@ class StockLinearReLU(nn.Linear):
         return F.relu(super().forward(input))
 
 
+class FunctionCall(nn.Module):
+    """A function of input, weight and bias as a module, so that it can be a case. `bound` is what to time: the function
+    itself without a module's call around it.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], *weight_shape: int) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.randn(weight_shape))
+        self.bias = nn.Parameter(torch.randn(weight_shape[0]))
+
+    def bound(self) -> Callable[[Tensor], Tensor]:
+        return partial(self.function, weight=self.weight, bias=self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.function(input, self.weight, self.bias)
+
+
+def _stock_conv_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(F.conv2d(input, weight, bias)), 2)
+
+
+def _stock_linear_relu(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.relu(F.linear(input, weight, bias))
+
+
 @dataclass(frozen=True)
 class Case:
     """One thing to compute.
@@ -48,7 +76,7 @@ class Case:
         input_shape: without the batch.
         stock, fused: make the module; their state dicts are interchangeable.
         input_grad: whether a training step includes the gradient of the input.
-        group: ``"lenet"``, ``"general"`` or ``"overhead"``.
+        group: which part of a run it belongs to, one of `GROUPS`.
         batch_sizes: the only ones that make sense, or None.
     """
 
@@ -58,7 +86,7 @@ class Case:
     stock: Callable[[], nn.Module]
     fused: Callable[[], nn.Module]
     input_grad: bool = True
-    group: str = "lenet"
+    group: str = "layers"
     batch_sizes: tuple[int, ...] | None = None
 
 
@@ -122,18 +150,54 @@ def _linear(name: str, in_features: int, out_features: int, *, relu: bool) -> Ca
     )
 
 
+def _function(name: str, title: str, stock: Callable, fused: Callable, *shapes: tuple[int, ...]) -> Case:
+    return _tiny(
+        name, title, lambda: FunctionCall(stock, *shapes[1]), lambda: FunctionCall(fused, *shapes[1]), shapes[0]
+    )
+
+
+def _tiny(name: str, title: str, stock: Callable, fused: Callable, shape: tuple[int, ...]) -> Case:
+    return Case(name, title, shape, stock, fused, group="overhead", batch_sizes=(1,))
+
+
+# The tiny problems have a dozen multiplications: what is left of the time is the cost of the call.
+_IMAGE, _FILTER, _VECTOR, _MATRIX = (1, 2, 2), (1, 1, 1, 1), (2,), (2, 2)
 _LIST = (
+    Case("net", "LeNet", (1, 32, 32), ReferenceNet, Net, input_grad=False, group="net"),
     _conv("conv1", (1, 32, 32), 6, 5, input_grad=False),
     _conv("conv2", (6, 14, 14), 16, 5),
     _linear("fc1", 400, 120, relu=True),
     _linear("fc2", 120, 84, relu=True),
     _linear("fc3", 84, 10, relu=False),
-    Case("net", "LeNet", (1, 32, 32), ReferenceNet, Net, input_grad=False),
     _conv("conv3x32", (3, 32, 32), 32, 3, padding=1, group="general", batch_sizes=(1, 64, 1024)),
     _conv("stem224", (3, 224, 224), 64, 7, stride=2, padding=3, pool=(3, 2, 1), group="general", batch_sizes=(1, 8)),
     _conv("conv64x64", (64, 56, 56), 64, 3, padding=1, group="general", batch_sizes=(1, 8)),
     _conv("conv128x256", (128, 28, 28), 256, 3, padding=1, group="general", batch_sizes=(1, 8)),
     _conv("conv256x256", (256, 14, 14), 256, 3, padding=1, group="general", batch_sizes=(1, 8)),
-    _conv("overhead", (1, 2, 2), 1, 1, group="overhead", batch_sizes=(1,), title="1->1 k1 at 2x2: cost of the call"),
+    _conv("alexnet2", (64, 27, 27), 192, 5, padding=2, pool=(3, 2, 0), group="general", batch_sizes=(1, 8)),
+    _conv("vgg1", (3, 224, 224), 64, 3, padding=1, group="general", batch_sizes=(1, 8)),
+    _conv("conv64x128", (64, 16, 16), 128, 3, padding=1, group="general", batch_sizes=(1, 64)),
+    _function(
+        "call_conv",
+        "conv_relu_max_pool2d()",
+        _stock_conv_relu_max_pool2d,
+        functional.conv_relu_max_pool2d,
+        _IMAGE,
+        _FILTER,
+    ),
+    _function("call_linear", "linear()", F.linear, functional.linear, _VECTOR, _MATRIX),
+    _function("call_linear_relu", "linear_relu()", _stock_linear_relu, functional.linear_relu, _VECTOR, _MATRIX),
+    _tiny(
+        "module_conv",
+        "nn.ConvReLUMaxPool2d",
+        lambda: StockConvReLUMaxPool2d(1, 1, 1),
+        lambda: fused_nn.ConvReLUMaxPool2d(1, 1, 1),
+        _IMAGE,
+    ),
+    _tiny("module_linear", "nn.Linear", lambda: nn.Linear(2, 2), lambda: fused_nn.Linear(2, 2), _VECTOR),
+    _tiny(
+        "module_linear_relu", "nn.LinearReLU", lambda: StockLinearReLU(2, 2), lambda: fused_nn.LinearReLU(2, 2), _VECTOR
+    ),
 )
 CASES = {case.name: case for case in _LIST}
+GROUPS = tuple(dict.fromkeys(case.group for case in _LIST))

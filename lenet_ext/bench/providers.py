@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -14,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lenet_ext.bench.cases import MODES, Workload
+from lenet_ext.bench.cases import MODES, FunctionCall, Workload
+from lenet_ext.bench.peak import cxx_compiler
 from lenet_ext.device import resolve_device
 
 __all__ = ["PROVIDERS", "Program", "Provider"]
@@ -39,14 +39,15 @@ class Provider:
         name: for the command line and for files.
         title: for tables.
         modes: what it can do.
-        stock: whether it belongs to stock torch, among which the yardstick is chosen.
+        kind: ``"fused"`` is this package, ``"eager"`` stock torch as it is commonly used, in either layout, and
+            ``"peer"`` everything else.
         slow_start: whether it compiles for seconds before it runs; ``--quick`` then restricts it.
     """
 
     name = ""
     title = ""
     modes: tuple[str, ...] = MODES
-    stock = True
+    kind = "peer"
     slow_start = False
 
     def unavailable(self, device: torch.device) -> str | None:
@@ -70,7 +71,8 @@ class ModuleProvider(Provider):
         channels_last: bool = False,
         compile_options: dict[str, Any] | None = None,
     ) -> None:
-        self.name, self.title, self.stock = name, title, not fused
+        self.name, self.title = name, title
+        self.kind = "fused" if fused else "eager" if compile_options is None else "peer"
         self.fused, self.channels_last, self.compile_options = fused, channels_last, compile_options
         self.slow_start = compile_options is not None
         if compile_options is not None and "freezing" in compile_options.get("options", {}):
@@ -82,7 +84,7 @@ class ModuleProvider(Provider):
                 resolve_device(device.type)
             except RuntimeError as error:
                 return str(error)
-        if self.compile_options is not None and device.type == "cpu" and not _cxx_compiler():
+        if self.compile_options is not None and device.type == "cpu" and not cxx_compiler():
             return "torch.compile needs a C++ compiler, and none was found (CXX, g++, clang++)"
         return None
 
@@ -95,10 +97,10 @@ class ModuleProvider(Provider):
             # Only the layout of what is four-dimensional changes.
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             images, grad_output = _to_channels_last(images), _to_channels_last(grad_output)
-        call: Callable[..., Tensor] = module
+        call: Callable[..., Tensor] = module.bound() if isinstance(module, FunctionCall) else module
         if self.compile_options is not None:
             # fullgraph: a workload that falls back to eager must not pass for a compiled one.
-            call = torch.compile(module, fullgraph=True, dynamic=False, **self.compile_options)
+            call = torch.compile(call, fullgraph=True, dynamic=False, **self.compile_options)
         if work.mode == "forward":
             module.eval()
             return _forward_program(call, images)
@@ -107,11 +109,6 @@ class ModuleProvider(Provider):
 
 def _to_channels_last(tensor: Tensor) -> Tensor:
     return tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
-
-
-def _cxx_compiler() -> str | None:
-    candidates = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    return next((path for path in map(shutil.which, candidates) if path), None)
 
 
 def _forward_program(call: Callable[..., Any], input: Tensor) -> Program:
@@ -148,22 +145,29 @@ def _training_program(
 class TorchScriptProvider(Provider):
     """TorchScript, frozen and optimized for inference."""
 
-    name, title, modes = "torchscript", "TorchScript", ("forward",)
+    modes = ("forward",)
+
+    def __init__(self, name: str, title: str, *, channels_last: bool = False) -> None:
+        self.name, self.title, self.channels_last = name, title, channels_last
 
     def prepare(self, work: Workload) -> Program:
         module = work.case.stock().to(work.device).eval()
         module.load_state_dict(work.state)
+        images = work.input.clone()
+        if self.channels_last:
+            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            images = _to_channels_last(images)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is deprecated, which is known and no reason not to be measured
-            traced = torch.jit.trace(module, work.input)
+            traced = torch.jit.trace(module, images)
             frozen = torch.jit.optimize_for_inference(torch.jit.freeze(traced))
-        return _forward_program(frozen, work.input)
+        return _forward_program(frozen, images)
 
 
 class OnnxRuntimeProvider(Provider):
     """ONNX Runtime on the CPU."""
 
-    name, title, modes, stock = "onnxruntime", "ONNX Runtime", ("forward",), False
+    name, title, modes = "onnxruntime", "ONNX Runtime", ("forward",)
 
     def unavailable(self, device: torch.device) -> str | None:
         return _missing(device, "onnxruntime", "onnx")
@@ -194,7 +198,7 @@ class OnnxRuntimeProvider(Provider):
 class OpenVinoProvider(Provider):
     """OpenVINO on the CPU."""
 
-    name, title, modes, stock = "openvino", "OpenVINO", ("forward",), False
+    name, title, modes = "openvino", "OpenVINO", ("forward",)
 
     def unavailable(self, device: torch.device) -> str | None:
         return _missing(device, "openvino")
@@ -232,19 +236,20 @@ def _missing(device: torch.device, *modules: str) -> str | None:
 _LIST: tuple[Provider, ...] = (
     ModuleProvider("fused", "fused", fused=True),
     ModuleProvider("eager", "stock eager"),
-    ModuleProvider("channels_last", "stock channels_last", channels_last=True),
+    ModuleProvider("channels_last", "stock channels last", channels_last=True),
     ModuleProvider("compile", "stock compile", compile_options={}),
     # From here on: on request.
-    ModuleProvider("compile_cl", "compile channels_last", channels_last=True, compile_options={}),
+    ModuleProvider("compile_cl", "compile channels last", channels_last=True, compile_options={}),
     ModuleProvider(
         "compile_max",
         "compile max",
         compile_options={"options": {"max_autotune": True, "freezing": True}},
     ),
     ModuleProvider("fused_compile", "fused compile", fused=True, compile_options={}),
-    TorchScriptProvider(),
+    TorchScriptProvider("torchscript", "TorchScript"),
+    TorchScriptProvider("torchscript_cl", "TorchScript channels last", channels_last=True),
     OnnxRuntimeProvider(),
     OpenVinoProvider(),
 )
-PROVIDERS = {provider.name: provider for provider in _LIST}
+PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _LIST}
 DEFAULT_PROVIDERS = ("fused", "eager", "channels_last", "compile")

@@ -1,191 +1,257 @@
-"""Showing what was measured: a table, JSON, a picture."""
+"""Showing results: tables on the terminal, a picture. Both are made of the plain values of `results`."""
 
 from __future__ import annotations
 
-import platform
-import sys
-from datetime import datetime, timezone
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-import lenet_ext
 from lenet_ext.bench.cases import CASES
 from lenet_ext.bench.providers import PROVIDERS
-from lenet_ext.bench.runner import Report
-from lenet_ext.bench.timing import percentile
-from lenet_ext.system import cpu_count, cpu_model, git_commit
 
-__all__ = ["plot_report", "print_report", "report_to_dict"]
+__all__ = ["plot_results", "print_results"]
+
+# Beside these and the fastest peer, a provider gets a place in the second table.
+_FIRST_TABLE = ("fused", "eager", "channels_last", "compile")
 
 
-def report_to_dict(report: Report) -> dict[str, Any]:
-    """Everything as plain values: machine, versions, settings, one row per provider and workload, the comparisons."""
-    info = lenet_ext.build_info()
-    machine: dict[str, Any] = {"cpu": cpu_model(), "processors": cpu_count(), "system": platform.platform()}
-    if report.device.type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(report.device)
-    threads = torch.get_num_threads()
-    rows = []
-    for row in report.rows:
-        times = row.samples.times_us
-        rows.append(
-            {
-                "case": row.case,
-                "mode": row.mode,
-                "batch": row.batch,
-                "provider": row.provider,
-                "device": report.device.type,
-                "dtype": "float32",
-                "threads": threads,
-                "p20_us": percentile(times, 0.2),
-                "median_us": row.samples.median_us,
-                "p80_us": percentile(times, 0.8),
-                "images_per_second": row.batch / row.samples.median_us * 1e6,
-                "rounds": len(times),
-                "calls_per_round": row.samples.calls,
-            }
+def print_results(content: dict[str, Any], console: Console) -> None:
+    """A line per workload, times per image and ratios; then memory, neighbour and what was left out."""
+    if content["rows"]:
+        console.print(_main_table(content))
+        if {row["provider"] for row in content["rows"]} - set(_FIRST_TABLE):
+            console.print(_peer_table(content))
+    if content.get("memory"):
+        console.print(_memory_table(content["memory"]))
+    if content.get("neighbour"):
+        console.print(_neighbour_table(content["neighbour"]))
+    notes = []
+    processors = content["machine"]["processors"]
+    loads = [run["load_average_before"] for run in content["runs"].values() if run.get("load_average_before")]
+    if max(loads, default=0) > 0.5:
+        notes.append(
+            f"note: the load average was {max(loads):.1f} on {processors} processors before the first measurement; "
+            "other processes may have taken part of the time, above all where several threads wait for each other"
         )
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine,
-        "cpu_capability": info["cpu_capability"],
-        "torch": torch.__version__,
-        "threads": threads,
-        "load_average_before": report.load,
-        "versions": {
-            "lenet_ext": info["version"],
-            "torch": torch.__version__,
-            "torch_built_against": info["torch"],
-            "python": sys.version.split()[0],
-            "compiler": info["compiler"],
-            "cxx_flags": info["cxx_flags"],
-            "cuda": info["cuda"],
-        },
-        "commit": git_commit(),
-        "effort": vars(report.plan.effort),
-        "skipped": report.skipped,
-        "rows": rows,
-        "comparisons": [vars(comparison) for comparison in report.comparisons],
-    }
+    skipped = {name: reason for run in content["runs"].values() for name, reason in run["skipped"].items()}
+    for name, reason in skipped.items():
+        title = PROVIDERS[name].title if name in PROVIDERS else _SKIPPED_TITLES.get(name, name)
+        notes.append(f"left out: {title}: {reason}")
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
 
 
-def print_report(report: Report, console: Console) -> None:
-    """One table: a line per workload, times per image, and ours against the best of stock."""
-    used = {row.provider for row in report.rows}
-    names = [name for name in report.plan.providers if name in used]
-    table = Table(
-        title=f"microseconds per image, median; {_where(report)}",
-        caption="speedup: fastest stock variant (marked *) over fused, median of the rounds [20th - 80th percentile]",
-        title_justify="left",
-        caption_justify="left",
+_SKIPPED_TITLES = {"peak": "share of the processor's peak", "neighbour": "busy neighbour"}
+
+
+def _new_table(title: str, caption: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", pad_edge=False)
+    for name in left:
+        table.add_column(name, no_wrap=True)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _main_table(content: dict[str, Any]) -> Table:
+    used = {row["provider"] for row in content["rows"]}
+    names = [name for name in _FIRST_TABLE if name in used]
+    shares = any(row["peak_share"] is not None for row in content["rows"])
+    caption = "speedup: faster layout of stock eager (*) over fused, median of the rounds [20th - 80th percentile]"
+    caption += "; vs. best: fastest of all others over fused"
+    caption += "; of peak: share of the processor's measured multiply-add rate" if shares else ""
+    table = _new_table(
+        f"microseconds per image, median; {where(content)}",
+        caption,
+        ("case", "step"),
+        ("batch", "thr.", *(PROVIDERS[name].title for name in names), "images/s"),
     )
-    table.add_column("case")
-    table.add_column("step")
-    table.add_column("batch", justify="right")
-    for name in names:
-        table.add_column(PROVIDERS[name].title, justify="right")
     table.add_column("speedup", justify="right", no_wrap=True)
-    times = {(row.case, row.mode, row.batch, row.provider): row.samples.median_us for row in report.rows}
-    comparisons = {(c.case, c.mode, c.batch): c for c in report.comparisons}
-    workloads = list(dict.fromkeys((row.case, row.mode, row.batch) for row in report.rows))
-    for number, (case, mode, batch) in enumerate(workloads):
-        compared = comparisons.get((case, mode, batch))
+    table.add_column("vs. best", justify="right")
+    if shares:
+        table.add_column("of peak", justify="right")
+    rows = {(*_key(row), row["provider"]): row for row in content["rows"]}
+    compared = {_key(line): line for line in content["comparisons"]}
+    for key, last in _workloads(content["rows"]):
+        line = compared.get(key)
         cells = []
         for name in names:
-            time_us = times.get((case, mode, batch, name))
-            mark = "*" if compared is not None and name == compared.best_stock else ""
-            cells.append("-" if time_us is None else f"{mark}{_figures(time_us / batch)}")
-        speedup = "-"
-        if compared is not None:
-            speedup = f"{compared.speedup:.2f}x [{compared.speedup_p20:.2f} - {compared.speedup_p80:.2f}]"
-        last = number + 1 == len(workloads) or workloads[number + 1][:2] != (case, mode)
-        table.add_row(case, mode, str(batch), *cells, speedup.replace("[", "\\["), end_section=last)
-    console.print(table)
-    if report.load is not None and report.load > 0.5:
-        console.print(
-            f"note: the load average was {report.load:.1f} on {cpu_count()} processors before the first measurement; "
-            "other processes may have taken part of the time, above all where several threads wait for each other",
-            markup=False,
-            soft_wrap=True,
-        )
-    for name, reason in report.skipped.items():
-        console.print(f"left out: {PROVIDERS[name].title}: {reason}", markup=False, soft_wrap=True)
+            row = rows.get((*key, name))
+            mark = "*" if line is not None and name == line["best_eager"] else ""
+            cells.append("-" if row is None else mark + figures(row["us_per_image"]))
+        fused = rows.get((*key, "fused"))
+        cells.append("-" if fused is None else f"{fused['images_per_second']:,.0f}")
+        if line is None:
+            cells += ["-", "-"]
+        else:
+            low, high = figures(line["speedup_p20"]), figures(line["speedup_p80"])
+            cells += [f"{figures(line['speedup'])}x \\[{low} - {high}]", f"{figures(line['peer_speedup'])}x"]
+        if shares:
+            known = fused is not None and fused["peak_share"] is not None
+            cells.append(f"{fused['peak_share']:.0%}" if fused is not None and known else "-")
+        case, mode, batch, threads = key
+        table.add_row(case, mode, str(batch), str(threads), *cells, end_section=last)
+    return table
 
 
-def _figures(value: float) -> str:
+def _peer_table(content: dict[str, Any]) -> Table:
+    used = {row["provider"] for row in content["rows"]}
+    names = [name for name in PROVIDERS if name in used and name not in _FIRST_TABLE]
+    table = _new_table(
+        "the others: microseconds per image, median",
+        "*: the fastest of all but fused; where none has the mark, it is one of the table above",
+        ("case", "step"),
+        ("batch", "thr.", *(PROVIDERS[name].title for name in names)),
+    )
+    times = {(*_key(row), row["provider"]): row["us_per_image"] for row in content["rows"]}
+    best = {_key(line): line["best_peer"] for line in content["comparisons"]}
+    for key, last in _workloads(content["rows"]):
+        cells = []
+        for name in names:
+            time_us = times.get((*key, name))
+            mark = "*" if name == best.get(key) else ""
+            cells.append("-" if time_us is None else mark + figures(time_us))
+        if set(cells) != {"-"}:
+            case, mode, batch, threads = key
+            table.add_row(case, mode, str(batch), str(threads), *cells, end_section=last)
+    return table
+
+
+def _memory_table(rows: list[dict[str, Any]]) -> Table:
+    batch, threads = rows[0]["batch"], rows[0]["threads"]
+    table = _new_table(
+        f"peak memory of one training step, batch {batch}, threads: {threads}",
+        "beyond parameters and input; each in a process of its own",
+        ("provider",),
+        ("MiB", "over fused"),
+    )
+    fused = next((row["median_bytes"] for row in rows if row["provider"] == "fused"), None)
+    for row in rows:
+        share = "-" if not fused else f"{row['median_bytes'] / fused:.1f}x"
+        table.add_row(PROVIDERS[row["provider"]].title, f"{row['median_bytes'] / 2**20:.0f}", share)
+    return table
+
+
+def _neighbour_table(rows: list[dict[str, Any]]) -> Table:
+    threads = rows[0]["threads"]
+    table = _new_table(
+        f"a busy neighbour: the net at batch {rows[0]['batch']}, microseconds per image",
+        f"ratio: 1 thread alone over {threads} threads while another process spins on one core",
+        ("step", "provider"),
+        ("1 thread alone", f"{threads} threads alone", f"{threads} threads, neighbour", "ratio"),
+    )
+    for row in rows:
+        times = [row[f"{name}_us"][1] / row["batch"] for name in ("one_alone", "all_alone", "all_disturbed")]
+        table.add_row(row["mode"], PROVIDERS[row["provider"]].title, *map(figures, times), f"{row['speedup']:.2f}")
+    return table
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, int, int]:
+    return row["case"], row["mode"], row["batch"], row["threads"]
+
+
+def _workloads(rows: list[dict[str, Any]]) -> list[tuple[tuple[str, str, int, int], bool]]:
+    """Each workload, and whether it is the last of its case, mode and threads."""
+    keys = list(dict.fromkeys(_key(row) for row in rows))
+    following = [*keys[1:], None]
+    return [(k, n is None or (n[0], n[1], n[3]) != (k[0], k[1], k[3])) for k, n in zip(keys, following, strict=True)]
+
+
+def figures(value: float) -> str:
+    """Three figures, and never an exponent.
+
+    Example:
+        >>> figures(12345.6), figures(12.345), figures(0.1234)
+        ('12346', '12.3', '0.12')
+    """
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value >= 1 else f"{value:.2f}"
 
 
-def _where(report: Report) -> str:
-    machine = cpu_model() if report.device.type == "cpu" else torch.cuda.get_device_name(report.device)
-    info = lenet_ext.build_info()
-    return f"{machine}, {info['cpu_capability']}, threads: {torch.get_num_threads()}, torch {torch.__version__}"
+def where(content: dict[str, Any]) -> str:
+    """Processor or GPU, instruction set and torch, in a line."""
+    machine = content["machine"].get("gpu") or content["machine"]["cpu"]
+    return f"{machine}, {content['cpu_capability']}, torch {content['torch']}"
 
 
-def plot_report(report: Report, path: str | Path) -> None:
-    """Draws time per image over the batch size, one panel per case and mode.
+def plot_results(content: dict[str, Any], path: str | Path, cases: Sequence[str] | None = None) -> None:
+    """Draws time per image over the batch size: a column of panels per case, a line per mode and number of threads.
+
+    Args:
+        content: as in the JSON file.
+        path: the picture.
+        cases: which; by default all that were measured but the tiny problems, whose times mean nothing to the eye.
 
     Raises:
         lenet_ext.extras.MissingExtraError: matplotlib is not installed.
         OSError: the file cannot be written.
+        ValueError: there is nothing to draw.
     """
     from lenet_ext.extras import require
     from lenet_ext.plots import COLORS, new_figure, save_figure, tidy
 
     ticker = require("matplotlib.ticker", "pictures", extra="bench")
-
-    panels = list(dict.fromkeys((row.case, row.mode) for row in report.rows))
-    cases = list(dict.fromkeys(case for case, _ in panels))
-    modes = list(dict.fromkeys(mode for _, mode in panels))
-    figure = new_figure(max(5.0, 3.2 * len(cases)), 3.0 * len(modes) + 0.9)
-    grid = figure.subplots(len(modes), len(cases), squeeze=False, sharex=True)
-    names = [name for name in report.plan.providers if any(row.provider == name for row in report.rows)]
+    rows = [
+        row
+        for row in content["rows"]
+        if (row["case"] in cases if cases is not None else row["group"] != "overhead" or len(content["runs"]) == 1)
+    ]
+    if not rows:
+        raise ValueError("the results hold nothing to draw")
+    columns = list(dict.fromkeys(row["case"] for row in rows))
+    lines = sorted({(row["mode"], row["threads"]) for row in rows})
+    figure = new_figure(max(5.0, 3.2 * len(columns)), 3.0 * len(lines) + 0.9)
+    grid = figure.subplots(len(lines), len(columns), squeeze=False, sharex="col")
+    used = {row["provider"] for row in rows}
+    names = [name for name in PROVIDERS if name in used]
+    # More providers than colors: the second turn is dashed.
+    styles = {
+        name: (COLORS[i % len(COLORS)], ("-", "--", ":")[i // len(COLORS) % 3]) for i, name in enumerate(PROVIDERS)
+    }
     handles: dict[str, Any] = {}
-    for (case, mode), axes in (((c, m), grid[i][j]) for i, m in enumerate(modes) for j, c in enumerate(cases)):
-        for name in names:
-            rows = [row for row in report.rows if (row.case, row.mode, row.provider) == (case, mode, name)]
-            if not rows:
-                continue
-            color = COLORS[list(PROVIDERS).index(name) % len(COLORS)]
-            batches = [row.batch for row in rows]
-            (handles[name],) = axes.plot(
-                batches,
-                [row.samples.median_us / row.batch for row in rows],
-                color=color,
-                linewidth=2.2 if not PROVIDERS[name].stock else 1.4,
-                marker="o",
-                markersize=3.5,
-            )
-            axes.fill_between(
-                batches,
-                [percentile(row.samples.times_us, 0.2) / row.batch for row in rows],
-                [percentile(row.samples.times_us, 0.8) / row.batch for row in rows],
-                color=color,
-                alpha=0.15,
-                linewidth=0,
-            )
-        tidy(axes)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-        axes.set_title(f"{case} ({CASES[case].title}), {mode}" if case != "net" else f"whole net, {mode}", fontsize=9)
-    ticks = sorted({row.batch for row in report.rows})
-    for axes in grid[-1]:
-        axes.set(xlabel="batch size", xticks=ticks, xticklabels=[str(tick) for tick in ticks])
+    for i, (mode, threads) in enumerate(lines):
+        for j, case in enumerate(columns):
+            axes = grid[i][j]
+            for name in names:
+                points = [
+                    row for row in rows if (*_key(row), row["provider"]) == (case, mode, row["batch"], threads, name)
+                ]
+                if not points:
+                    continue
+                color, dashes = styles[name]
+                batches = [row["batch"] for row in points]
+                (handles[name],) = axes.plot(
+                    batches,
+                    [row["us_per_image"] for row in points],
+                    color=color,
+                    linestyle=dashes,
+                    linewidth=2.2 if name == "fused" else 1.4,
+                    marker="o",
+                    markersize=3.5,
+                )
+                low, high = ([row[key] / row["batch"] for row in points] for key in ("p20_us", "p80_us"))
+                axes.fill_between(batches, low, high, color=color, alpha=0.15, linewidth=0)
+            tidy(axes)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+            what = "whole net" if case == "net" else f"{case} ({CASES[case].title})" if case in CASES else case
+            axes.set_title(f"{what}\n{mode}, {threads} thread{'s' * (threads > 1)}", fontsize=9)
+    for j, case in enumerate(columns):
+        ticks = sorted({row["batch"] for row in rows if row["case"] == case})
+        grid[-1][j].set(xlabel="batch size", xticks=ticks, xticklabels=[str(tick) for tick in ticks])
     for line in grid:
         line[0].set_ylabel("us per image")
-    figure.suptitle(_where(report), fontsize=10)
+    figure.suptitle(where(content), fontsize=10)
     figure.legend(
-        list(handles.values()),
-        [PROVIDERS[name].title for name in handles],
+        [handles[name] for name in names],
+        [PROVIDERS[name].title for name in names],
         loc="outside lower center",
-        ncols=min(4, len(handles)),
+        ncols=min(4, len(names)),
         frameon=False,
     )
     save_figure(figure, path)

@@ -75,7 +75,12 @@ def ratio(slower: Samples, faster: Samples) -> tuple[float, float, float]:
 
 
 def time_interleaved(
-    programs: dict[str, Callable[[], object]], device: torch.device, effort: Effort
+    programs: dict[str, Callable[[], object]],
+    device: torch.device,
+    effort: Effort,
+    *,
+    meters: dict[str, Callable[[], float]] | None = None,
+    pause_s: float = 0.0,
 ) -> dict[str, Samples]:
     """Times programs against each other.
 
@@ -83,17 +88,22 @@ def time_interleaved(
         programs: each computes its workload once per call; warmed up by the caller.
         device: waited for before the clock is read.
         effort: how long.
+        meters: take their turn in each round as well, but tell microseconds by a clock of their own.
+        pause_s: before each turn, not counted. Several of the libraries have thread pools whose threads keep spinning
+            for a while after the work is done, on the cores of whoever comes next.
 
     Returns:
-        For each program its samples, all with the same number of rounds.
+        For each program and meter its samples, all with the same number of rounds.
 
     Example:
         >>> effort = Effort(sample_s=0.001, rounds=3, min_rounds=3)
         >>> len(time_interleaved({"nothing": lambda: None}, torch.device("cpu"), effort)["nothing"].times_us)
         3
     """
+    meters = meters or {}
     calls = {name: _calls_for(run, device, effort.sample_s) for name, run in programs.items()}
-    names = list(programs)
+    calls.update(dict.fromkeys(meters, 1))
+    names = [*programs, *meters]
     times: dict[str, list[float]] = {name: [] for name in names}
     started = time.perf_counter()
     collecting = gc.isenabled()
@@ -106,6 +116,15 @@ def time_interleaved(
             # Each round begins with another program, so that none always runs in the wake of the same one.
             first = number % len(names)
             for name in names[first:] + names[:first]:
+                if pause_s:
+                    time.sleep(pause_s)
+                if name in meters:
+                    times[name].append(meters[name]())
+                    continue
+                if calls[name] > 1:
+                    # Its threads are asleep and its data is out of the caches, which is nobody's everyday. With one
+                    # call to a turn the call is so long that this does not show.
+                    programs[name]()
                 times[name].append(_time_us(programs[name], calls[name], device))
     finally:
         if collecting:

@@ -3,36 +3,52 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lenet_ext.cli.common import UsageError, add_device, add_threads, integer, list_of, make_console, say
+from lenet_ext.cli.common import UsageError, add_device, integer, list_of, make_console, say
 
 _DESCRIPTION = """\
-Time the fused layers and the fused net against stock torch (eager, channels_last, torch.compile), forward and
-training step (forward and backward), over batch sizes. Outputs are compared before anything is timed. Providers
-take turns in one process; shown are medians, and the ratio to the fastest stock variant within the same rounds.
+Time the fused layers and the fused net against stock torch (eager, channels_last, torch.compile, TorchScript), ONNX
+Runtime and OpenVINO, forward and training step (forward and backward), over batch sizes and numbers of threads.
+Outputs are compared before anything is timed. Providers take turns in one process; shown are medians, and ratios
+within the same rounds.
 
-The full run takes about a quarter of an hour, most of it in torch.compile; --quick takes less than a minute.
+A full run has six groups of up to ten minutes each: net, layers, general (large convolutions), overhead (tiny
+problems), memory (peak of a training step), neighbour (another process keeps one core busy). --only picks some,
+and --json puts the pieces together in one file. --quick takes less than a minute.
 """
+_SECTIONS = ("memory", "neighbour")
 
 
 def add_parser(commands: Any) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser("bench", help="fused vs. stock, in a table", description=_DESCRIPTION)
-    parser.add_argument("--quick", action="store_true", help="few sizes, torch.compile only for the net at one size")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them (PNG, SVG or PDF)")
-    add_threads(parser)
-    add_device(parser)
+    parser.add_argument(
+        "--quick", action="store_true", help="few sizes, all threads, torch.compile only for the net at one size"
+    )
     names = list_of(str)
     parser.add_argument(
-        "--cases", type=names, metavar="A,B", help="conv1,conv2,fc1,fc2,fc3,net, or: general, overhead, all"
+        "--only", type=names, metavar="A,B", help="groups: net,layers,general,overhead,memory,neighbour (default: all)"
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add all results to a file, after each workload")
+    parser.add_argument("--resume", action="store_true", help="leave out what the file of --json has already")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the times, one line per provider and workload")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them (PNG, SVG or PDF)")
+    parser.add_argument(
+        "--threads",
+        type=list_of(integer(1, 4096)),
+        action="extend",
+        metavar="N,N",
+        help="threads of torch (default: 1 and its own choice; with --quick the latter)",
+    )
+    add_device(parser)
+    parser.add_argument("--cases", type=names, metavar="A,B", help="net,conv1,conv2,fc1,fc2,fc3, or a group, or all")
     parser.add_argument("--modes", type=names, metavar="A,B", help="forward,training")
     parser.add_argument("--batch-sizes", type=list_of(integer(1)), metavar="N,N", help="default: 1,8,64,256,1024,4096")
-    parser.add_argument("--providers", type=names, metavar="A,B", help="default: fused,eager,channels_last,compile")
+    parser.add_argument("--providers", type=names, metavar="A,B", help="or all (default: what suits each group)")
     parser.set_defaults(run=run)
 
 
@@ -40,57 +56,127 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand."""
     import torch
 
-    from lenet_ext.bench import plot_report, print_report, report_to_dict, run_benchmarks
+    from lenet_ext.bench import merge, plot_results, print_results, read_results, report_to_dict, run_benchmarks
+    from lenet_ext.bench.results import facts, measured, write_csv
     from lenet_ext.device import resolve_device
     from lenet_ext.extras import require
     from lenet_ext.files import write_json
 
     if args.plot is not None:
         require("matplotlib", "--plot", extra="bench")
-    for path in (args.json, args.plot):
+    for path in (args.json, args.csv, args.plot):
         # Found out before the measurement, not after.
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"there is no directory {path.absolute().parent} to write {path.name} to")
-    plan = _plan(args)
+    if args.resume and args.json is None:
+        raise UsageError("--resume needs --json: it continues the file")
     device = resolve_device(args.device or "auto")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    threads = _threads(args, device)
+    plans, sections = _plans(args, threads)
+    try:
+        stored = None if args.json is None else read_results(args.json)
+        merge(stored, {**facts(device), "runs": {}, "rows": [], "comparisons": []})  # do they fit together?
+    except ValueError as error:
+        raise UsageError(f"--json {args.json}: {error}; choose another file") from None
+    found: dict[str, Any] | None = None
+
+    def keep(piece: dict[str, Any]) -> None:
+        nonlocal found
+        found = merge(found, piece)
+        if args.json is not None:
+            # After each workload: a run that is interrupted has lost one of them.
+            write_json(args.json, merge(stored, found))
+
     console = make_console()
-    if console.is_terminal:
-        with console.status("") as status:
-            report = run_benchmarks(plan, device, status.update)
-    else:
-        report = run_benchmarks(plan, device)
-    print_report(report, console)
+    with console.status("") as status:
+        tell = status.update if console.is_terminal else None
+        for plan in plans:
+            if args.resume:
+                plan = replace(plan, done=measured(stored))
+            report = run_benchmarks(plan, device, tell, lambda report: keep(report_to_dict(report)))
+            keep(report_to_dict(report))
+        for name in sections:
+            if not (args.resume and stored is not None and stored.get(name)):
+                keep(_section(name, max(threads, default=torch.get_num_threads()), tell))
+    if found is not None:
+        print_results(found, console)
+    content = merge(stored, found) if found is not None else stored
+    if content is None:
+        return 0
     if args.json is not None:
-        write_json(args.json, report_to_dict(report))
         say(f"wrote {args.json}")
+    if args.csv is not None:
+        write_csv(content, args.csv)
+        say(f"wrote {args.csv}")
     if args.plot is not None:
-        plot_report(report, args.plot)
+        plot_results(content, args.plot)
         say(f"wrote {args.plot}")
     return 0
 
 
-def _plan(args: argparse.Namespace) -> Any:
-    from lenet_ext.bench import CASES, PROVIDERS, Plan
+def _section(name: str, threads: int, tell: Callable[[str], None] | None) -> dict[str, Any]:
+    from lenet_ext.bench.memory import measure_memory
+    from lenet_ext.bench.neighbour import measure_neighbour, neighbour_unavailable
+    from lenet_ext.bench.results import section_to_dict
 
-    plan = Plan.quick() if args.quick else Plan()
-    changes: dict[str, Any] = {}
-    if args.cases:
-        groups: dict[str, list[str]] = {"all": list(CASES)}
-        for case in CASES.values():
-            groups.setdefault(case.group, []).append(case.name)
-        # A group and a case may share a name: "overhead" is both.
-        changes["cases"] = tuple(dict.fromkeys(name for word in args.cases for name in groups.get(word, [word])))
+    if tell is not None:
+        tell(name)
+    if name == "memory":
+        return section_to_dict(name, measure_memory(threads))
+    reason = neighbour_unavailable(threads)
+    return section_to_dict(name, [] if reason else measure_neighbour(threads), reason)
+
+
+def _threads(args: argparse.Namespace, device: Any) -> tuple[int, ...]:
+    import torch
+
+    if args.threads:
+        return tuple(dict.fromkeys(args.threads))
+    # On a GPU the threads of the host do not matter.
+    most = torch.get_num_threads()
+    return (most,) if args.quick or device.type != "cpu" else tuple(dict.fromkeys((1, most)))
+
+
+def _plans(args: argparse.Namespace, threads: tuple[int, ...]) -> tuple[list[Any], list[str]]:
+    """What to time, one plan per group, and which of the other measurements to make."""
+    from lenet_ext.bench import CASES, GROUPS, PROVIDERS, Plan
+    from lenet_ext.bench.cases import MODES
+
+    _known("--only", args.only, (*GROUPS, *_SECTIONS))
+    changes: dict[str, Any] = {"threads": threads}
     if args.providers:
-        changes["providers"] = tuple(PROVIDERS) if args.providers == ["all"] else tuple(args.providers)
+        _known("--providers", args.providers, (*PROVIDERS, "all"))
+        changes["providers"] = tuple(PROVIDERS) if "all" in args.providers else tuple(args.providers)
     if args.modes:
+        _known("--modes", args.modes, MODES)
         changes["modes"] = tuple(args.modes)
     if args.batch_sizes:
         changes["batch_sizes"] = tuple(args.batch_sizes)
-    known = {"cases": tuple(CASES), "providers": tuple(PROVIDERS), "modes": ("forward", "training")}
-    for kind, names in known.items():
-        for name in changes.get(kind, ()):
-            if name not in names:
-                raise UsageError(f"argument --{kind}: must be among {', '.join(names)}, found {name!r}")
-    return replace(plan, **changes)
+    cases: list[str] | None = None
+    if args.cases:
+        _known("--cases", args.cases, (*CASES, *GROUPS, "all"))
+        cases = [
+            case.name for case in CASES.values() if "all" in args.cases or {case.name, case.group} & set(args.cases)
+        ]
+    if args.quick:
+        quick = Plan.quick()
+        if args.only:
+            names = tuple(case.name for case in CASES.values() if case.group in args.only)
+            quick = replace(quick, cases=names if cases is None else tuple(name for name in names if name in cases))
+        elif cases is not None:
+            quick = replace(quick, cases=tuple(cases))
+        plans = [replace(quick, **changes)]
+    else:
+        groups = [group for group in GROUPS if args.only is None or group in args.only]
+        plans = [replace(Plan.group(group), **changes) for group in groups]
+        if cases is not None:
+            plans = [replace(plan, cases=tuple(name for name in plan.cases if name in cases)) for plan in plans]
+    # The rest takes time that nobody asked for who names cases or wants to be quick.
+    wanted = args.only or ([] if args.quick or args.cases else _SECTIONS)
+    return [plan for plan in plans if plan.cases], [name for name in _SECTIONS if name in wanted]
+
+
+def _known(option: str, given: list[str] | None, known: tuple[str, ...]) -> None:
+    for name in given or ():
+        if name not in known:
+            raise UsageError(f"argument {option}: must be among {', '.join(known)}, found {name!r}")
