@@ -154,10 +154,10 @@ def _key(row: dict[str, Any]) -> tuple[str, str, int, int]:
 
 
 def _workloads(rows: list[dict[str, Any]]) -> list[tuple[tuple[str, str, int, int], bool]]:
-    """Each workload, and whether it is the last of its case, mode and threads."""
+    """Each workload, and whether it is the last of its case."""
     keys = list(dict.fromkeys(_key(row) for row in rows))
     following = [*keys[1:], None]
-    return [(k, n is None or (n[0], n[1], n[3]) != (k[0], k[1], k[3])) for k, n in zip(keys, following, strict=True)]
+    return [(k, n is None or n[0] != k[0]) for k, n in zip(keys, following, strict=True)]
 
 
 def figures(value: float) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lenet_ext.bench.cases import CASES, MODES, Workload
+from lenet_ext.bench.cases import CASES, MODES, Case, Workload
 from lenet_ext.bench.flops import flops_per_image
 from lenet_ext.bench.peak import PeakUnavailableError, peak_meter
 from lenet_ext.bench.providers import DEFAULT_PROVIDERS, PROVIDERS, Program, Provider
@@ -229,7 +229,7 @@ def _measure_all(
     for name in plan.cases:
         case = CASES[name]
         for mode in plan.modes:
-            for batch in case.batch_sizes or plan.batch_sizes:
+            for batch in _batch_sizes(plan, case):
                 if (name, mode, batch, threads) in plan.done:
                     continue
                 if on_workload is not None:
@@ -246,6 +246,12 @@ def _measure_all(
                 _measure(report, Workload.make(case, mode, batch, device), chosen, threads, meters)
                 if on_measured is not None:
                     on_measured(report)
+
+
+def _batch_sizes(plan: Plan, case: Case) -> tuple[int, ...]:
+    if case.batch_sizes is None:
+        return plan.batch_sizes
+    return tuple(batch for batch in case.batch_sizes if batch in plan.batch_sizes)
 
 
 def _peak_meters(report: Report, threads: int) -> dict[str, Callable[[], float]]:
