@@ -14,7 +14,7 @@ LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 help:
 	@echo "make demo     train on real digits, then compare with stock PyTorch"
 	@echo "make test     run the tests; PYTEST_ARGS='-k linear' passes arguments on"
-	@echo "make bench    the full benchmark of this machine, results in benchmarks/results"
+	@echo "make bench    the full benchmark of this machine (most of an hour), results in benchmarks/results"
 	@echo "make lint     ruff, mypy and clang-format; make format applies what they can mend"
 
 $(VENV)/torch:
@@ -39,9 +39,10 @@ test: $(VENV)/installed
 	cd tests && $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(VENV)/installed
-	$(BIN)/lenet-ext bench --json benchmarks/results/cpu.json --plot benchmarks/results/cpu.png
+	mkdir -p benchmarks/results
+	$(BIN)/lenet-ext bench --resume --json benchmarks/results/cpu.json --csv benchmarks/results/cpu.csv
 
-CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc lenet_ext tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_FILES := setup.py build_backend lenet_ext tests benchmarks
 
 lint: $(VENV)/lint

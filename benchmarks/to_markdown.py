@@ -37,10 +37,16 @@ def table(left: list[str], right: list[str], rows: list[list[str]]) -> str:
 def origin(content: dict[str, Any], group: str) -> str:
     """The line above a table: what was measured where."""
     run = content["runs"][group]
-    commit = (run["commit"] or "unknown").replace("+changes", " with changes")
-    commit = commit[:10] + commit[40:]
+    # A group may have been measured in pieces.
+    commits = {row["commit"] for row in content["rows"] if row["group"] == group} or {run["commit"]}
+    short = sorted((c or "unknown")[:10] + (" with changes" if (c or "").endswith("+changes") else "") for c in commits)
     processors = content["machine"]["processors"]
-    return f"{where(content)}, {processors} processors, commit {commit}, {run['date'][:10]}."
+    return f"{where(content)}, {processors} processors, commit {', '.join(short)}, {run['date'][:10]}."
+
+
+def key(row: dict[str, Any]) -> tuple[str, str, int, int]:
+    """What tells workloads apart."""
+    return row["case"], row["mode"], row["batch"], row["threads"]
 
 
 def timing_table(content: dict[str, Any], group: str) -> str:
@@ -48,12 +54,12 @@ def timing_table(content: dict[str, Any], group: str) -> str:
     rows: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in content["rows"]:
         if row["group"] == group:
-            rows.setdefault((row["case"], row["mode"], row["threads"], row["batch"]), {})[row["provider"]] = row
-    compared = {(c["case"], c["mode"], c["threads"], c["batch"]): c for c in content["comparisons"]}
-    one_case = len({key[0] for key in rows}) == 1
+            rows.setdefault(key(row), {})[row["provider"]] = row
+    compared = {key(line): line for line in content["comparisons"]}
+    one_case = len({workload[0] for workload in rows}) == 1
     lines = []
-    for (case, mode, threads, batch), found in rows.items():
-        line = compared.get((case, mode, threads, batch))
+    for (case, mode, batch, threads), found in rows.items():
+        line = compared.get((case, mode, batch, threads))
         if line is None:
             continue
         fused, best = found["fused"], found[line["best_peer"]]
@@ -83,20 +89,32 @@ def timing_table(content: dict[str, Any], group: str) -> str:
     return f"{title}\n\n{table([*([] if one_case else ['layer']), 'step'], right, lines)}"
 
 
+def overhead_table(content: dict[str, Any]) -> str:
+    """Microseconds of a call with next to nothing to compute."""
+    times = {(*key(row), row["provider"]): row["median_us"] for row in content["rows"] if row["group"] == "overhead"}
+    lines = []
+    for place in dict.fromkeys(place[:4] for place in times):
+        fused, stock = times[(*place, "fused")], times[(*place, "eager")]
+        case, mode, _, threads = place
+        title = CASES[case].title if case in CASES else case
+        lines.append([title, mode, str(threads), figures(fused), figures(stock), f"{fused - stock:+.1f}"])
+    title = f"Microseconds per call on a tiny problem, medians. {origin(content, 'overhead')}"
+    return f"{title}\n\n{table(['call', 'step'], ['threads', 'fused', 'stock', 'difference'], lines)}"
+
+
 def peers_table(content: dict[str, Any]) -> str:
     """Every provider on the whole net, microseconds per image."""
     rows: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in content["rows"]:
         if row["case"] == "net":
-            rows.setdefault((row["mode"], row["threads"], row["batch"]), {})[row["provider"]] = row
-    keys = list(rows)
+            rows.setdefault(key(row)[1:], {})[row["provider"]] = row
     names = [name for name in PROVIDERS if any(name in found for found in rows.values())]
     lines = [
         [PROVIDERS[name].title]
-        + [figures(rows[key][name]["us_per_image"]) if name in rows[key] else "-" for key in keys]
+        + [figures(found[name]["us_per_image"]) if name in found else "-" for found in rows.values()]
         for name in names
     ]
-    heads = [f"{mode}, {threads} thr., B={batch}" for mode, threads, batch in keys]
+    heads = [f"{mode}, {threads} thr., B={batch}" for mode, batch, threads in rows]
     return f"Microseconds per image, medians. {origin(content, 'net')}\n\n{table(['provider'], heads, lines)}"
 
 
@@ -164,7 +182,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "peers": peers_table,
     "layers": lambda content: timing_table(content, "layers"),
     "general": lambda content: timing_table(content, "general"),
-    "overhead": lambda content: timing_table(content, "overhead"),
+    "overhead": overhead_table,
     "memory": memory_table,
     "neighbour": neighbour_table,
     "accuracy": accuracy_table,

@@ -157,7 +157,11 @@ def merge(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
                 f"the results that are there are of another {name.replace('_', ' ')}: {_difference(old, new, name)}"
             )
     again = measured(new)
-    content = {**old, **new, "runs": {**old["runs"], **new["runs"]}}
+    runs = dict(old["runs"])
+    for name, run in new["runs"].items():
+        skipped = {**runs.get(name, {}).get("skipped", {}), **run["skipped"]}
+        runs[name] = {**run, "skipped": skipped}
+    content = {**old, **new, "runs": runs}
     content["threads"] = max(old["threads"], new["threads"])
     for name in ("rows", "comparisons"):
         kept = [row for row in old[name] if _workload(row) not in again]
