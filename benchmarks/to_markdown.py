@@ -57,16 +57,18 @@ def timing_table(content: dict[str, Any], group: str) -> str:
             rows.setdefault(key(row), {})[row["provider"]] = row
     compared = {key(line): line for line in content["comparisons"]}
     one_case = len({workload[0] for workload in rows}) == 1
+    ours = [name for name in targets.FUSED if any(name in found for found in rows.values())]
     lines = []
     for (case, mode, batch, threads), found in rows.items():
         line = compared.get((case, mode, batch, threads))
         if line is None:
             continue
-        fused, best = found["fused"], found[line["best_peer"]]
+        fused, best = found[line["best_fused"]], found[line["best_peer"]]
         share = fused["peak_share"]
         lines.append(
             ([] if one_case else [CASES[case].title if case in CASES else case])
-            + [mode, str(threads), str(batch), figures(fused["us_per_image"])]
+            + [mode, str(threads), str(batch)]
+            + [figures(found[name]["us_per_image"]) if name in found else "-" for name in ours]
             + [figures(found[name]["us_per_image"]) if name in found else "-" for name in targets.EAGER]
             + [f"{figures(best['us_per_image'])} ({PROVIDERS[line['best_peer']].title})"]
             + [f"{fused['images_per_second']:,.0f}"]
@@ -77,7 +79,7 @@ def timing_table(content: dict[str, Any], group: str) -> str:
     right = [
         "threads",
         "batch",
-        "fused",
+        *(PROVIDERS[name].title for name in ours),
         *eager,
         "best of all others",
         "images/s",

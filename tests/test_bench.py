@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import importlib.util
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -13,14 +16,19 @@ import torch
 import lenet_ext
 from lenet_ext.bench import (
     CASES,
+    GROUPS,
     PROVIDERS,
     Plan,
     Program,
     Provider,
     Workload,
-    print_report,
+    flops_per_image,
+    merge,
+    print_results,
+    read_results,
     report_to_dict,
     run_benchmarks,
+    write_csv,
 )
 from lenet_ext.bench.timing import Effort, Samples, percentile, ratio, time_interleaved
 
@@ -166,7 +174,7 @@ def test_a_provider_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setitem(PROVIDERS, "failing", Failing())
     report = run_benchmarks(plan(providers=("fused", "eager", "failing")), CPU)
-    assert report.skipped == {"failing": "OSError: no such luck and more"}
+    assert report.skipped == {"failing, fc3 forward": "OSError: no such luck and more"}
     assert len(report.comparisons) == 1
 
 
@@ -195,7 +203,7 @@ def test_the_yardstick_is_the_best_of_stock() -> None:
     report = run_benchmarks(plan(cases=("net",), providers=("fused", "eager", "channels_last")), CPU)
     (comparison,) = report.comparisons
     medians = {row.provider: row.samples.median_us for row in report.rows}
-    assert comparison.best_stock == min(("eager", "channels_last"), key=medians.__getitem__)
+    assert comparison.best_eager == min(("eager", "channels_last"), key=medians.__getitem__)
     assert comparison.speedup_p20 <= comparison.speedup <= comparison.speedup_p80
 
 
@@ -223,13 +231,155 @@ def test_table_fits_any_width() -> None:
     report = run_benchmarks(plan(), CPU)
     for width in (60, 80, 200):
         console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-        print_report(report, console)
+        print_results(report_to_dict(report), console)
         assert "fc3" in console.export_text()
 
 
 def test_quick_plan_is_a_part_of_the_full_one() -> None:
     quick, full = Plan.quick(), Plan()
-    assert set(quick.cases) <= set(full.cases)
+    assert all(any(case in Plan.group(group).cases for group in GROUPS) for case in quick.cases)
     assert set(quick.batch_sizes) <= set(full.batch_sizes)
     assert quick.providers == full.providers
     assert dataclasses.asdict(quick.effort)["budget_s"] < full.effort.budget_s
+
+
+def test_the_faster_of_our_layouts_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fast(WrongProvider):
+        name, kind = "fused_channels_last", "fused"
+
+        def prepare(self, work: Workload) -> Program:
+            program = super().prepare(work)
+            program.run()
+            return Program(lambda: None, program.outputs)
+
+    monkeypatch.setitem(PROVIDERS, "fused_channels_last", Fast(1.0))
+    report = run_benchmarks(plan(cases=("conv2",), providers=("fused", "eager", "fused_channels_last")), CPU)
+    (comparison,) = report.comparisons
+    assert comparison.best_fused == "fused_channels_last"
+    assert comparison.best_peer == "eager"
+    assert comparison.speedup > 10
+
+
+# --- floor ------------------------------------------------------------------------------------------------------------
+
+
+def test_operations_are_counted() -> None:
+    # Every multiply-add is two operations.
+    assert flops_per_image(CASES["net"], "forward") == 2 * 416520
+    # fc3: the product, its two gradients.
+    assert flops_per_image(CASES["fc3"], "training") == 3 * 2 * 84 * 10
+    # conv1 has no input gradient, and only winners have a weight gradient: a quarter of the positions.
+    forward = 2 * 6 * 25 * 28 * 28
+    assert flops_per_image(CASES["conv1"], "training") == forward + forward // 4
+    assert flops_per_image(CASES["call_linear"], "forward") is None
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def results(**changes: object) -> dict:
+    return json.loads(json.dumps(report_to_dict(run_benchmarks(plan(**changes), CPU))))
+
+
+def test_pieces_of_a_run_add_up() -> None:
+    one, other = results(batch_sizes=(1, 2)), results(batch_sizes=(2, 3))
+    both = merge(one, other)
+    assert [(row["batch"], row["provider"]) for row in both["rows"]] == [
+        (batch, provider) for batch in (1, 2, 3) for provider in ("fused", "eager")
+    ]
+    assert [line["batch"] for line in both["comparisons"]] == [1, 2, 3]
+    measured_again = [row for row in both["rows"] if row["batch"] == 2]
+    assert measured_again == [row for row in other["rows"] if row["batch"] == 2]
+    assert merge(None, one) == one
+
+
+def test_results_of_another_machine_are_not_mixed_in() -> None:
+    one = results()
+    other = {**one, "machine": {**one["machine"], "cpu": "Z80"}}
+    with pytest.raises(ValueError, match="another machine: cpu Z80, now"):
+        merge(other, one)
+
+
+def test_reading_other_files(tmp_path: Path) -> None:
+    assert read_results(tmp_path / "none.json") is None
+    (tmp_path / "text.json").write_text("no")
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_results(tmp_path / "text.json")
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ValueError, match="holds no results"):
+        read_results(tmp_path / "list.json")
+
+
+def test_csv_has_a_line_per_row(tmp_path: Path) -> None:
+    content = results(batch_sizes=(1, 2))
+    write_csv(content, tmp_path / "rows.csv")
+    with open(tmp_path / "rows.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["median_us"]) for line in lines] == [row["median_us"] for row in content["rows"]]
+    assert {line["cpu"] for line in lines} == {content["machine"]["cpu"]}
+
+
+# --- the scripts in benchmarks/ ---------------------------------------------------------------------------------------
+
+
+def script(name: str):
+    """A module of benchmarks/, which is no part of the installed package."""
+    folder = Path(__file__).parent.parent / "benchmarks"
+    sys.path.insert(0, str(folder))
+    try:
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(folder))
+
+
+def test_tables_of_a_markdown_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    content = results(cases=("fc3", "call_linear"), batch_sizes=(1,))
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    text = "before\n<!-- bench:layers -->\nstale\n<!-- /bench -->\nafter\n"
+    (tmp_path / "README.md").write_text(text)
+    to_markdown = script("to_markdown")
+
+    def run(option: str) -> int:
+        arguments = ["to_markdown", str(tmp_path / "results.json"), option, str(tmp_path / "README.md")]
+        monkeypatch.setattr(sys, "argv", arguments)
+        return to_markdown.main()
+
+    assert run("--check") == 1
+    assert "out of date" in capsys.readouterr().err
+    assert run("--update") == 0
+    assert run("--check") == 0
+    written = (tmp_path / "README.md").read_text()
+    assert written.startswith("before\n<!-- bench:layers -->\n")
+    assert written.endswith("<!-- /bench -->\nafter\n")
+    assert "stale" not in written
+    fused = next(row for row in content["rows"] if row["case"] == "fc3" and row["provider"] == "fused")
+    assert f"{fused['images_per_second']:,.0f}" in written
+    (tmp_path / "README.md").write_text("<!-- bench:memory -->\n<!-- /bench -->")
+    with pytest.raises(SystemExit):
+        run("--update")
+    assert "no results for the table 'memory'" in capsys.readouterr().err
+    assert "call" in to_markdown.TABLES["overhead"](content)
+
+
+def test_targets_take_the_worst_cell() -> None:
+    targets = script("targets")
+
+    def rows(batch: int, fused: float, eager: float, channels_last: float) -> list[dict]:
+        common = {"case": "net", "mode": "forward", "batch": batch, "threads": 1, "group": "net"}
+        times = {"fused": fused, "eager": eager, "channels_last": channels_last}
+        return [
+            {**common, "provider": name, "median_us": us, "fused_speedup": us / fused, "peak_share": fused / 100}
+            for name, us in times.items()
+        ]
+
+    content = {"rows": [*rows(256, 10.0, 200.0, 120.0), *rows(1024, 50.0, 300.0, 400.0), *rows(4096, 10.0, 90.0, 99.0)]}
+    outcomes = {outcome.what: outcome for outcome in targets.outcomes(content)}
+    over_eager = outcomes["inference, batch 256 to 4096: over stock eager"]
+    assert over_eager.measured == 6.0
+    assert over_eager.where == "net, batch 1024, 1 thread, against eager"
+    assert over_eager.verdict == "missed"
+    assert outcomes["inference, batch 256 to 4096: share of peak"].measured == 0.1
+    assert outcomes["inference, batch 8: over stock eager"].verdict == "not measured"

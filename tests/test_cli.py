@@ -483,3 +483,19 @@ def test_bench(tmp_path: Path) -> None:
     assert len(content["comparisons"]) == 3 * 2 * 2
     with Image.open(tmp_path / "b.png") as image:
         assert image.format == "PNG"
+
+
+def test_bench_resumes(tmp_path: Path) -> None:
+    args = ["bench", "--quick", "--cases", "fc3", "--modes", "forward", "--providers", "fused,eager", "--threads", 1]
+    for sizes in ("1,5", "1,5,6"):
+        done = lenet(*args, "--batch-sizes", sizes, "--resume", "--json", "b.json", "--csv", "b.csv", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    # The second run has measured, and shows, what was missing.
+    assert "6" in done.stdout
+    assert not re.search(r"fc3 +forward +5 ", done.stdout)
+    content = json.loads((tmp_path / "b.json").read_text())
+    assert [row["batch"] for row in content["rows"]] == [1, 1, 5, 5, 6, 6]
+    assert len((tmp_path / "b.csv").read_text().splitlines()) == 1 + 6
+    done = lenet(*args, "--resume", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--resume needs --json" in done.stderr

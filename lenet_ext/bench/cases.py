@@ -122,11 +122,13 @@ def _conv(name: str, shape: tuple[int, int, int], out_channels: int, kernel: int
     options: dict[str, Any] = {
         "stride": kwargs.pop("stride", 1),
         "padding": kwargs.pop("padding", 0),
+        "groups": kwargs.pop("groups", 1),
     }
     pool = kwargs.pop("pool", (2, 2, 0))
     sizes = dict(zip(("pool_kernel_size", "pool_stride", "pool_padding"), pool, strict=True))
     title = f"{shape[0]}->{out_channels} k{kernel}" + (f" s{options['stride']}" if options["stride"] > 1 else "")
     title += (f" p{options['padding']}" if options["padding"] else "") + f" at {shape[1]}x{shape[2]}"
+    title += f", {options['groups']} groups" if options["groups"] > 1 else ""
     title += "" if pool == (2, 2, 0) else f", pool {pool[0]} s{pool[1]} p{pool[2]}"
     return Case(
         name,
@@ -136,6 +138,13 @@ def _conv(name: str, shape: tuple[int, int, int], out_channels: int, kernel: int
         lambda: fused_nn.ConvReLUMaxPool2d(shape[0], out_channels, kernel, **options, **sizes),
         **kwargs,
     )
+
+
+def _general(name: str, *args: Any, batch_sizes: tuple[int, ...] = (1, 8), **kwargs: Any) -> Case:
+    """A layer of another network; the larger the image, the fewer of them."""
+    # The first layer of a network, which sees three channels, needs no gradient of its input.
+    first = args[0][0] == 3
+    return _conv(name, *args, group="general", batch_sizes=batch_sizes, input_grad=not first, **kwargs)
 
 
 def _linear(name: str, in_features: int, out_features: int, *, relu: bool) -> Case:
@@ -169,14 +178,24 @@ _LIST = (
     _linear("fc1", 400, 120, relu=True),
     _linear("fc2", 120, 84, relu=True),
     _linear("fc3", 84, 10, relu=False),
-    _conv("conv3x32", (3, 32, 32), 32, 3, padding=1, group="general", batch_sizes=(1, 64, 1024)),
-    _conv("stem224", (3, 224, 224), 64, 7, stride=2, padding=3, pool=(3, 2, 1), group="general", batch_sizes=(1, 8)),
-    _conv("conv64x64", (64, 56, 56), 64, 3, padding=1, group="general", batch_sizes=(1, 8)),
-    _conv("conv128x256", (128, 28, 28), 256, 3, padding=1, group="general", batch_sizes=(1, 8)),
-    _conv("conv256x256", (256, 14, 14), 256, 3, padding=1, group="general", batch_sizes=(1, 8)),
-    _conv("alexnet2", (64, 27, 27), 192, 5, padding=2, pool=(3, 2, 0), group="general", batch_sizes=(1, 8)),
-    _conv("vgg1", (3, 224, 224), 64, 3, padding=1, group="general", batch_sizes=(1, 8)),
-    _conv("conv64x128", (64, 16, 16), 128, 3, padding=1, group="general", batch_sizes=(1, 64)),
+    _general("conv3x32", (3, 32, 32), 32, 3, padding=1, batch_sizes=(1, 64, 1024)),
+    _general("stem224", (3, 224, 224), 64, 7, stride=2, padding=3, pool=(3, 2, 1)),
+    _general("conv64x64", (64, 56, 56), 64, 3, padding=1),
+    _general("conv128x256", (128, 28, 28), 256, 3, padding=1),
+    _general("conv256x256", (256, 14, 14), 256, 3, padding=1),
+    _general("alexnet1", (3, 224, 224), 64, 11, stride=4, padding=2, pool=(3, 2, 0)),
+    _general("alexnet2", (64, 27, 27), 192, 5, padding=2, pool=(3, 2, 0)),
+    _general("alexnet3", (192, 13, 13), 384, 3, padding=1, pool=(3, 2, 0)),
+    _general("vgg1", (3, 224, 224), 64, 3, padding=1),
+    _general("vgg2", (64, 112, 112), 128, 3, padding=1),
+    _general("conv64x128", (64, 16, 16), 128, 3, padding=1, batch_sizes=(1, 64)),
+    _general("conv16x32", (16, 32, 32), 32, 5, padding=2, batch_sizes=(1, 64)),
+    _general("conv32x64", (32, 32, 32), 64, 3, padding=1, batch_sizes=(1, 64)),
+    _general("conv20x50", (20, 12, 12), 50, 5, batch_sizes=(1, 64)),
+    _general("pointwise", (96, 27, 27), 64, 1, batch_sizes=(1, 64)),
+    _general("depthwise", (32, 28, 28), 32, 3, padding=1, groups=32, batch_sizes=(1, 64)),
+    _general("grouped", (64, 28, 28), 64, 3, padding=1, groups=4, batch_sizes=(1, 64)),
+    _general("overlapping", (32, 16, 16), 32, 3, padding=1, pool=(3, 1, 1), batch_sizes=(1, 64)),
     _function(
         "call_conv",
         "conv_relu_max_pool2d()",

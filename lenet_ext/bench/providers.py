@@ -245,6 +245,7 @@ _LIST: tuple[Provider, ...] = (
         "compile max",
         compile_options={"options": {"max_autotune": True, "freezing": True}},
     ),
+    ModuleProvider("fused_channels_last", "fused channels last", fused=True, channels_last=True),
     ModuleProvider("fused_compile", "fused compile", fused=True, compile_options={}),
     TorchScriptProvider("torchscript", "TorchScript"),
     TorchScriptProvider("torchscript_cl", "TorchScript channels last", channels_last=True),

@@ -8,7 +8,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +30,8 @@ _GRADIENT_TOLERANCE = 1e-2
 _PAUSE_S = 0.005
 _PEAK = "peak"
 _SERVING = ("torchscript", "torchscript_cl", "onnxruntime", "openvino")
+FUSED_LAYOUTS = {"fused", "fused_channels_last"}
+"""Of which the faster one is compared with others, where a group has both."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,10 @@ class Plan:
         cases = tuple(case.name for case in CASES.values() if case.group == name)
         # Compiling takes longer than measuring: away from the whole net it is limited to where the answer matters.
         plans = {
-            "net": cls(cases, providers=tuple(PROVIDERS)),
+            "net": cls(cases, providers=tuple(name for name in PROVIDERS if name != "fused_channels_last")),
             "layers": cls(
                 cases,
-                providers=(*DEFAULT_PROVIDERS[:3], "compile_cl", *_SERVING),
+                providers=(*DEFAULT_PROVIDERS[:3], "fused_channels_last", "compile_cl", *_SERVING),
                 effort=Effort(rounds=21, budget_s=2.0),
                 slow_cases=("conv1", "conv2"),
                 slow_batch_sizes=(64, 1024),
@@ -91,7 +93,7 @@ class Plan:
             ),
             "general": cls(
                 cases,
-                providers=(*DEFAULT_PROVIDERS[:3], "compile_cl", *_SERVING),
+                providers=(*DEFAULT_PROVIDERS[:3], "fused_channels_last", "compile_cl", *_SERVING),
                 slow_batch_sizes=(8, 64),
                 slow_threads=False,
             ),
@@ -125,6 +127,7 @@ class Comparison:
     """Ours against the fastest others, in ratios within the same rounds (above 1: ours is faster).
 
     Attributes:
+        best_fused: the layout of ours that is compared, the faster one where both were measured.
         best_eager, speedup: the faster layout of stock eager.
         best_peer, peer_speedup: the fastest of all, stock eager included.
         peak_gflops: what the processor can do, in the same rounds.
@@ -134,6 +137,7 @@ class Comparison:
     mode: str
     batch: int
     threads: int
+    best_fused: str
     best_eager: str
     speedup: float
     speedup_p20: float
@@ -353,12 +357,14 @@ def _record(report: Report, work: Workload, threads: int, samples: dict[str, Sam
     others = [name for name in samples if PROVIDERS[name].kind != "fused"]
     eager = [name for name in others if PROVIDERS[name].kind == "eager"]
     if speedups and eager:
-        best_eager = min(eager, key=lambda name: samples[name].median_us)
-        best_peer = min(others, key=lambda name: samples[name].median_us)
+
+        def fastest(names: Iterable[str]) -> str:
+            return min(names, key=lambda name: samples[name].median_us)
+
+        fused, best_eager, best_peer = fastest(FUSED_LAYOUTS & samples.keys()), fastest(eager), fastest(others)
         gflops = None if peak is None else 1e6 / peak.median_us
-        report.comparisons.append(
-            Comparison(*key, best_eager, *speedups[best_eager], best_peer, *speedups[best_peer], gflops)
-        )
+        over_eager, over_peer = (ratio(samples[name], samples[fused]) for name in (best_eager, best_peer))
+        report.comparisons.append(Comparison(*key, fused, best_eager, *over_eager, best_peer, *over_peer, gflops))
 
 
 def _expected(work: Workload) -> list[Tensor]:
