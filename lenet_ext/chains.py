@@ -7,6 +7,7 @@ it passes through, as long as nobody else can see the difference.
 from __future__ import annotations
 
 import dis
+import inspect
 import types
 from collections import defaultdict
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ class Owner:
         self.graphs: ForwardGraphs | None = None
         self.unreadable = ""
         # A class of torch calls its children and shows nobody what is between; Sequential is read like any other.
-        self.is_stock = type(module).forward is not nn.Sequential.forward and not own_classes(type(module))
+        self.is_stock = not self.is_sequential and not own_classes(type(module))
         if self.is_stock:
             self.unreadable = "is a module of torch"
             return
@@ -56,7 +57,8 @@ class Owner:
 
     @property
     def is_sequential(self) -> bool:
-        return type(self.module).forward is nn.Sequential.forward
+        # Statically: a script module's is a descriptor that cannot be asked for without an object.
+        return inspect.getattr_static(type(self.module), "forward") is nn.Sequential.forward
 
     @property
     def name(self) -> str:
@@ -154,7 +156,7 @@ class Model:
             raise NoChainError(f"{owner.name} is {error}") from None
         for module in (owner, call.owner):
             if module.graphs and len(module.graphs.branches) > 1:
-                raise NoChainError(f"{module.name} branches")
+                raise NoChainError(f"{module.name} has branches")
         return call
 
     def following(self, step: Step, passed: list[Owner]) -> Step:
@@ -371,9 +373,10 @@ def _is_call(instruction: dis.Instruction) -> bool:
 def _reaches_into(module: nn.Module, child: str | None) -> bool:
     """Could the module's ``forward`` call what is inside its child, rather than the child?"""
     methods = _methods(module)
-    if "forward" in module.__dict__ or not isinstance(type(module).forward, types.FunctionType):
+    forward = inspect.getattr_static(type(module), "forward")
+    if "forward" in module.__dict__ or not isinstance(forward, types.FunctionType):
         return True
-    pending, seen = [type(module).forward], set()  # type: ignore[var-annotated]
+    pending, seen = [forward], set()  # type: ignore[var-annotated]
     while pending:
         function = pending.pop()
         if function in seen:

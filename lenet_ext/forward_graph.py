@@ -199,7 +199,7 @@ class _Screening:
                 return
         except TypeError:  # not hashable
             pass
-        if isinstance(value, _CONSTANTS):
+        if isinstance(value, _CONSTANTS) or value is torch.jit.is_scripting:  # false wherever a fused layer can be
             return
         home = getattr(value, "__module__", None) or ""
         if isinstance(value, types.BuiltinFunctionType) and home in (math.__name__, operator.__name__):
@@ -472,7 +472,8 @@ class Recipe:
                 "forward": forward,
                 "lenet_ext_recipe": self,
             }
-            self._made = type(self.base)(f"Fused{self.base.__name__}", (self.base,), names)
+            metaclass: Any = type(self.base)
+            self._made = metaclass(f"Fused{self.base.__name__}", (self.base,), names)
         return self._made
 
     def __deepcopy__(self, memo: dict) -> Recipe:
