@@ -87,7 +87,12 @@ class DigitImages(Dataset[tuple[Tensor, int]]):
         return DigitImages(self.images.to(device), self.labels.to(device), self.normalization)
 
     def batches(
-        self, batch_size: int, *, generator: torch.Generator | None = None, max_shift: int = 0
+        self,
+        batch_size: int,
+        *,
+        generator: torch.Generator | None = None,
+        max_shift: int = 0,
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over the data.
 
@@ -96,6 +101,8 @@ class DigitImages(Dataset[tuple[Tensor, int]]):
             generator: draws a random order (on the CPU, so that every device sees the same one); in order without it.
             max_shift: with a generator, each picture is moved by up to that many pixels along both axes, filled up with
                 the ground.
+            share: (which, of how many) parts of each batch to hand out. The parts together are the batch that there
+                would be without this argument; where a batch is small, some of them are empty.
 
         Yields:
             float32 (B, 1, 32, 32) and int64 (B,), on the device of the data.
@@ -107,15 +114,19 @@ class DigitImages(Dataset[tuple[Tensor, int]]):
             raise ValueError(f"batch_size must be 1 or more, found {batch_size}")
         if max_shift < 0:
             raise ValueError(f"max_shift must be 0 or more, found {max_shift}")
-        return self._batches(batch_size, generator, max_shift)
+        which, parts = share
+        slices = [
+            slice(begin + (end - begin) * which // parts, begin + (end - begin) * (which + 1) // parts)
+            for begin, end in ((b, min(b + batch_size, len(self))) for b in range(0, len(self), batch_size))
+        ]
+        return self._batches(slices, generator, max_shift)
 
     def _batches(
-        self, batch_size: int, generator: torch.Generator | None, max_shift: int
+        self, slices: list[slice], generator: torch.Generator | None, max_shift: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         if generator is None:
-            for begin in range(0, len(self), batch_size):
-                images, labels = self.images[begin : begin + batch_size], self.labels[begin : begin + batch_size]
-                yield self.normalization(images), labels
+            for chosen in slices:
+                yield self.normalization(self.images[chosen]), self.labels[chosen]
             return
         device = self.images.device
         order = torch.randperm(len(self), generator=generator).to(device)
@@ -128,8 +139,7 @@ class DigitImages(Dataset[tuple[Tensor, int]]):
             (len(self), 2 * max_shift + 1, 2 * max_shift + 1, IMAGE_SIZE, IMAGE_SIZE),
             (width * width, width, 1, width, 1),
         )
-        for begin in range(0, len(self), batch_size):
-            chosen = slice(begin, begin + batch_size)
+        for chosen in slices:
             images = windows[order[chosen], shifts[0, chosen], shifts[1, chosen]]
             yield self.normalization(images).unsqueeze(1), self.labels[order[chosen]]
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lenet_ext.data import NUM_CLASSES, DigitImages
+from lenet_ext.distributed import ALONE, Processes
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -34,13 +35,14 @@ class Evaluation:
         return rows
 
 
-def evaluate(model: nn.Module, data: DigitImages, batch_size: int = 1024) -> Evaluation:
+def evaluate(model: nn.Module, data: DigitImages, batch_size: int = 1024, processes: Processes = ALONE) -> Evaluation:
     """Evaluates a network, without gradients and in eval mode (its mode is restored).
 
     Args:
         model: maps float32 (B, 1, 32, 32) to scores (B, 10), on the device of the data.
         data: what to evaluate on; not empty.
         batch_size: pictures at a time.
+        processes: those that share the work; all of them must call this, with the same arguments, and get the result.
 
     Returns:
         Mean cross-entropy, share of right answers, confusion matrix (int64, on the CPU).
@@ -63,11 +65,12 @@ def evaluate(model: nn.Module, data: DigitImages, batch_size: int = 1024) -> Eva
     confusion = torch.zeros(NUM_CLASSES * NUM_CLASSES, dtype=torch.int64, device=device)
     try:
         with torch.inference_mode():
-            for images, labels in data.batches(batch_size):
+            for images, labels in data.batches(batch_size, share=(processes.rank, processes.size)):
                 scores = model(images)
                 loss += F.cross_entropy(scores.double(), labels, reduction="sum")
                 confusion += torch.bincount(labels * NUM_CLASSES + scores.argmax(1), minlength=NUM_CLASSES**2)
     finally:
         model.train(was_training)
-    confusion = confusion.view(NUM_CLASSES, NUM_CLASSES).cpu()
+    processes.sum(loss)
+    confusion = processes.sum(confusion).view(NUM_CLASSES, NUM_CLASSES).cpu()
     return Evaluation(loss.item() / len(data), confusion.diagonal().sum().item() / len(data), confusion)

@@ -1,7 +1,7 @@
 """The training loop.
 
 The same seed gives the same initial weights and the same pictures in the same order to the fused and to the reference
-network, on every device, so that their loss curves can be laid one over the other.
+network, on every device and with any number of processes, so that their loss curves can be laid one over the other.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import lenet_ext
 from lenet_ext import checkpoint
 from lenet_ext.config import TrainConfig
 from lenet_ext.data import DigitImages
 from lenet_ext.device import resolve_device
+from lenet_ext.distributed import ALONE, Processes
 from lenet_ext.evaluate import Evaluation, evaluate
 from lenet_ext.files import write_json
 from lenet_ext.net import Net, ReferenceNet
@@ -42,6 +44,8 @@ class Trainer:
     Args:
         config: what to do.
         train_data, test_data: on the CPU; moved to the device of the run.
+        processes: those that train together, see `lenet_ext.distributed`. Each has a Trainer of its own, made of the
+            same arguments, and calls the same methods; a batch is divided among them.
 
     Raises:
         RuntimeError: the device cannot be used.
@@ -55,8 +59,15 @@ class Trainer:
         ['epoch', 'images_per_second', 'lr', 'seconds', 'test_accuracy', 'test_loss', 'train_loss']
     """
 
-    def __init__(self, config: TrainConfig, train_data: DigitImages, test_data: DigitImages) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        train_data: DigitImages,
+        test_data: DigitImages,
+        processes: Processes = ALONE,
+    ) -> None:
         self.config = config
+        self.processes = processes
         self.device = resolve_device(config.device, fused=config.model == "fused")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -65,6 +76,8 @@ class Trainer:
         # Built on the CPU and then moved: the initial weights do not depend on the device.
         torch.manual_seed(config.seed)
         self.model = build_model(config.model).to(self.device)
+        # What is called in training: averages the gradients over the processes.
+        self.network = DistributedDataParallel(self.model) if processes.size > 1 else self.model
         self.optimizer = _build_optimizer(config, self.model)
         self.steps_per_epoch = math.ceil(len(train_data) / config.batch_size)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
@@ -112,23 +125,29 @@ class Trainer:
     def _train(self, on_step: Callable[[int], None] | None) -> float:
         self.model.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        rank, size = self.processes.rank, self.processes.size
         batches = self.train_data.batches(
-            self.config.batch_size, generator=self.generator, max_shift=self.config.max_shift
+            self.config.batch_size, generator=self.generator, max_shift=self.config.max_shift, share=(rank, size)
         )
+        left = len(self.train_data)
         for step, (images, labels) in enumerate(batches, start=1):
             self.optimizer.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(self.model(images), labels)
-            loss.backward()
+            loss = F.cross_entropy(self.network(images), labels, reduction="sum")
+            # The mean over the whole batch, of which this process may have a smaller share than others; times the
+            # number of processes, because their gradients are averaged.
+            batch = min(left, self.config.batch_size)
+            (loss * (size / batch)).backward()
             self.optimizer.step()
             self.scheduler.step()
-            total += loss.detach() * len(labels)
+            left -= batch
+            total += loss.detach()
             if on_step is not None:
                 on_step(step)
-        return total.item() / len(self.train_data)
+        return self.processes.sum(total).item() / len(self.train_data)
 
     def evaluate(self) -> Evaluation:
         """Evaluates on the test set."""
-        return evaluate(self.model, self.test_data)
+        return evaluate(self.model, self.test_data, processes=self.processes)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that an exact continuation needs, on the CPU where it was there."""
@@ -171,11 +190,13 @@ class Trainer:
         self.model.load_state_dict(state)
 
     def save(self, directory: str | Path) -> None:
-        """Writes ``model.safetensors``, ``checkpoint.pt`` and ``history.json``.
+        """Writes ``model.safetensors``, ``checkpoint.pt`` and ``history.json``; of several processes the first does.
 
         Raises:
             OSError: a file cannot be written.
         """
+        if not self.processes.is_first:
+            return
         directory = Path(directory)
         checkpoint.save_checkpoint(directory / "checkpoint.pt", self.state_dict())
         metadata: dict[str, Any] = {"config": self.config.to_dict(), "epoch": self.epoch}
@@ -187,6 +208,7 @@ class Trainer:
             "torch": torch.__version__,
             "device": str(self.device),
             "threads": torch.get_num_threads(),
+            "processes": self.processes.size,
         }
         content = {"config": self.config.to_dict(), "environment": environment, "epochs": self.history}
         write_json(directory / "history.json", content)

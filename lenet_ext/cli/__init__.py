@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import lenet_ext
 from lenet_ext.cli import bench, check, evaluate, info, predict, train
 from lenet_ext.cli.common import Parser, UsageError, error_line
+from lenet_ext.distributed import rank_of_environment
 
 __all__ = ["main"]
 
@@ -49,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UsageError as error:
-        print(f"{prog}: error: {error} (see '{prog} --help')", file=sys.stderr)
+        # The processes of torchrun have one command line and find the same fault in it.
+        if rank_of_environment() == 0:
+            print(f"{prog}: error: {error} (see '{prog} --help')", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader left (`lenet-ext info | head -1`). Python would complain once more when it flushes at exit.

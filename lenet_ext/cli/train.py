@@ -12,6 +12,7 @@ from lenet_ext.cli.common import UsageError, add_device, add_threads, integer, l
 
 if TYPE_CHECKING:
     from lenet_ext.config import TrainConfig
+    from lenet_ext.distributed import Processes
     from lenet_ext.train import Trainer
 
 _DESCRIPTION = """\
@@ -20,6 +21,9 @@ Train LeNet on handwritten digits, evaluate after each epoch, and write to --out
   checkpoint.pt      everything that --resume needs
   history.json       configuration and, for each epoch, losses, accuracy and speed
   curves.png, confusion.png
+
+With several processes or machines: torchrun --nproc-per-node N -m lenet_ext train ...
+Each process takes its share of every batch; the result is that of one process.
 """
 
 
@@ -64,30 +68,51 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or _default_out(args, state, config)
     out.mkdir(parents=True, exist_ok=True)
 
+    from lenet_ext.distributed import join_processes
+
+    with join_processes(config.device) as processes:
+        _run(args, config, state, weights, out, processes)
+    return 0
+
+
+def _run(
+    args: argparse.Namespace,
+    config: TrainConfig,
+    state: dict[str, Any] | None,
+    weights: dict[str, Any] | None,
+    out: Path,
+    processes: Processes,
+) -> None:
     from lenet_ext import data
     from lenet_ext.train import Trainer
 
-    train_data, test_data = data.load(config.data, config.root, log=say)
-    trainer = Trainer(config, train_data, test_data)
+    tell = say if processes.is_first else _say_nothing
+    with processes.first_goes_ahead():
+        train_data, test_data = data.load(config.data, config.root, log=tell)
+    trainer = Trainer(config, train_data, test_data, processes)
     if state is not None:
         trainer.load_state_dict(state)
-        say(f"resumed {args.resume} after epoch {trainer.epoch}")
+        tell(f"resumed {args.resume} after epoch {trainer.epoch}")
     elif weights is not None:
         trainer.load_weights(weights)
-        say(
+        tell(
             f"starting from the weights of {args.resume}: weights only; optimizer, epochs and random numbers start anew"
         )
 
     import torch
 
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    say(
+    together = f", processes: {processes.size}" if processes.size > 1 else ""
+    tell(
         f"{config.data}: {len(train_data)} pictures to train, {len(test_data)} to test; {config.model} network, "
-        f"{parameters} parameters; {trainer.device}, threads: {torch.get_num_threads()}, seed: {config.seed}"
+        f"{parameters} parameters; {trainer.device}, threads: {torch.get_num_threads()}, seed: {config.seed}{together}"
     )
     _fit(trainer, 0 if args.epochs == 0 else config.epochs, out)
     _finish(trainer, out)
-    return 0
+
+
+def _say_nothing(line: str) -> None:
+    """What the other processes do where the first one speaks."""
 
 
 def _prepare(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str, Any] | None, TrainConfig]:
@@ -146,7 +171,7 @@ def _fit(trainer: Trainer, epochs: int, out: Path) -> None:
         console=console,
         auto_refresh=False,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not (console.is_terminal and trainer.processes.is_first),
     )
     drawn = 0.0
 
@@ -165,7 +190,8 @@ def _fit(trainer: Trainer, epochs: int, out: Path) -> None:
                 progress.update(task, description=f"epoch {trainer.epoch + 1}/{epochs}")
                 line = trainer.run_epoch(on_step)
                 trainer.save(out)
-                progress.console.print(_epoch_line(line, epochs), markup=False, soft_wrap=True)
+                if trainer.processes.is_first:
+                    progress.console.print(_epoch_line(line, epochs), markup=False, soft_wrap=True)
         except KeyboardInterrupt:
             checkpoint = out / "checkpoint.pt"
             hint = f"continue with --resume {checkpoint}" if trainer.epoch else "no epoch was finished"
@@ -187,6 +213,8 @@ def _finish(trainer: Trainer, out: Path) -> None:
 
     result = trainer.evaluate()
     trainer.save(out)
+    if not trainer.processes.is_first:
+        return
     title = f"LeNet ({trainer.config.model}) on {trainer.config.data}"
     plot_curves(out / "curves.png", trainer.history, title)
     plot_confusion(out / "confusion.png", result.confusion, f"{title}: test accuracy {100 * result.accuracy:.2f}%")

@@ -1,0 +1,93 @@
+"""Several processes that train one network: started by ``torchrun``, each with a share of every batch.
+
+The order of the data is drawn from the same seed in every process, and each takes its part of every global batch, so
+that the run is that of one process with the same batch size, whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["ALONE", "Processes", "join_processes", "rank_of_environment"]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run: how many there are, and which one this is.
+
+    Example:
+        >>> Processes().sum(torch.ones(2))
+        tensor([1., 1.])
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is this one that talks and writes."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place; all of them must call it."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    @contextlib.contextmanager
+    def first_goes_ahead(self) -> Iterator[None]:
+        """The first process enters alone and the others after it, to find downloaded what it has downloaded."""
+        if self.size > 1 and not self.is_first:
+            dist.barrier()
+        try:
+            yield
+        finally:
+            if self.size > 1 and self.is_first:
+                dist.barrier()
+
+
+ALONE = Processes()
+
+
+def rank_of_environment() -> int:
+    """This process's rank according to ``torchrun``, 0 where there is none."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def join_processes(device: str) -> Iterator[Processes]:
+    """Joins the processes that ``torchrun`` has started, and leaves them at the end.
+
+    Args:
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``. They talk by NCCL where each can have a GPU of its own, which
+            becomes its current one, and by gloo otherwise.
+
+    Yields:
+        The processes; `ALONE` where ``torchrun`` is not in the environment.
+
+    Raises:
+        RuntimeError: CUDA was asked for by name, and this machine has fewer GPUs than processes.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "cuda" and gpus < local_size:
+        raise RuntimeError(f"{local_size} processes need as many GPUs, and this machine has {gpus}")
+    use_gpus = gpus >= local_size
+    if use_gpus:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if use_gpus else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
