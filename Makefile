@@ -43,7 +43,7 @@ bench: $(VENV)/installed
 	$(BIN)/lenet-ext bench --resume --json benchmarks/results/cpu.json --csv benchmarks/results/cpu.csv
 
 CXX_FILES := $(shell find csrc lenet_ext tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-PYTHON_FILES := setup.py build_backend lenet_ext tests benchmarks
+PYTHON_FILES := setup.py build_backend lenet_ext tests benchmarks examples
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check $(PYTHON_FILES)

@@ -7,6 +7,8 @@ recognition", Proceedings of the IEEE 86(11), 1998, in the form that PyTorch's t
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 import torch.nn.modules.module as global_hooks
@@ -63,6 +65,36 @@ class Net(nn.Module):
             return ops.lenet(input, parameters)
         features = self.conv2(self.conv1(input))
         return self.fc3(self.fc2(self.fc1(features.flatten(-3))))
+
+    def to_reference(self) -> ReferenceNet:
+        """The same network from stock layers, for what knows no other: exporters, quantizers, other runtimes.
+
+        Returns:
+            A network with copies of the parameters, on their device, of their dtype, trainable where they are, in the
+            same mode. Hooks stay behind.
+
+        Raises:
+            RuntimeError: a layer was replaced by one with other parameters.
+
+        Example:
+            >>> import torch, lenet_ext
+            >>> net, image = lenet_ext.Net(), torch.randn(1, 1, 32, 32)
+            >>> torch.allclose(net.to_reference()(image), net(image), atol=1e-6)
+            True
+        """
+        return _converted(self, ReferenceNet)
+
+    @classmethod
+    def from_reference(cls, reference: ReferenceNet) -> Net:
+        """The fused network of a stock one: the inverse of :meth:`to_reference`, with the same guarantees.
+
+        Args:
+            reference: its parameters are copied.
+
+        Raises:
+            RuntimeError: a layer was replaced by one with other parameters.
+        """
+        return _converted(reference, cls)
 
     def _whole_network_parameters(self, input: Tensor) -> list[Tensor] | None:
         """The ten parameters if the network can run as one operator with no observable difference, else None.
@@ -123,6 +155,19 @@ _CHILDREN: dict[str, tuple[type[nn.Module], tuple[int, ...] | None]] = {
     "fc2": (LinearReLU, (84, 120)),
     "fc3": (Linear, None),
 }
+
+
+_AnyNet = TypeVar("_AnyNet", "Net", "ReferenceNet")
+
+
+def _converted(net: Net | ReferenceNet, kind: type[_AnyNet]) -> _AnyNet:
+    # On the meta device: initial values would only take time, and numbers from the random generator.
+    other = kind(net.conv1.in_channels, net.fc3.out_features, device="meta")
+    copies = {name: value.detach().clone() for name, value in net.state_dict().items()}
+    other.load_state_dict(copies, assign=True)
+    for mine, theirs in zip(other.parameters(), net.parameters(), strict=True):
+        mine.requires_grad_(theirs.requires_grad)
+    return other.train(net.training)
 
 
 def _has_hooks(module: nn.Module) -> bool:

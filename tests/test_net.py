@@ -125,6 +125,36 @@ def test_copies(how):
     assert not torch.equal(other(x), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_conversion_to_and_from_stock(device, dtype, training):
+    net = Net(3, 7, device=device, dtype=dtype).train(training)
+    net.conv1.weight.requires_grad_(False)
+    before = torch.get_rng_state()
+    stock = net.to_reference()
+    again = Net.from_reference(stock)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (type(stock), type(again)) == (ReferenceNet, Net)
+    for other in (stock, again):
+        assert all(module.training == training for module in other.modules())
+        for (name, value), (other_name, copied) in zip(net.named_parameters(), other.named_parameters(), strict=True):
+            assert name == other_name
+            assert torch.equal(value, copied)
+            assert (copied.dtype, copied.device.type) == (dtype, device)
+            assert copied.requires_grad == value.requires_grad
+            assert copied.data_ptr() != value.data_ptr()
+    x = torch.randn(2, 3, 32, 32, device=device, dtype=dtype)
+    assert torch.equal(again(x), net(x))
+    torch.testing.assert_close(stock(x), net(x), rtol=1e-2, atol=1e-2)
+
+
+def test_conversion_of_a_changed_net_is_refused():
+    net = Net()
+    net.fc2 = nn.Linear(120, 84, bias=False)
+    with pytest.raises(RuntimeError, match=r"fc2\.bias"):
+        net.to_reference()
+
+
 # --- values ------------------------------------------------------------------------------------------------------
 
 BATCHES = [0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 18, 31, 32, 33, 47, 48, 49, 63, 64, 65, 100]
