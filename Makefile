@@ -9,12 +9,13 @@ BIN := $(abspath $(VENV))/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc lenet_ext build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench gpu-check lint format clean
 
 help:
 	@echo "make demo     train on real digits, then compare with stock PyTorch"
 	@echo "make test     run the tests; PYTEST_ARGS='-k linear' passes arguments on"
 	@echo "make bench    the full benchmark of this machine (most of an hour), results in benchmarks/results"
+	@echo "make gpu-check   everything that needs a GPU, with the Python and torch that are there; STAGE=check|bench OUT=DIR"
 	@echo "make lint     ruff, mypy and clang-format; make format applies what they can mend"
 
 $(VENV)/torch:
@@ -41,6 +42,12 @@ test: $(VENV)/installed
 bench: $(VENV)/installed
 	mkdir -p benchmarks/results
 	$(BIN)/lenet-ext bench --resume --json benchmarks/results/cpu.json --csv benchmarks/results/cpu.csv
+
+# Without a virtual environment and without a network: it builds in a folder of its own, against PYTHON's torch.
+STAGE ?= all
+OUT ?= benchmarks/results/gpu
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --stage $(STAGE) --out $(OUT)
 
 CXX_FILES := $(shell find csrc lenet_ext tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_FILES := setup.py build_backend lenet_ext tests benchmarks examples

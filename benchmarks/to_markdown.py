@@ -179,6 +179,20 @@ def accuracy_table(content: dict[str, Any]) -> str:
     return f"{title}\n\n{table(['model'], right, lines)}"
 
 
+def zoo_table(content: dict[str, Any]) -> str:
+    """Well-known networks before and after `fuse`."""
+    rows = content["zoo"]
+    lines = [
+        [row["network"], row["mode"], str(row["fused_layers"])]
+        + [figures(row["us_per_image"][row[f"best_{kind}"]]) for kind in ("stock", "fused")]
+        + [f"{row['speedup']:.2f}x"]
+        for row in rows
+    ]
+    title = f"Microseconds per image at batch {rows[0]['batch']}, {rows[0]['threads']} threads, the faster layout of "
+    title += f"each. {origin(content, 'zoo')}"
+    return f"{title}\n\n{table(['network', 'step'], ['fused layers', 'stock', 'fused', 'speedup'], lines)}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "net": lambda content: timing_table(content, "net"),
     "peers": peers_table,
@@ -188,6 +202,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "memory": memory_table,
     "neighbour": neighbour_table,
     "accuracy": accuracy_table,
+    "zoo": zoo_table,
     "targets": targets_table,
 }
 

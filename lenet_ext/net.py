@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lenet_ext import autograd, ops
+from lenet_ext._build import build_info
 from lenet_ext.nn import ConvReLUMaxPool2d, Linear, LinearReLU
 
 __all__ = ["Net", "ReferenceNet"]
@@ -103,15 +104,16 @@ class Net(nn.Module):
         children, parametrizations, dispatch modes, tracing, torch.compile, torch.func) or if the arguments are not what
         the operator takes, in which case the layers say what is wrong.
         """
+        on_cpu = type(input) is Tensor and input.is_cpu  # a fifth of the cost of asking for the device
         if (
             type(input) is not Tensor
             or input.dtype is not torch.float32
             or input.dim() != 4
-            or not input.is_cpu  # a fifth of the cost of asking for the device
+            or not (on_cpu or (input.is_cuda and _HAS_CUDA))
             or input.layout is not torch.strided
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
-            or torch.is_autocast_enabled("cpu")
+            or torch.is_autocast_enabled("cpu" if on_cpu else "cuda")
             or torch._C._are_functorch_transforms_active()
             or torch._C._len_torch_dispatch_stack() > 0
             or torch._C._len_torch_function_stack() > 0
@@ -135,7 +137,7 @@ class Net(nn.Module):
                 type(weight) is not nn.Parameter
                 or type(bias) is not nn.Parameter
                 or weight.dtype is not torch.float32
-                or not weight.is_cpu
+                or not (weight.is_cpu if on_cpu else weight.is_cuda)
                 or (weight_shape is not None and weight.shape != weight_shape)
                 or (type(child) is ConvReLUMaxPool2d and child._options() != autograd.LENET_OPTIONS)
             ):
@@ -146,6 +148,9 @@ class Net(nn.Module):
             return None
         return parameters
 
+
+# Otherwise the layers say how to build the package with CUDA.
+_HAS_CUDA = build_info()["cuda"] is not None
 
 # The children of an unmodified Net, and the shapes of their weights where the constructor does not choose them.
 _CHILDREN: dict[str, tuple[type[nn.Module], tuple[int, ...] | None]] = {

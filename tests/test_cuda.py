@@ -189,3 +189,21 @@ def test_more_than_two_to_the_31_elements():
         output = function(x, w, b)
     assert torch.equal(output[-1], output[0])
     torch.testing.assert_close(output[-3:], function(x[-3:], w, b))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_whole_network_is_one_operator(training):
+    """And under autocast it is its layers, which cast."""
+    torch.manual_seed(0)
+    net, x = Net(device="cuda"), torch.randn(16, 1, 32, 32, device="cuda")
+
+    def operators(call):
+        # By the profiler: under a dispatch mode the network would go layer by layer.
+        with torch.profiler.profile() as profile:
+            call()
+        return {event.name for event in profile.events() if event.name.startswith("lenet_ext::")}
+
+    with torch.set_grad_enabled(training):
+        assert operators(lambda: net(x)) == {"lenet_ext::lenet_with_activations" if training else "lenet_ext::lenet"}
+        with torch.autocast("cuda", torch.bfloat16):
+            assert not any("lenet_ext::lenet" in name for name in operators(lambda: net(x)))
