@@ -129,15 +129,12 @@ class Net(nn.Module):
             child = modules.get(name)
             if type(child) is not kind or "forward" in child.__dict__ or _has_hooks(child):
                 return None
-            own = child._parameters
+            own = child.__dict__["_parameters"]
             weight, bias = own.get("weight"), own.get("bias")
-            # What differs within the parameters (dtype, device, a bias of another size) is an error in the operator as
-            # in the layers.
+            # Another dtype or device, or a bias of another size, is an error in the operator as in the layers.
             if (
                 type(weight) is not nn.Parameter
                 or type(bias) is not nn.Parameter
-                or weight.dtype is not torch.float32
-                or not (weight.is_cpu if on_cpu else weight.is_cuda)
                 or (weight_shape is not None and weight.shape != weight_shape)
                 or (type(child) is ConvReLUMaxPool2d and child._options() != autograd.LENET_OPTIONS)
             ):

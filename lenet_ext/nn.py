@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -62,26 +64,16 @@ class ConvReLUMaxPool2d(nn.Conv2d):
 
     def _options(self) -> tuple:
         """The normalised options, computed again only when an attribute was changed."""
-        attributes = (
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.pool_kernel_size,
-            self.pool_stride,
-            self.pool_padding,
-            self.pool_dilation,
-            self.ceil_mode,
-        )
+        attributes = _option_attributes(self)
         # "same" depends on the kernel; the shape of a replaced weight counts, not what the constructor was told.
-        kernel_size = (self.weight.shape[2], self.weight.shape[3]) if isinstance(self.padding, str) else (0, 0)
+        kernel_size = (self.weight.shape[2], self.weight.shape[3]) if isinstance(attributes[1], str) else (0, 0)
         cached = self.__dict__.get("_normalized")
-        if cached is None or cached[0] != (attributes, kernel_size):
-            options = functional.normalize_options(*attributes, kernel_size)
+        if cached is None or cached[0] != attributes or cached[1] != kernel_size:
+            options = functional.normalize_options(*attributes, kernel_size)  # type: ignore[call-arg]
             if any(isinstance(attribute, list) for attribute in attributes):
                 return options  # a list may change in place
-            cached = self._normalized = ((attributes, kernel_size), options)
-        return cached[1]
+            cached = self._normalized = (attributes, kernel_size, options)
+        return cached[2]
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or torch.overrides.has_torch_function_variadic(input, self.weight):
@@ -112,6 +104,20 @@ class ConvReLUMaxPool2d(nn.Conv2d):
         if self.ceil_mode:
             pool.append("ceil_mode=True")
         return ", ".join([super().extra_repr(), *pool])
+
+
+# One call instead of nine: the options are asked for in every forward pass.
+_option_attributes: Callable[[ConvReLUMaxPool2d], tuple[Any, ...]] = attrgetter(
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "pool_kernel_size",
+    "pool_stride",
+    "pool_padding",
+    "pool_dilation",
+    "ceil_mode",
+)
 
 
 class Linear(nn.Linear):

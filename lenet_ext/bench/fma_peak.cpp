@@ -74,9 +74,16 @@ volatile float sink;
 
 extern "C" int fma_peak_versions() { return static_cast<int>(versions().size()); }
 
-// Seconds for a billion operations on all threads together, measured over about `seconds`; 0 where the processor lacks
-// the version. From the moment the last thread is ready until the last one has finished: beginning threads is not
-// counted.
+// The time that a thread has had a processor. By the clock on the wall two threads would have half the peak while the
+// system has both on one core, as it may for some milliseconds after they began.
+double processor_seconds() {
+  timespec now;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+// Seconds for a billion operations on all threads together, if each has a core, measured over about `seconds`; 0 where
+// the processor lacks the version.
 extern "C" double fma_peak_seconds(int index, int threads, double seconds) {
   using Clock = std::chrono::steady_clock;
   const Version& version = versions()[index];
@@ -91,22 +98,22 @@ extern "C" double fma_peak_seconds(int index, int threads, double seconds) {
   }
   const int64_t steps = static_cast<int64_t>(seconds / step_s) + 1;
   std::atomic<int> ready{0};
-  std::vector<Clock::time_point> begins(threads), ends(threads);
+  std::vector<double> used(threads);
   auto work = [&](int thread) {
     sink = version.run(kTrial, 0.999f, 0.001f);
     ready.fetch_add(1);
     while (ready.load() < threads) {
     }
-    begins[thread] = Clock::now();
+    const double begin = processor_seconds();
     sink = version.run(steps, 0.999f, 0.001f);
-    ends[thread] = Clock::now();
+    used[thread] = processor_seconds() - begin;
   };
   std::vector<std::thread> others;
   for (int thread = 1; thread < threads; ++thread) others.emplace_back(work, thread);
   work(0);
   for (auto& other : others) other.join();
-  const auto begin = *std::min_element(begins.begin(), begins.end());
-  const auto end = *std::max_element(ends.begin(), ends.end());
-  const double flops = static_cast<double>(steps) * version.flops_per_step * threads;
-  return std::chrono::duration<double>(end - begin).count() / flops * 1e9;
+  const double flops = static_cast<double>(steps) * version.flops_per_step;
+  double rate = 0;
+  for (const double seconds_used : used) rate += flops / seconds_used;
+  return 1e9 / rate;
 }

@@ -94,6 +94,7 @@ class Plan:
             "general": cls(
                 cases,
                 providers=(*DEFAULT_PROVIDERS[:3], "fused_channels_last", "compile_cl", *_SERVING),
+                effort=Effort(rounds=15, budget_s=2.0),
                 slow_batch_sizes=(8, 64),
                 slow_threads=False,
             ),
