@@ -9,12 +9,13 @@ BIN := $(abspath $(VENV))/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc lenet_ext build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
-.PHONY: help demo test bench gpu-check lint format clean
+.PHONY: help demo test bench tables gpu-check lint format clean
 
 help:
 	@echo "make demo     train on real digits, then compare with stock PyTorch"
 	@echo "make test     run the tests; PYTEST_ARGS='-k linear' passes arguments on"
 	@echo "make bench    the full benchmark of this machine (most of an hour), results in benchmarks/results"
+	@echo "make tables   the README's tables and picture from those results"
 	@echo "make gpu-check   everything that needs a GPU, with the Python and torch that are there; STAGE=check|bench OUT=DIR"
 	@echo "make lint     ruff, mypy and clang-format; make format applies what they can mend"
 
@@ -41,7 +42,17 @@ test: $(VENV)/installed
 
 bench: $(VENV)/installed
 	mkdir -p benchmarks/results
+	$(BIN)/pip install --quiet ".[bench]"
 	$(BIN)/lenet-ext bench --resume --json benchmarks/results/cpu.json --csv benchmarks/results/cpu.csv
+	$(BIN)/python benchmarks/fuse_zoo.py --json benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/time_to_accuracy.py --json benchmarks/results/cpu.json
+
+# The tables and the picture of the results that are there, into the files that show them.
+RESULTS := benchmarks/results
+tables: $(VENV)/installed
+	$(BIN)/python benchmarks/to_markdown.py $(RESULTS)/cpu.json --update README.md
+	$(BIN)/python benchmarks/to_markdown.py $(RESULTS)/cpu.json --update $(RESULTS)/README.md
+	$(BIN)/python benchmarks/to_markdown.py $(RESULTS)/cpu.json --plot $(RESULTS)/net.png --cases net
 
 # Without a virtual environment and without a network: it builds in a folder of its own, against PYTHON's torch.
 STAGE ?= all

@@ -383,3 +383,12 @@ def test_targets_take_the_worst_cell() -> None:
     assert over_eager.verdict == "missed"
     assert outcomes["inference, batch 256 to 4096: share of peak"].measured == 0.1
     assert outcomes["inference, batch 8: over stock eager"].verdict == "not measured"
+
+
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/results/README.md"])
+def test_the_tables_of_the_repository_are_of_the_results(name: str) -> None:
+    root = Path(__file__).parent.parent
+    content = json.loads((root / "benchmarks/results/cpu.json").read_text())
+    text = (root / name).read_text()
+    assert "<!-- bench:" in text
+    assert script("to_markdown").updated(text, content) == text, f"make tables brings {name} up to date"
