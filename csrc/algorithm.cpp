@@ -20,6 +20,15 @@ std::optional<Algorithm> forced() {
 
 }  // namespace
 
+bool vendor_has_bfloat16() {
+#if defined(__x86_64__)
+  static const bool has = __builtin_cpu_supports("avx512bf16") != 0;
+  return has;
+#else
+  return false;
+#endif
+}
+
 Algorithm choose_algorithm(Algorithm preferred) {
   static const std::optional<Algorithm> choice = forced();
   return choice.value_or(preferred);
@@ -52,11 +61,12 @@ Algorithm conv_pool_forward_algorithm_cpu(const ConvPoolShape& s, at::ScalarType
   // pooling in registers saves is less than they gain by blocking for the caches, unless the input is laid out
   // otherwise and has to be converted.
   const bool nothing_to_convert = dtype == at::kFloat && channels_last && channels >= 16;
-  const bool vendor = lanes_idle(s) || nothing_to_convert || depth > 1700;
+  const bool twice_as_fast = dtype == at::kBFloat16 && vendor_has_bfloat16() && channels >= 16;
+  const bool vendor = lanes_idle(s) || nothing_to_convert || twice_as_fast || depth > 1700;
   return choose_algorithm(vendor ? Algorithm::Vendor : Algorithm::Direct);
 }
 
-Algorithm conv_pool_backward_algorithm_cpu(const ConvPoolShape& s) {
+Algorithm conv_pool_backward_algorithm_cpu(const ConvPoolShape& s, at::ScalarType dtype) {
   if (!offsets_fit(s)) return Algorithm::Vendor;
   const int64_t channels = s.in_channels / s.groups, depth = channels * s.kernel_h * s.kernel_w;
   const double positions = double(s.conv_h) * s.conv_w, winners = double(s.out_h) * s.out_w;
@@ -64,8 +74,12 @@ Algorithm conv_pool_backward_algorithm_cpu(const ConvPoolShape& s) {
   // with few input channels, where neither is any good.
   const bool dense = channels >= 16 && 3 * winners > positions;
   // Each winner's kernel and its gradient are visited at random: they have to be in the cache.
-  const bool out_of_cache = s.out_channels / s.groups * depth > int64_t{1} << 19;
-  const bool vendor = lanes_idle(s) || dense || out_of_cache;
+  const int64_t kernels = s.out_channels / s.groups * depth;
+  const bool out_of_cache = kernels > int64_t{1} << 19;
+  // A few winners for many weights: adding up the slices' sums costs as much as making them.
+  const bool mostly_sums = s.batch * winners < 256 && kernels > int64_t{1} << 18;
+  const bool twice_as_fast = dtype == at::kBFloat16 && vendor_has_bfloat16() && channels >= 16;
+  const bool vendor = lanes_idle(s) || dense || out_of_cache || mostly_sums || twice_as_fast;
   return choose_algorithm(vendor ? Algorithm::Vendor : Algorithm::Direct);
 }
 

@@ -6,10 +6,12 @@
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <atomic>
+#include <cmath>
 #include <tuple>
 
 #include "algorithm.h"
@@ -83,11 +85,13 @@ const cpu::ConvPoolBackwardKernels<T>& backward_kernels(const ConvPoolShape& s, 
   return cpu::conv_pool_table<T>().backward;
 }
 
-// The vendor's float32 convolutions are fastest on channels_last, by more than converting the activations costs, but
+// The vendor's convolutions are fastest on channels_last, by more than converting the activations costs, but
 // not by what converting large weights costs.
 at::MemoryFormat vendor_memory_format(const Tensor& input, const Tensor& weight, const ConvPoolShape& s) {
   const int64_t activations = s.batch * (input.size(1) * s.height * s.width + s.out_channels * s.conv_h * s.conv_w);
-  const bool convert = input.scalar_type() == at::kFloat && weight.numel() < 2 * activations;
+  const bool wants_channels_last =
+      input.scalar_type() == at::kFloat || (input.scalar_type() == at::kBFloat16 && vendor_has_bfloat16());
+  const bool convert = wants_channels_last && weight.numel() < 2 * activations;
   return convert ? at::MemoryFormat::ChannelsLast : output_memory_format(input);
 }
 
@@ -243,6 +247,19 @@ Tensor relu_pool_backward(const ConvPoolShape& s, const Tensor& grad_output, con
   return grad_conv;
 }
 
+// The vendor's bfloat16 kernels are wrong for grouped, dilated channels_last convolutions, and spread NaN to places
+// that none reaches; without instructions for it they are also slow.
+bool vendor_bfloat16_is_right(const ConvPoolShape& s, const Tensor& grad_conv, const Tensor& input,
+                              const Tensor& weight) {
+  const bool dilated = s.dilation_h > 1 || s.dilation_w > 1;
+  if (!vendor_has_bfloat16() || (s.groups > 1 && dilated)) return false;
+  // A sum is finite only if its terms are.
+  for (const Tensor* tensor : {&grad_conv, &input, &weight}) {
+    if (!std::isfinite(at::sum(*tensor, at::kFloat).item<float>())) return false;
+  }
+  return true;
+}
+
 // By way of the dense gradient of the convolution's output, and the vendor's backward pass.
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> backward_dense(const ConvPoolShape& s, const Tensor& grad_output,
@@ -253,9 +270,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_dense(const ConvPoolShape& s, const 
   Tensor grad_conv = relu_pool_backward<T>(s, grad_output, indices, format);
   auto [source, padding] = vendor_convolution_input(input.contiguous(format), o);
   Tensor kernel = weight;
-  if (std::is_same_v<T, BFloat16>) {
-    // The vendor's own bfloat16 kernels are wrong for grouped, dilated channels_last convolutions, and spread NaN to
-    // places that none reaches.
+  if (std::is_same_v<T, BFloat16> && !vendor_bfloat16_is_right(s, grad_conv, source, kernel)) {
     grad_conv = grad_conv.to(at::kFloat);
     source = source.to(at::kFloat);
     kernel = kernel.to(at::kFloat);
@@ -288,7 +303,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_relu_max_pool2d_backward_cpu(const char*
   }
   return cpu::dispatch(input, op, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
     using T = decltype(zero);
-    if (conv_pool_backward_algorithm_cpu(s) == Algorithm::Direct) {
+    if (conv_pool_backward_algorithm_cpu(s, input.scalar_type()) == Algorithm::Direct) {
       const at::MemoryFormat format = output_memory_format(input);
       const Tensor grad_input = output_mask[0] ? at::empty(input.sizes(), input.options(), format) : Tensor();
       const Tensor grad_weight =

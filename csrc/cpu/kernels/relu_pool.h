@@ -15,6 +15,7 @@ struct ReluPoolScratch {
   using A = Accumulator<T>;
   A* values;  // a pooled row, [out_w][lanes]
   typename IntegerOf<A>::type* codes;
+  A* widened;  // [pool_kernel_h][conv_w][lanes] of the convolution's output, where its dtype is narrower than A
   const A** rows;
   int64_t bytes;
 };
@@ -22,9 +23,11 @@ struct ReluPoolScratch {
 template <typename T>
 ReluPoolScratch<T> relu_pool_scratch(const ConvPoolShape& s, char* base) {
   using A = Accumulator<T>;
-  const int64_t row = s.out_w * kLanes<A> * sizeof(A);
+  const int64_t vector = kLanes<A> * sizeof(A), row = s.out_w * vector;
+  const int64_t widened = sizeof(T) == sizeof(A) ? 0 : s.pool_kernel_h * s.conv_w * vector;
   return {reinterpret_cast<A*>(base), reinterpret_cast<typename IntegerOf<A>::type*>(base + row),
-          reinterpret_cast<const A**>(base + 2 * row), 2 * row + static_cast<int64_t>(s.pool_kernel_h * sizeof(A*))};
+          reinterpret_cast<A*>(base + 2 * row), reinterpret_cast<const A**>(base + 2 * row + widened),
+          2 * row + widened + static_cast<int64_t>(s.pool_kernel_h * sizeof(A*))};
 }
 
 template <typename T>
@@ -43,7 +46,7 @@ LENET_EXT_INLINE ChannelBlock channel_block(const ConvPoolShape& s, int64_t unit
   constexpr int64_t lanes = kLanes<Accumulator<T>>;
   const int64_t blocks = divide_up(s.out_channels, lanes), first = unit % blocks * lanes;
   const int64_t count = min_of(lanes, s.out_channels - first);
-  return {unit / blocks, first, count, sizeof(T) == sizeof(Accumulator<T>) && conv_strides.c == 1 && count == lanes};
+  return {unit / blocks, first, count, conv_strides.c == 1 && count == lanes};
 }
 
 template <typename T>
@@ -92,13 +95,22 @@ void relu_pool_forward(const ReluPool<T>& job, void* scratch_base, int64_t begin
       for (int64_t i = 0; i < block.count; ++i) relu_pool_channel(job, block.n, block.first + i);
       continue;
     }
-    const A* conv = reinterpret_cast<const A*>(job.conv) + block.n * cs.n + block.first;
+    const T* conv = job.conv + block.n * cs.n + block.first;
     for (int64_t y = 0; y < s.out_h; ++y) {
       const WindowRange rows = window_rows(s, y);
       for (int64_t i = rows.begin; i < rows.end; ++i) {
-        scratch.rows[i] = conv + (rows.start + i * s.pool_dilation_h) * cs.h;
+        const T* row = conv + (rows.start + i * s.pool_dilation_h) * cs.h;
+        if constexpr (sizeof(T) == sizeof(A)) {
+          scratch.rows[i] = row;
+        } else {
+          A* widened = scratch.widened + i * s.conv_w * kLanes<A>;
+          for (int64_t x = 0; x < s.conv_w; ++x) {
+            for (int lane = 0; lane < kLanes<A>; ++lane) widened[x * kLanes<A> + lane] = widen(row[x * cs.w + lane]);
+          }
+          scratch.rows[i] = widened;
+        }
       }
-      pool(s, scratch.rows, rows, 1, cs.w, scratch.values, scratch.codes);
+      pool(s, scratch.rows, rows, 1, sizeof(T) == sizeof(A) ? cs.w : kLanes<A>, scratch.values, scratch.codes);
       store_row<T, kLanes<A>>(pooled, block.n, block.first, block.count, y, kLanes<A>, scratch.values, scratch.codes);
     }
   }
@@ -127,32 +139,35 @@ void relu_pool_backward_channel(const ReluPoolBackward<T>& job, const WinnerTabl
 
 // Every position of every window gets its winner's gradient or zero: more arithmetic than going to the winner, but
 // without a branch and for all lanes at once.
-template <typename A>
-void relu_pool_backward_block(const ReluPoolBackward<A>& job, const ReluPoolScratch<A>& scratch,
+template <typename T>
+void relu_pool_backward_block(const ReluPoolBackward<T>& job, const ReluPoolScratch<T>& scratch,
                               const ChannelBlock& block) {
+  using A = Accumulator<T>;
   constexpr int lanes = kLanes<A>;
   using V = Vec<A, lanes>;
   using I = IntVec<A, lanes>;
   const ConvPoolShape& s = job.shape;
   const Strides4 &gs = job.grad_output_strides, &is = job.indices_strides, &cs = job.grad_conv_strides;
-  A* conv = job.grad_conv + block.n * cs.n + block.first;
+  T* conv = job.grad_conv + block.n * cs.n + block.first;
   for (int64_t y = 0; y < s.conv_h; ++y) {
-    for (int64_t x = 0; x < s.conv_w; ++x) store(conv + y * cs.h + x * cs.w, V{});
+    for (int64_t x = 0; x < s.conv_w; ++x) {
+      for (int lane = 0; lane < lanes; ++lane) conv[y * cs.h + x * cs.w + lane] = T{};
+    }
   }
   for (int64_t y = 0; y < s.out_h; ++y) {
-    const A* g = job.grad_output + block.n * gs.n + block.first * gs.c + y * gs.h;
+    const T* g = job.grad_output + block.n * gs.n + block.first * gs.c + y * gs.h;
     const uint8_t* codes = job.indices + block.n * is.n + block.first * is.c + y * is.h;
     if (gs.c == 1 && is.c == 1) {
       for (int64_t x = 0; x < s.out_w; ++x) {
         for (int lane = 0; lane < lanes; ++lane) {
-          scratch.values[x * lanes + lane] = g[lane + x * gs.w];
+          scratch.values[x * lanes + lane] = widen(g[lane + x * gs.w]);
           scratch.codes[x * lanes + lane] = codes[lane + x * is.w];
         }
       }
     } else {
       for (int lane = 0; lane < lanes; ++lane) {
         for (int64_t x = 0; x < s.out_w; ++x) {
-          scratch.values[x * lanes + lane] = g[lane * gs.c + x * gs.w];
+          scratch.values[x * lanes + lane] = widen(g[lane * gs.c + x * gs.w]);
           scratch.codes[x * lanes + lane] = codes[lane * is.c + x * is.w];
         }
       }
@@ -163,11 +178,16 @@ void relu_pool_backward_block(const ReluPoolBackward<A>& job, const ReluPoolScra
       const V grad = load<V>(scratch.values + x * lanes);
       const I code = load<I>(scratch.codes + x * lanes);
       for (int64_t i = rows.begin; i < rows.end; ++i) {
-        A* row = conv + (rows.start + i * s.pool_dilation_h) * cs.h + columns.start * cs.w;
+        T* row = conv + (rows.start + i * s.pool_dilation_h) * cs.h + columns.start * cs.w;
         for (int64_t j = columns.begin; j < columns.end; ++j) {
-          A* to = row + j * s.pool_dilation_w * cs.w;
+          T* to = row + j * s.pool_dilation_w * cs.w;
           const I place = I{} + static_cast<typename IntegerOf<A>::type>(i * s.pool_kernel_w + j);
-          store(to, load<V>(to) + (code == place ? grad : V{}));
+          const V share = code == place ? grad : V{};
+          if constexpr (sizeof(T) == sizeof(A)) {
+            store(to, load<V>(to) + share);
+          } else {
+            for (int lane = 0; lane < lanes; ++lane) to[lane] = narrow<T>(widen(to[lane]) + share[lane]);
+          }
         }
       }
     }
@@ -182,11 +202,9 @@ void relu_pool_backward(const ReluPoolBackward<T>& job, void* scratch_base, int6
   make_winner_tables(s, 1, tables);
   for (int64_t unit = begin; unit < end; ++unit) {
     const ChannelBlock block = channel_block<T>(s, unit, job.grad_conv_strides);
-    if constexpr (sizeof(T) == sizeof(Accumulator<T>)) {
-      if (block.in_vectors) {
-        relu_pool_backward_block(job, scratch, block);
-        continue;
-      }
+    if (block.in_vectors) {
+      relu_pool_backward_block(job, scratch, block);
+      continue;
     }
     for (int64_t i = 0; i < block.count; ++i) {
       relu_pool_backward_channel(job, tables, block.n, block.first + i);
