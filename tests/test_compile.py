@@ -187,6 +187,22 @@ def test_export_and_load_again(device, strict):
             torch.testing.assert_close(loaded(x), net(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a compiler")
+def test_ahead_of_time_package(tmp_path):
+    """AOTInductor: compiled to a file without Python in it, that loads where the operators are registered."""
+    net = Net().eval()
+    example = (torch.randn(3, 1, 32, 32),)
+    with torch.no_grad():
+        batch = torch.export.Dim("batch", min=1, max=4096)
+        program = torch.export.export(net, example, dynamic_shapes=({0: batch},))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "net.pt2"))
+        loaded = torch._inductor.aoti_load_package(path)
+        for size in (1, 65):
+            x = torch.randn(size, 1, 32, 32)
+            torch.testing.assert_close(loaded(x), net(x), rtol=1e-5, atol=1e-6)
+
+
 def test_export_of_a_layer_with_every_option():
     layer = nn.ConvReLUMaxPool2d(
         4, 6, 3, padding="same", dilation=2, groups=2, pool_kernel_size=3, pool_stride=2, ceil_mode=True
