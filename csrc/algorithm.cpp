@@ -74,12 +74,14 @@ Algorithm conv_pool_backward_algorithm_cpu(const ConvPoolShape& s, at::ScalarTyp
   // with few input channels, where neither is any good.
   const bool dense = channels >= 16 && 3 * winners > positions;
   // Each winner's kernel and its gradient are visited at random: they have to be in the cache.
-  const int64_t kernels = s.out_channels / s.groups * depth;
-  const bool out_of_cache = kernels > int64_t{1} << 19;
-  // A few winners for many weights: adding up the slices' sums costs as much as making them.
-  const bool mostly_sums = s.batch * winners < 256 && kernels > int64_t{1} << 18;
+  const bool out_of_cache = s.out_channels / s.groups * depth > int64_t{1} << 19;
+  // Threads share images, or bands of them that are long in comparison with a window's reach: of large layers there
+  // must be a few.
+  const int64_t reach = (s.pool_kernel_h - 1) * s.pool_dilation_h * s.stride_h + (s.kernel_h - 1) * s.dilation_h;
+  const double bands = s.out_h / (4.0 * reach / (s.pool_stride_h * s.stride_h) + 1);
+  const bool indivisible = s.batch * bands < 3 && 4 * winners * s.out_channels * depth > 50e6;
   const bool twice_as_fast = dtype == at::kBFloat16 && vendor_has_bfloat16() && channels >= 16;
-  const bool vendor = lanes_idle(s) || dense || out_of_cache || mostly_sums || twice_as_fast;
+  const bool vendor = lanes_idle(s) || dense || out_of_cache || indivisible || twice_as_fast;
   return choose_algorithm(vendor ? Algorithm::Vendor : Algorithm::Direct);
 }
 

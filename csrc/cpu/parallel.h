@@ -47,8 +47,8 @@ inline void* shared_scratch(size_t bytes) { return ThreadScratch::get(bytes, 0);
 // Memory of the thread that runs a unit.
 inline void* unit_scratch(size_t bytes) { return ThreadScratch::get(bytes, 1); }
 
-// A thread is worth waking for about 20 microseconds of work.
-constexpr double kFlopsPerThread = 1e6;
+// A thread that sleeps is worth waking for about 50 microseconds of work.
+constexpr double kFlopsPerThread = 4e6;
 constexpr int64_t kChunksPerThread = 8;
 
 // Calls run(begin, end) over [0, units); `flops` is the work of all of them.

@@ -20,6 +20,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ def measure_memory(threads: int, batch: int = BATCH, repeats: int = _REPEATS) ->
     for _ in range(repeats):
         for name in PROVIDERS:
             command = [sys.executable, "-m", "lenet_ext.bench.memory", name]
-            done = subprocess.run(
-                [*command, "--batch", str(batch), "--threads", str(threads)], capture_output=True, text=True
-            )
+            command += ["--batch", str(batch), "--threads", str(threads)]
+            # From a folder of its own: `-m` would otherwise find a source tree before the installed package.
+            with tempfile.TemporaryDirectory() as folder:
+                done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
             if done.returncode != 0:
                 last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
                 raise RuntimeError(f"the process that measures the memory of {name} failed: {last}")
