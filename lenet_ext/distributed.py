@@ -55,6 +55,9 @@ class Processes:
 
 ALONE = Processes()
 
+# What torchrun sets beside WORLD_SIZE, and is needed here or by torch.
+_NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
 
 def rank_of_environment() -> int:
     """This process's rank according to ``torchrun``, 0 where there is none."""
@@ -73,12 +76,19 @@ def join_processes(device: str) -> Iterator[Processes]:
         The processes; `ALONE` where ``torchrun`` is not in the environment.
 
     Raises:
-        RuntimeError: CUDA was asked for by name, and this machine has fewer GPUs than processes.
+        RuntimeError: CUDA was asked for by name, and this machine has fewer GPUs than processes; or something else than
+            ``torchrun`` has set a part of its environment.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE
         return
+    missing = [name for name in _NEEDED if name not in os.environ]
+    if missing:
+        raise RuntimeError(
+            f"WORLD_SIZE is {size}, but of what torchrun sets {', '.join(missing)} is missing: "
+            "start with torchrun, or unset WORLD_SIZE for one process"
+        )
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and gpus < local_size:

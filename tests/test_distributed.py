@@ -114,6 +114,48 @@ def test_the_run_is_that_of_one_process(tmp_path: Path, model: str, optimizer: s
                 assert line[key] == pytest.approx(other[key], rel=1e-10), key
 
 
+# The run above is in float64, layer by layer. In float32 the network is one operator, with one node in the graph.
+ONE_OPERATOR = """
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.profiler import profile
+    from lenet_ext import Net
+    from lenet_ext.distributed import join_processes
+
+    with join_processes("cpu") as processes:
+        torch.manual_seed(0)
+        alone, images, factors = Net(), torch.randn(5, 1, 32, 32), torch.randn(5, 10)
+        (alone(images) * factors).sum().backward()
+        expected = {name: p.grad for name, p in alone.named_parameters()}
+        # 3 images and 2; 5 and none.
+        for share in ((slice(0, 3), slice(3, 5))[processes.rank], (slice(0, 5), slice(5, 5))[processes.rank]):
+            for options in ("gradient_as_bucket_view", "static_graph", "find_unused_parameters"):
+                for frozen in (False, True):
+                    net = Net()
+                    net.load_state_dict(alone.state_dict())
+                    net.conv1.requires_grad_(not frozen)
+                    parallel = DistributedDataParallel(net, **{options: True})
+                    with profile() as record:
+                        (parallel(images[share]) * factors[share]).sum().backward()
+                    ran = {event.key for event in record.key_averages()}
+                    assert "lenet_ext::lenet_backward" in ran, ran
+                    for name, p in net.named_parameters():
+                        assert (p.grad is None) == (not p.requires_grad), name
+                        if p.requires_grad:  # the mean over the processes
+                            torch.testing.assert_close(p.grad * 2, expected[name], rtol=1e-4, atol=1e-4, msg=name)
+        if processes.is_first:
+            print("the same gradients")
+"""
+
+
+def test_the_network_as_one_operator(tmp_path: Path) -> None:
+    script = tmp_path / "one_operator.py"
+    script.write_text(textwrap.dedent(ONE_OPERATOR))
+    done = torchrun(script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "the same gradients" in done.stdout
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 TRAIN = ["train", "--data", "digits", "--epochs", "3", "--batch-size", "256", "--device", "cpu"]
@@ -176,3 +218,24 @@ def test_a_wrong_command_line_is_told_once(monkeypatch: pytest.MonkeyPatch, caps
         monkeypatch.setenv("RANK", rank)
         assert main(["bench", "--resume"]) == 2
         assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+def test_half_an_environment_is_an_error_that_names_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As job schedulers leave it that set WORLD_SIZE and nothing else."""
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(RuntimeError, match="WORLD_SIZE is 2.*LOCAL_RANK, MASTER_ADDR, MASTER_PORT.*torchrun"):
+        join_processes("cpu").__enter__()
+
+
+def test_a_failure_says_in_which_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, who in (("0", ""), ("1", "process 1: ")):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["eval", str(tmp_path / "absent.pt")]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"lenet-ext eval: error: {who}{tmp_path}"), error
+        assert len(error.splitlines()) == 1

@@ -65,5 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A person at a terminal is helped by a sentence; who needs the rest asks for it.
         if os.environ.get("LENET_EXT_TRACEBACK") == "1":
             traceback.print_exc()
-        print(f"{prog}: error: {error_line(error)}", file=sys.stderr)
+        # Of several processes each may have a reason of its own; the others often only miss the one that failed.
+        rank = rank_of_environment()
+        who = f"process {rank}: " if rank else ""
+        print(f"{prog}: error: {who}{error_line(error)}", file=sys.stderr)
         return 1
