@@ -93,8 +93,14 @@ class Net(nn.Module):
             reference: its parameters are copied.
 
         Raises:
+            TypeError: it is no :class:`ReferenceNet`; for other networks there is :func:`lenet_ext.fuse`.
             RuntimeError: a layer was replaced by one with other parameters.
         """
+        if not isinstance(reference, ReferenceNet):
+            raise TypeError(
+                f"from_reference: reference must be a ReferenceNet, got {type(reference).__name__}; for other networks "
+                "there is lenet_ext.fuse"
+            )
         return _converted(reference, cls)
 
     def _whole_network_parameters(self, input: Tensor) -> list[Tensor] | None:
@@ -169,7 +175,9 @@ def _converted(net: Net | ReferenceNet, kind: type[_AnyNet]) -> _AnyNet:
     other.load_state_dict(copies, assign=True)
     for mine, theirs in zip(other.parameters(), net.parameters(), strict=True):
         mine.requires_grad_(theirs.requires_grad)
-    return other.train(net.training)
+    for name, module in other.named_modules():
+        module.training = net.get_submodule(name).training
+    return other
 
 
 def _has_hooks(module: nn.Module) -> bool:

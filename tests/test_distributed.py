@@ -226,7 +226,7 @@ def test_half_an_environment_is_an_error_that_names_the_rest(monkeypatch: pytest
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(RuntimeError, match="WORLD_SIZE is 2.*LOCAL_RANK, MASTER_ADDR, MASTER_PORT.*torchrun"):
+    with pytest.raises(RuntimeError, match=r"WORLD_SIZE is 2.*LOCAL_RANK, MASTER_ADDR, MASTER_PORT.*torchrun"):
         join_processes("cpu").__enter__()
 
 

@@ -130,13 +130,15 @@ def test_copies(how):
 def test_conversion_to_and_from_stock(device, dtype, training):
     net = Net(3, 7, device=device, dtype=dtype).train(training)
     net.conv1.weight.requires_grad_(False)
+    net.fc2.train(not training)
     before = torch.get_rng_state()
     stock = net.to_reference()
     again = Net.from_reference(stock)
     assert torch.equal(torch.get_rng_state(), before)
     assert (type(stock), type(again)) == (ReferenceNet, Net)
     for other in (stock, again):
-        assert all(module.training == training for module in other.modules())
+        modes = {name: module.training for name, module in other.named_modules()}
+        assert modes == {name: module.training for name, module in net.named_modules()}
         for (name, value), (other_name, copied) in zip(net.named_parameters(), other.named_parameters(), strict=True):
             assert name == other_name
             assert torch.equal(value, copied)
@@ -146,6 +148,11 @@ def test_conversion_to_and_from_stock(device, dtype, training):
     x = torch.randn(2, 3, 32, 32, device=device, dtype=dtype)
     assert torch.equal(again(x), net(x))
     torch.testing.assert_close(stock(x), net(x), rtol=1e-2, atol=1e-2)
+
+
+def test_conversion_of_another_network_is_refused():
+    with pytest.raises(TypeError, match=r"must be a ReferenceNet, got Linear; .* lenet_ext\.fuse"):
+        Net.from_reference(nn.Linear(2, 2))
 
 
 def test_conversion_of_a_changed_net_is_refused():
