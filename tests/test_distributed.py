@@ -216,6 +216,7 @@ def test_a_run_goes_on_after_a_process_was_killed(tmp_path: Path) -> None:
 def test_a_wrong_command_line_is_told_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
         assert main(["bench", "--resume"]) == 2
         assert len(capsys.readouterr().err.splitlines()) == lines
 

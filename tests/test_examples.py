@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,8 @@ def skip_without(name: str) -> None:
     absent = [module for module in NEEDS.get(name, ()) if importlib.util.find_spec(module) is None]
     if absent:
         pytest.skip(f"not installed: {', '.join(absent)}")
+    if name == "compile_and_export.py" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile needs a C++ compiler")
     if name == "ddp.py" and not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this torch has no gloo")
 

@@ -960,6 +960,18 @@ def test_several_threads():
         torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_compile_and_export(training):
+    """A rewritten ``forward`` is plain Python, which both of them read."""
+    fused = fuse(Whole().double().train(training))
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    expected = flat(fused(x))
+    torch.testing.assert_close(flat(torch.compile(fused, fullgraph=True, backend="aot_eager")(x)), expected)
+    program = torch.export.export(fused, (x,))
+    assert any("lenet_ext" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(flat(program.module()(x)), expected)
+
+
 def test_functional_call_and_vmap():
     model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(100, 3), nn.ReLU()).double()
     fused = fuse(model)
