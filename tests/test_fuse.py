@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import threading
@@ -704,6 +705,289 @@ def test_fusing_runs_nothing_of_the_model_for_real():
     assert fused.calls == 1
 
 
+# --- what else may call or change a layer ----------------------------------------------------------------------------
+
+
+class Remembers(nn.Module):
+    """A side effect that its parent can read: an auxiliary loss, a cache, a state."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.flag = None, False
+
+    def forward(self, x):
+        self.last, self.flag = x.sum(), not self.flag
+        return x
+
+
+def _none_until_the_child_ran(self, x):
+    x = self.child(pool_of_relu(self.conv(x)))
+    return x if self.child.last is None else x + self.child.last
+
+
+def _returns_what_the_child_left(self, x):
+    return self.child(pool_of_relu(self.conv(x))), self.child.last
+
+
+def _branches_on_what_the_child_left(self, x):
+    x = self.child(pool_of_relu(self.conv(x)))
+    return x * 3 if self.child.flag else x
+
+
+def _calls_the_child_until_it_is_done(self, x):
+    x = pool_of_relu(self.conv(x))
+    while not self.child.flag:
+        x = self.child(x)
+    return x
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        _none_until_the_child_ran,
+        _returns_what_the_child_left,
+        _branches_on_what_the_child_left,
+        _calls_the_child_until_it_is_done,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_an_attribute_that_a_child_changes(forward):
+    model = module_like(Conv, forward, child=Remembers()).double()
+    fused = fuse(model)
+    assert fused_layers(fused) == []
+    assert "child" in fused.fusion_report[0].reason
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    for _ in range(3):
+        for ours, stock in zip(flat(fused(x)), flat(model(x)), strict=True):
+            torch.testing.assert_close(ours, stock)
+
+
+class HookSetsAttribute(Conv):
+    def __init__(self):
+        super().__init__()
+        self.tail, self.captured = nn.Tanh(), None
+        self.tail.register_forward_hook(self.capture)
+
+    def capture(self, module, inputs, output):
+        self.captured = output
+
+    def forward(self, x):
+        x = self.tail(pool_of_relu(self.conv(x)))
+        return x if self.captured is None else x + self.captured
+
+
+def test_an_attribute_that_a_hook_of_a_child_changes():
+    model = HookSetsAttribute().double()
+    fused = fuse(model)
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), model(x))
+    assert "may change captured" in fused.fusion_report[0].reason
+
+
+def _branches_on_a_list(self, x):
+    x = pool_of_relu(self.conv(x))
+    self.log.append(1)
+    return x * 3 if self.log else x
+
+
+def test_a_branch_on_an_attribute_that_can_change_in_place():
+    model = module_like(Conv, _branches_on_a_list, log=[]).double()
+    fused = fuse(model)
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), model(x))
+    assert "branches on" in fused.fusion_report[0].reason
+
+
+def _counts_up_to_an_attribute(self, x):
+    x, i = pool_of_relu(self.conv(x)), 0
+    while i < self.steps:
+        x, i = x * 2, i + 1
+    return x
+
+
+def _loops_until_an_attribute_is_set(self, x):
+    x = pool_of_relu(self.conv(x))
+    while True:
+        x = x * 2
+        if self.steps:
+            return x
+
+
+@pytest.mark.parametrize("forward", [_counts_up_to_an_attribute, _loops_until_an_attribute_is_set])
+def test_a_loop_without_an_end_in_one_of_its_branches(forward):
+    model = module_like(Conv, forward, steps=2)
+    assert "branches" in reason(model, "conv")
+
+
+class Holder:
+    def __init__(self, module):
+        self.module = module
+
+    def run(self, x):
+        return self.module(x)
+
+
+HELD = {
+    "list": (lambda conv: [conv], lambda self, x: self.held[0](x)),
+    "dict": (lambda conv: {"a": (conv,)}, lambda self, x: self.held["a"][0](x)),
+    "object": (Holder, lambda self, x: self.held.run(x)),
+    "partial": (functools.partial, lambda self, x: self.held(x)),
+    "closure": (lambda conv: lambda x: conv(x), lambda self, x: self.held(x)),
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_layer_that_an_attribute_holds_as_well(kind, nested):
+    """In place, because a copy leaves closures behind."""
+    hold, call = HELD[kind]
+
+    def forward(self, x):
+        return self.tail(self.conv(x)).sum() + call(self, x).sum()
+
+    model = module_like(Conv, forward, tail=nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))).double()
+    if nested:
+        model.conv = nn.Sequential(model.conv)
+    model.held = hold(model.conv[0] if nested else model.conv)
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    expected = model(x)
+    fuse(model, inplace=True)
+    assert "held by the attribute held" in model.fusion_report[0].reason
+    torch.testing.assert_close(model(x), expected)
+
+
+class Methods(nn.Module):
+    """Methods beside `forward` that would notice."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2))
+        self.initialize()
+
+    def forward(self, x):
+        return self.features(x)
+
+    def initialize(self):
+        """Called by ``__init__`` only, like many a method that goes through the layers."""
+        for layer in self.features:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.zeros_(layer.bias)
+
+
+class Harmless(Methods):
+    def freeze(self):
+        for parameter in self.features.parameters():
+            parameter.requires_grad_(False)
+        return self.features.training
+
+    def logits(self, x):
+        return self.features(x) * 2
+
+
+class IndexesInAMethod(Methods):
+    def first(self, x):
+        return self.features[0](x)
+
+
+class LoopsInAMethod(Methods):
+    def taps(self, x):
+        return [x := layer(x) for layer in self.features]
+
+
+class SharesByAProperty(Methods):
+    @property
+    def stem(self):
+        return self.features
+
+
+class Backbone(nn.Sequential):
+    def taps(self, x):
+        return [x := layer(x) for layer in self]
+
+
+class Reaches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = module_like(Conv, lambda self, x: pool_of_relu(self.conv(x)))
+
+    def forward(self, x):
+        return self.block(x)
+
+    def raw(self, x):
+        return self.block.conv(x)
+
+
+def test_methods_that_do_not_notice():
+    fused = check(Harmless(), ["features.0"])
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    torch.testing.assert_close(fused.logits(x), 2 * fused(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        (IndexesInAMethod, "IndexesInAMethod.first"),
+        (LoopsInAMethod, "LoopsInAMethod.taps"),
+        (SharesByAProperty, "SharesByAProperty.stem"),
+        (lambda: Backbone(conv(), nn.ReLU(), nn.MaxPool2d(2)), "Backbone.taps"),
+        (Reaches, "Reaches.raw"),
+    ],
+)
+def test_methods_that_would_notice(make, method):
+    fused = check(make(), [])
+    assert f"called by {method}" in fused.fusion_report[0].reason
+
+
+def test_an_attribute_of_a_module_that_would_go():
+    tail = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
+    model = module_like(Conv, lambda self, x: self.tail(self.conv(x)) * self.tail[1].kernel_size, tail=tail)
+    assert "whose attributes are read" in reason(model, "conv")
+
+
+def _not_set_yet():
+    def forward(self, x):
+        return pool_of_relu(self.conv(x)) if self.conv is not None else later
+
+    if False:
+        later = 1
+    return forward
+
+
+def _first_argument_is_not_self(this, self):
+    return pool_of_relu(this.conv(self))
+
+
+def test_a_variable_without_a_value_and_an_argument_called_self():
+    assert "not set" in reason(module_like(Conv, _not_set_yet()), "conv")
+    assert "argument named self" in reason(module_like(Conv, _first_argument_is_not_self), "conv")
+
+
+def test_arguments_with_names_of_the_generated_code():
+    def forward(model, input, /, branch_0=1, torch=2, *, NOT_NONE=3):
+        return pool_of_relu(model.conv(input)) * branch_0 * torch * NOT_NONE
+
+    check(module_like(Conv, forward), ["conv"])
+
+
+class Packed(torch.Tensor):
+    """A weight that only F.linear can use, like those of quantization libraries."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        if function is F.linear:
+            return super().__torch_function__(function, types, (arguments[0], arguments[1] * 2, arguments[2]), {})
+        return super().__torch_function__(function, types, arguments, options or {})
+
+
+def test_weights_of_another_class_than_parameter():
+    model = nn.Sequential(nn.Linear(12, 5), nn.ReLU()).double()
+    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Packed), requires_grad=False)
+    fused = fuse(model)
+    assert "its weight is a Packed" in fused.fusion_report[0].reason
+    x = torch.randn(2, 12, dtype=torch.float64)
+    assert torch.equal(fused(x), model(x))
+
+
 # --- models that cannot be read --------------------------------------------------------------------------------------
 
 
@@ -808,16 +1092,11 @@ def test_models_that_are_no_python():
 # --- what survives ---------------------------------------------------------------------------------------------------
 
 
-def small_model():
-    return nn.Sequential(SequentialSubclass(), Switches())
-
-
 class Whole(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.pool = conv(), nn.MaxPool2d(2)
         self.fc1, self.fc2 = nn.Linear(100, 100), nn.Linear(100, 3)
-        self.fc2.bias = self.fc2.bias
         self.tied = nn.Linear(100, 100)
         self.tied.weight = self.fc1.weight
         self.register_buffer("mean", torch.ones(3, 1, 1))
@@ -1115,6 +1394,29 @@ def test_batch_norm_that_cannot_be_folded():
         assert list(fused.state_dict()) == list(model.state_dict())
         x = torch.randn(IMAGES, dtype=torch.float64)
         torch.testing.assert_close(fused(x), model(x))
+
+
+READS = {
+    "weight": lambda self, x: self.bn(self.conv(x)) * self.conv.weight.sum(),
+    "statistics": lambda self, x: self.bn(self.conv(x)) + self.bn.running_mean.sum(),
+    "bias": lambda self, x: self.bn(self.conv(x)) * (2 if self.conv.bias is None else 3),
+}
+
+
+@pytest.mark.parametrize("what", READS)
+def test_batch_norm_is_not_folded_where_its_values_are_read(what):
+    model = _trained(module_like(nn.Module, READS[what], conv=conv(bias=False), bn=nn.BatchNorm2d(4)))
+    fused = fuse(model, fold_batch_norm=True)
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), model(x))
+    assert list(fused.state_dict()) == list(model.state_dict())
+
+
+def test_batch_norm_with_its_forward_replaced_is_not_folded():
+    model = _trained(Normalised(True))
+    model.bn.forward = lambda x: x * 3
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    torch.testing.assert_close(fuse(model, fold_batch_norm=True)(x), model(x))
 
 
 def test_folding_needs_evaluation_mode():
