@@ -7,6 +7,7 @@ it passes through, as long as nobody else can see the difference.
 from __future__ import annotations
 
 import dis
+import gc
 import inspect
 import types
 from collections import defaultdict
@@ -34,8 +35,13 @@ _RELUS = {torch.relu, torch.relu_, F.relu}
 _MAX_POOLS = {torch.max_pool2d, F.max_pool2d}
 _POOL_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+# What every module has; looked into in other ways.
+_STATE = frozenset(nn.Module().__dict__)
 # What walks over a module's children without naming them.
 _WALKERS = {"_modules", "children", "modules", "named_children", "named_modules", "get_submodule", "__dict__", "apply"}
+
+# What a Sequential's own methods do with `self` to get at its members.
+_LOOKS_INTO = {"GET_ITER", "CALL", "LOAD_CONST", "LOAD_FAST", "BINARY_SUBSCR", "BINARY_SLICE"}
 
 
 class Owner:
@@ -94,6 +100,15 @@ class Chain:
     owners: tuple[Owner, ...]
 
 
+@dataclass(frozen=True)
+class Mention:
+    """A method of a module that names one of the modules in it, to call that, or to go on with it in any other way."""
+
+    method: str
+    named: nn.Module
+    is_call: bool
+
+
 class NoChainError(Exception):
     """Why a layer is left as it is."""
 
@@ -105,12 +120,29 @@ class Model:
         self.owners = {id(module): Owner(path, module) for path, module in root.named_modules()}
         self.root = root
         self.calls: dict[int, list[Step]] = defaultdict(list)
+        self.read: set[int] = set()
+        self.held: dict[int, str] = {}
+        self.mentions: list[Mention] = []
         for owner in self.owners.values():
             for index, branch in enumerate(owner.graphs.branches if owner.graphs else ()):
                 for node in branch.graph.nodes:
                     if node.op == "call_module":
                         step = Step(owner, index, node)
                         self.calls[id(step.child())].append(step)
+                    elif node.op == "get_attr":
+                        self._note_read(owner, str(node.target))
+            for path in owner.graphs.nones if owner.graphs else ():
+                self._note_read(owner, path)
+            for name, value in owner.module.__dict__.items():
+                if name not in _STATE:
+                    self.held |= dict.fromkeys(_held_modules(value), f"held by the attribute {name} of {owner.name}")
+            self.mentions += _mentions(owner)
+
+    def _note_read(self, owner: Owner, path: str) -> None:
+        """Notes the module that has the attribute."""
+        holder = path.rpartition(".")[0]
+        if holder:
+            self.read.add(id(owner.module.get_submodule(holder)))
 
     # --- who can see a module ---
 
@@ -127,12 +159,10 @@ class Model:
         if len(places) > 1 or len({step.branch for step in calls}) < len(calls):
             raise NoChainError("called more than once")
         self._check_hidden_callers(module)
-        for call in calls:
-            _check_methods(call)
         return calls
 
     def _check_hidden_callers(self, module: nn.Module) -> None:
-        """A module whose ``forward`` cannot be read may call what is in it, if it names it other than to call it."""
+        """Modules with a ``forward`` that cannot be read, other methods and attributes may call a module as well."""
         for owner in self.owners.values():
             if not owner.unreadable or isinstance(owner.module, _CONTAINERS):
                 continue
@@ -141,6 +171,13 @@ class Model:
                     raise NoChainError(f"maybe called by {owner.name}, which {owner.unreadable}")
                 if not owner.is_stock and _holds(child, module) and _reaches_into(owner.module, path):
                     raise NoChainError(f"maybe called by {owner.name}, which {owner.unreadable}")
+        if id(module) in self.held:
+            raise NoChainError(f"also {self.held[id(module)]}")
+        for mention in self.mentions:
+            if mention.named is module:
+                raise NoChainError(f"also called by {mention.method}")
+            if not mention.is_call and _holds(mention.named, module):
+                raise NoChainError(f"maybe called by {mention.method}")
 
     # --- along a value ---
 
@@ -248,6 +285,8 @@ class Model:
             # Its place in the Sequential is going to be taken, which whoever calls it there would notice.
             if any(not other.owner.is_sequential for other in self.calls[id(child)]):
                 raise NoChainError(f"{step} is called elsewhere")
+            if id(child) in self.read:
+                raise NoChainError(f"followed by {step}, whose attributes are read")
             self._check_hidden_callers(child)
 
     def batch_norm_after(self, layer: nn.Module) -> list[Step]:
@@ -262,6 +301,8 @@ class Model:
         norm = steps[0].child() if len(norms) == 1 and None not in norms else None
         if type(norm) is not nn.BatchNorm2d or norm.running_mean is None or _has_hooks(norm):
             raise NoChainError(f"followed by {steps[0]}")
+        if "forward" in norm.__dict__ or id(layer) in self.read or id(norm) in self.read:
+            raise NoChainError(f"followed by {steps[0]}, and one of the two is used in other ways")
         if {id(step.node) for step in self._only_calls(norm)} != {id(step.node) for step in steps}:
             raise NoChainError(f"{steps[0]} is called elsewhere")
         return steps
@@ -275,6 +316,9 @@ def check_layer(layer: nn.Module) -> None:
         raise NoChainError("has hooks")
     if "forward" in layer.__dict__:
         raise NoChainError("has its forward replaced")
+    for name, parameter in layer.named_parameters(recurse=False):
+        if type(parameter) is not nn.Parameter:  # a quantized or distributed one, which has its own ways with F.linear
+            raise NoChainError(f"its {name} is a {type(parameter).__name__}")
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
         raise NoChainError(f"padding_mode={layer.padding_mode!r}")
 
@@ -399,16 +443,59 @@ def _reaches_into(module: nn.Module, child: str | None) -> bool:
     return False
 
 
-def _check_methods(call: Step) -> None:
-    """A method that ``forward`` does not use, but that calls the child as ``forward`` does, would change."""
-    owner = call.owner
-    if owner.is_sequential or owner.graphs is None:
-        return
-    name = str(call.node.target).partition(".")[0]
-    for method, functions in _methods(owner.module).items():
+# --- who else may call a module --------------------------------------------------------------------------------------
+
+
+def _held_modules(value: Any) -> Iterator[int]:
+    """The modules that an attribute's value leads to, by id: in lists, objects, closures, ..."""
+    pending, seen = [value], set()
+    while pending:
+        item = pending.pop()
+        if id(item) in seen or isinstance(item, (type, types.ModuleType, torch.Tensor, str, bytes, int, float)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, nn.Module):
+            yield id(item)
+        elif isinstance(item, types.FunctionType):  # not its globals, which lead everywhere
+            pending += [*(item.__closure__ or ()), item.__defaults__, item.__kwdefaults__]
+        else:
+            pending += gc.get_referents(item)
+
+
+def _mentions(owner: Owner) -> Iterator[Mention]:
+    """What the methods mention that neither ``forward`` nor ``__init__`` uses."""
+    methods = _methods(owner.module)
+    known = set(owner.graphs.functions) if owner.graphs else set()
+    pending = [*methods.get("__init__", ())]
+    while pending:
+        function = pending.pop()
+        known.add(function)
+        names = {i.argval for body in instructions(function.__code__) for i in body if is_attribute(i)}
+        pending += [f for name in names if name in methods for f in methods[name] if f not in known]
+    for name, functions in methods.items():
         for function in functions:
-            if function in owner.graphs.functions or method == "__init__":
+            if function not in known and name != "forward":
+                for named, is_call in _named_modules(owner.module, function):
+                    yield Mention(f"{type(owner.module).__name__}.{name}", named, is_call)
+
+
+def _named_modules(module: nn.Module, method: types.FunctionType) -> Iterator[tuple[nn.Module, bool]]:
+    """The modules that a method names as ``self.name``, ``self.name.name``, ... and whether it calls them."""
+    names = method.__code__.co_varnames
+    for body in instructions(method.__code__):
+        for position, instruction in enumerate(body):
+            if not (names and is_local(instruction, names[0])):
                 continue
-            for body in instructions(function.__code__):
-                if any(is_attribute(i) and i.argval == name and _is_call(i) for i in body):
-                    raise NoChainError(f"also called by {type(owner.module).__name__}.{method}")
+            named, last = module, instruction
+            rest = iter(body[position + 1 :])
+            following = next(rest, None)
+            while following and is_attribute(following) and named._modules.get(following.argval) is not None:
+                named, last = named._modules[following.argval], following  # type: ignore[assignment]
+                following = next(rest, None)
+            if following and is_attribute(following):
+                if following.argval in ("forward", "__call__"):
+                    yield named, True
+            elif named is not module:
+                yield named, _is_call(last)
+            elif isinstance(module, nn.Sequential) and following and following.opname in _LOOKS_INTO:
+                yield named, False

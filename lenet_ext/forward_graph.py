@@ -3,7 +3,8 @@
 Only what one module's own ``forward`` does is in its graphs: each child is one node, however it works inside. Nothing
 is frozen that can change later. An attribute is a node that reads it (``self.training`` too), and where the code
 branches on attributes, or on arguments that default to a bool, every branch is followed, so that the graphs together
-say what ``forward`` does for all their values. What such graphs cannot say (side effects, context managers, questions
+say what ``forward`` does for all their values; the branch is chosen when ``forward`` begins, so what it is chosen by
+must not change on the way. What such graphs cannot say (side effects, context managers, questions
 about the type of an argument, ...) is recognised in the bytecode before any of it runs, and the module counts as
 unreadable. One thing is taken as it is found, because ``is None`` cannot be intercepted: the attributes that are None.
 They are listed.
@@ -27,7 +28,11 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
+from lenet_ext.net import _has_hooks
+
 MAX_BRANCHES = 16
+# A loop that ends for some values of an attribute only is recorded for the others as well.
+_MAX_QUESTIONS = 1000
 
 # --- what graphs cannot say ------------------------------------------------------------------------------------------
 
@@ -136,8 +141,13 @@ class _Screening:
             raise UnreadableError("is not a plain function")
         cells: dict[str, Any] = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
         for name, cell in cells.items():
-            if name != "__class__":
-                self._check_value(name, cell.cell_contents)
+            if name == "__class__":
+                continue
+            try:
+                value = cell.cell_contents
+            except ValueError:
+                raise UnreadableError(f"reads the variable {name}, which is not set") from None
+            self._check_value(name, value)
         for body in instructions(code):
             for position, instruction in enumerate(body):
                 self._check_instruction(function, body, position, instruction, is_method)
@@ -224,21 +234,6 @@ _COMPARISONS = {
 }
 
 
-def _expression(value: Any, bool_arguments: frozenset[str]) -> str:
-    """Python source of a condition on attributes and arguments with a bool as default."""
-    if isinstance(value, (bool, int, float, str)):
-        return repr(value)
-    if isinstance(value, fx.Node):
-        if value.op == "get_attr":
-            return f"self.{value.target}"
-        if value.op == "placeholder" and value.target in bool_arguments:
-            return str(value.target)
-        if value.op == "call_function" and value.target in _COMPARISONS:
-            left, right = (_expression(argument, bool_arguments) for argument in value.args)
-            return f"({left} {_COMPARISONS[value.target]} {right})"  # type: ignore[index]
-    raise UnreadableError("branches on a value that is known only when it runs")
-
-
 class _Recorder(GraphAppendingTracer):
     """Records one run of ``forward``, which takes the given answers at its branches, then always True."""
 
@@ -249,13 +244,50 @@ class _Recorder(GraphAppendingTracer):
         self.answers = answers
         self.conditions: dict[str, bool] = {}
         self.nones: set[str] = set()
+        self.called: dict[str, nn.Module] = {}
+        self.constants: set[str] = set()
+        self.questions = 0
 
     def to_bool(self, obj: Proxy) -> bool:
-        condition = _expression(obj.node, self.bool_arguments)
+        self.questions += 1
+        condition = self._expression(obj.node)
+        if condition not in self.conditions and len(self.conditions) == MAX_BRANCHES:
+            raise UnreadableError(f"has more than {MAX_BRANCHES} branches")
+        if self.questions > _MAX_QUESTIONS:
+            raise UnreadableError("branches in a loop that does not end for every value it branches on")
         if condition not in self.conditions:
             count = len(self.conditions)
             self.conditions[condition] = self.answers[count] if count < len(self.answers) else True
         return self.conditions[condition]
+
+    def _expression(self, value: Any) -> str:
+        """Python source of a condition on attributes and arguments with a bool as default."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"float({str(value)!r})"
+        if isinstance(value, (bool, int, float, str)):
+            return repr(value)
+        if isinstance(value, fx.Node):
+            if value.op == "get_attr" and value.target in self.constants:
+                self._check_settled(str(value.target))
+                return f"self.{value.target}"
+            if value.op == "placeholder" and value.target in self.bool_arguments:
+                return str(value.target)
+            if value.op == "call_function" and value.target in _COMPARISONS:
+                left, right = (self._expression(argument) for argument in value.args)
+                return f"({left} {_COMPARISONS[value.target]} {right})"  # type: ignore[index]
+        raise UnreadableError("branches on a value that is known only when it runs")
+
+    def _check_settled(self, path: str) -> None:
+        """What is decided when ``forward`` begins must not depend on what a child leaves behind when it is called."""
+        if path.rpartition(".")[2] == "training":  # nobody switches modes in the middle of a call
+            return
+        for called, child in self.called.items():
+            if path.startswith(f"{called}.") or any(_has_hooks(module) for module in child.modules()):
+                raise UnreadableError(f"calls {called}, which may change {path}, and then branches on it")
+
+    def call(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        self.called[path] = module
+        return self.create_proxy("call_module", path, args, kwargs)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, _Handle):
@@ -266,8 +298,11 @@ class _Recorder(GraphAppendingTracer):
 
     def attribute(self, path: str, value: Any) -> Any:
         if value is None:
+            self._check_settled(path)
             self.nones.add(path)
             return None
+        if isinstance(value, (bool, int, float, str)):
+            self.constants.add(path)
         if isinstance(value, nn.Module):
             raise UnreadableError(f"uses {path}, which is not a registered submodule")
         return self.create_proxy("get_attr", path, (), {})
@@ -289,7 +324,7 @@ class _Handle:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._handle_path:
             raise UnreadableError("calls itself")
-        return self._handle_recorder.create_proxy("call_module", self._handle_path, args, kwargs)
+        return self._handle_recorder.call(self._handle_path, self._handle_module, args, kwargs)
 
     def _handle_child(self, name: str) -> Any:
         path = f"{self._handle_path}.{name}" if self._handle_path else name
@@ -389,6 +424,8 @@ def read_forward(module: nn.Module) -> ForwardGraphs:
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         raise UnreadableError("takes any number of arguments")
+    if any(p.name == "self" for p in parameters):
+        raise UnreadableError("has an argument named self that is not its first")
     bool_arguments = frozenset(p.name for p in parameters if isinstance(p.default, bool))
 
     branches: list[Branch] = []
@@ -449,7 +486,8 @@ class Recipe:
         header = signature.replace(parameters=named, return_annotation=signature.empty)
         lines = [f"def forward{header}:".replace(f"({bare[0].name}", "(self", 1)]
         for path in graphs.nones:
-            lines += [f"    if self.{path} is not None:", f"        raise RuntimeError(NOT_NONE.format({path!r}))"]
+            lines.append(f"    if self.{path} is not None:")
+            lines.append(f"        raise RuntimeError(_lenet_ext_not_none.format({path!r}))")
         arguments = ", ".join(
             ["self", *(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else p.name for p in bare[1:])]
         )
@@ -459,9 +497,9 @@ class Recipe:
 
     def subclass(self) -> type[nn.Module]:
         if self._made is None:
-            scope: dict[str, Any] = {"NOT_NONE": _NOT_NONE}
+            scope: dict[str, Any] = {"_lenet_ext_not_none": _NOT_NONE}
             for index, (source, names) in enumerate(self.graphs):
-                scope[f"branch_{index}"] = _function(source, dict(names))
+                scope[f"{_BRANCH}{index}"] = _function(source, dict(names))
             forward = _function(self.source, scope)
             forward.__defaults__, forward.__kwdefaults__ = self.defaults, self.keyword_defaults
             forward.__doc__ = self.base.forward.__doc__
@@ -494,6 +532,7 @@ class Recipe:
         ]
 
 
+_BRANCH = "_lenet_ext_branch_"  # unlike any argument
 _NOT_NONE = "{} was None when the model was fused and is not now; set it first, then call lenet_ext.fuse"
 
 
@@ -527,7 +566,7 @@ def _decision(branches: list[tuple[int, Branch]], arguments: str, depth: int) ->
     indent = "    " * depth
     index, branch = branches[0]
     if len(branches) == 1:
-        return [f"{indent}return branch_{index}({arguments})"]
+        return [f"{indent}return {_BRANCH}{index}({arguments})"]
     # Runs that have given the same answers so far stand before the same question.
     condition = branch.conditions[depth - 1][0]
     sides = [[b for b in branches if b[1].conditions[depth - 1][1] is answer] for answer in (True, False)]
