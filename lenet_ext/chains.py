@@ -40,8 +40,8 @@ _STATE = frozenset(nn.Module().__dict__)
 # What walks over a module's children without naming them.
 _WALKERS = {"_modules", "children", "modules", "named_children", "named_modules", "get_submodule", "__dict__", "apply"}
 
-# What a Sequential's own methods do with `self` to get at its members.
-_LOOKS_INTO = {"GET_ITER", "CALL", "LOAD_CONST", "LOAD_FAST", "BINARY_SUBSCR", "BINARY_SLICE"}
+# What a method can do with `self` without getting at the members of a Sequential.
+_HARMLESS = {"STORE_ATTR", "LOAD_SUPER_ATTR", "RETURN_VALUE"}
 
 
 class Owner:
@@ -497,5 +497,5 @@ def _named_modules(module: nn.Module, method: types.FunctionType) -> Iterator[tu
                     yield named, True
             elif named is not module:
                 yield named, _is_call(last)
-            elif isinstance(module, nn.Sequential) and following and following.opname in _LOOKS_INTO:
+            elif isinstance(module, nn.Sequential) and following and following.opname not in _HARMLESS:
                 yield named, False

@@ -51,13 +51,15 @@ def fuse(model: nn.Module, *, inplace: bool = False, verbose: bool = False, fold
     Chains are found between modules (``nn.ReLU``, ``nn.MaxPool2d``, ``nn.Sequential`` in any nesting) and in what a
     ``forward`` calls (``F.relu``, ``torch.relu``, ``x.relu()``, ``F.max_pool2d``, in place or not), also with the
     pooling before the ReLU, which is the same function. A chain is swapped only where nobody can tell but by the speed:
-    not where a value in between is used elsewhere, or could be seen by a hook, nor around any other operation. Where it
-    is not certain, the layer is left as it is.
+    not where a value in between is used elsewhere, or could be seen by a hook, nor around any other operation, nor
+    where another method or an attribute of the model reaches the layer by itself. Where it is not certain, the layer is
+    left as it is.
 
     Parameters, buffers, attributes, methods, hooks and the keys of the ``state_dict`` are those of the model, and so is
     its class, or a subclass of it where its ``forward`` had to be rewritten. Attributes that ``forward`` reads,
-    ``training`` among them, keep their effect when they change later. Replacing a layer of a fused model by another one
-    does not bring back the ReLU and the pooling that belonged to it: do that first.
+    ``training`` among them, keep their effect when they change later. What changes the layers themselves comes first:
+    replacing one of a fused model by another does not bring back the ReLU and the pooling that belonged to it, setting
+    options of a pooling module has no effect any more, and weights that are quantized do not fit the fused kernels.
 
     Args:
         model: any module, on any device, in training or in evaluation mode.
@@ -90,15 +92,17 @@ def fuse(model: nn.Module, *, inplace: bool = False, verbose: bool = False, fold
             "fuse: fold_batch_norm=True needs a model in evaluation mode, because in training mode BatchNorm2d depends "
             "on the batch; call model.eval() first"
         )
+    title = f"lenet_ext.fuse: {type(model).__name__}"
     if not inplace:
         model = copy.deepcopy(model)
     if fold_batch_norm:
         _fold_batch_norms(model)
     earlier = {record.path: record for record in getattr(model, "fusion_report", ())}
     # Past a __setattr__ of the model's own, which may pass it on or register it.
-    object.__setattr__(model, "fusion_report", tuple(_fuse_chains(model, earlier)))
+    report = tuple(_fuse_chains(model, earlier))
+    object.__setattr__(model, "fusion_report", report)
     if verbose:
-        _print_report(model)
+        _print_report(title, report)
     return model
 
 
@@ -176,11 +180,11 @@ def _fold_batch_norms(model: nn.Module) -> None:
             _replace_by_identity(step)
 
 
-def _print_report(model: nn.Module) -> None:
+def _print_report(title: str, records: tuple[FusionRecord, ...]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("layer", "operations", "fused", "why not", title=f"lenet_ext.fuse: {type(model).__name__}")
-    for record in model.fusion_report:  # type: ignore[union-attr]
+    table = Table("layer", "operations", "fused", "why not", title=title)
+    for record in records:
         table.add_row(record.path or "(the model)", record.what, "yes" if record.fused else "no", record.reason)
     Console().print(table)
