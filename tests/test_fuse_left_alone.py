@@ -1,0 +1,603 @@
+"""`lenet_ext.fuse`: what it must leave as it is, because somebody could tell."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune
+from fusing import IMAGES, Conv, Linear, check, conv, flat, fused_layers, module_like, pool_of_relu, reason
+from torch import nn
+
+from lenet_ext import fuse
+
+# --- what is left alone ----------------------------------------------------------------------------------------------
+
+LEFT = {
+    "batch norm": (nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)), "followed by BatchNorm2d (1)"),
+    "another activation": (nn.Sequential(conv(), nn.GELU(), nn.MaxPool2d(2)), "followed by GELU (1)"),
+    "relu6": (nn.Sequential(conv(), nn.ReLU6(), nn.MaxPool2d(2)), "followed by ReLU6 (1)"),
+    "average pooling": (nn.Sequential(conv(), nn.ReLU(), nn.AvgPool2d(2)), "followed by AvgPool2d (2)"),
+    "adaptive pooling": (
+        nn.Sequential(conv(), nn.ReLU(), nn.AdaptiveMaxPool2d(2)),
+        "followed by AdaptiveMaxPool2d (2)",
+    ),
+    "dropout": (nn.Sequential(conv(), nn.ReLU(), nn.Dropout(0.5), nn.MaxPool2d(2)), "followed by Dropout (2)"),
+    # Its p can be changed later.
+    "dropout of nothing": (
+        nn.Sequential(conv(), nn.ReLU(), nn.Dropout(0.0), nn.MaxPool2d(2)),
+        "followed by Dropout (2)",
+    ),
+    "no relu": (nn.Sequential(conv(), nn.MaxPool2d(2)), "no ReLU after its max-pool"),
+    "no pool": (nn.Sequential(conv(), nn.ReLU()), "no max-pool after its ReLU: its output is the model's output"),
+    "padding mode": (
+        nn.Sequential(conv(padding=1, padding_mode="reflect"), nn.ReLU(), nn.MaxPool2d(2)),
+        "padding_mode",
+    ),
+    "indices": (nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2, return_indices=True)), "followed by MaxPool2d (2)"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_modules_that_are_no_chain(name):
+    model, why = LEFT[name]
+    if name == "indices":
+        fused = fuse(model.double())
+        assert fused_layers(fused) == []
+        x = torch.randn(IMAGES, dtype=torch.float64)
+        torch.testing.assert_close(fused(x), model(x))
+        assert why in fused.fusion_report[0].reason
+    else:
+        assert why in reason(model, "0")
+
+
+LEFT_FORWARDS = {
+    "used elsewhere": (
+        lambda self, x: F.max_pool2d((y := F.relu(self.conv(x))), 2).sum() + y.sum(),
+        "used more than once",
+    ),
+    "conv used elsewhere": (lambda self, x: (F.max_pool2d(F.relu(y := self.conv(x)), 2), y), "used more than once"),
+    "returned": (lambda self, x: (F.max_pool2d(y := F.relu(self.conv(x)), 2), y), "used more than once"),
+    "in place, and used": (lambda self, x: ((y := self.conv(x)).relu_(), F.max_pool2d(y, 2))[1], "used more than once"),
+    "shape": (lambda self, x: F.max_pool2d((y := F.relu(self.conv(x))), 2).sum() / y.shape[2], "used more than once"),
+    "with itself": (lambda self, x: (lambda y: torch.cat([y, y]))(self.conv(x)), "used more than once"),
+    "not used": (lambda self, x: (self.conv(x), x * 2)[1], "not used"),
+    "one of several outputs": (lambda self, x: (self.conv(x), x), "one of several"),
+    "scaled": (lambda self, x: F.max_pool2d(F.relu(self.conv(x) * 2), 2), "followed by mul"),
+    "average": (lambda self, x: F.avg_pool2d(F.relu(self.conv(x)), 2), "followed by avg_pool2d"),
+    "adaptive": (lambda self, x: F.adaptive_max_pool2d(F.relu(self.conv(x)), 2), "followed by adaptive_max_pool2d"),
+    "indices": (
+        lambda self, x: F.max_pool2d(F.relu(self.conv(x)), 2, return_indices=True)[0],
+        "followed by max_pool2d",
+    ),
+    "computed": (lambda self, x: F.max_pool2d(F.relu(self.conv(x)), x.shape[2] // 4), "options are computed"),
+    "dropout": (lambda self, x: F.max_pool2d(F.dropout(F.relu(self.conv(x)), 0.5, self.training), 2), "dropout"),
+    "activation": (lambda self, x: F.max_pool2d(F.leaky_relu(self.conv(x)), 2), "followed by leaky_relu"),
+    "twice": (lambda self, x: F.max_pool2d(self.conv(x).relu(), 2).sum() + self.conv(x).sum(), "more than once"),
+    "gradient hook": (
+        lambda self, x: ((y := self.conv(x)).register_hook(lambda g: g * 2), F.max_pool2d(F.relu(y), 2))[1],
+        "cannot be traced",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_FORWARDS)
+def test_forwards_that_are_no_chain(name):
+    forward, why = LEFT_FORWARDS[name]
+    assert why in reason(module_like(Conv, forward), "conv")
+
+
+def test_a_relu_after_another_operation_on_linear():
+    assert "followed by sin" in reason(module_like(Linear, lambda self, x: F.relu(self.fc(x).sin())), "fc")
+
+
+class OwnConv(nn.Conv2d):
+    def forward(self, input):
+        return super().forward(input) + 1
+
+
+class OwnReLU(nn.ReLU):
+    def forward(self, input):
+        return super().forward(input) + 1
+
+
+def test_subclasses_with_a_forward_of_their_own():
+    assert "subclass" in reason(nn.Sequential(OwnConv(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2)), "0")
+    assert "followed by add" in reason(nn.Sequential(conv(), OwnReLU(), nn.MaxPool2d(2)), "0")
+
+
+def test_parametrized_layers():
+    model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2))
+    nn.utils.parametrizations.weight_norm(model[0])
+    assert "subclass" in reason(model, "0")
+
+
+def test_pruned_layers():
+    model = nn.Sequential(nn.Linear(6, 3), nn.ReLU())
+    nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    (record,) = fuse(model, inplace=True).fusion_report  # in place: torch cannot copy it
+    assert (record.fused, record.reason) == (False, "has hooks")
+
+
+def test_a_forward_replaced_on_the_instance():
+    model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2))
+    model[0].forward = lambda x: F.conv2d(x, torch.ones(1, 3, 1, 1, dtype=x.dtype))
+    assert "forward replaced" in reason(model, "0")
+    model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2))
+    model[1].forward = torch.sin
+    assert "forward replaced" in reason(model, "0")
+    model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2))
+    model.forward = lambda x: x.sin()
+    fused = fuse(model)
+    assert fused_layers(fused) == []
+
+
+def test_a_shared_layer():
+    shared = nn.Linear(12, 12)
+    assert "more than once" in reason(nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU()), "0")
+    assert "more than once" in reason(nn.Sequential(nn.Sequential(shared, nn.ReLU()), shared), "0.0")
+    # A block may well be used twice, as long as the chain is inside it.
+    block = nn.Sequential(nn.Linear(12, 12), nn.ReLU())
+    check(nn.Sequential(block, nn.Sigmoid(), block), ["0.0"])
+    # The last ReLU is outside of it: the other use of the block has none.
+    block = nn.Sequential(nn.Linear(12, 12))
+    assert "called more than once" in reason(nn.Sequential(block, nn.ReLU(), block), "0.0")
+
+
+def test_a_member_that_is_also_called_directly():
+    model = module_like(
+        nn.Module,
+        lambda self, x: self.block(x).sum() + self.block[1](x).sum(),
+        block=nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2)),
+    )
+    assert "called elsewhere" in reason(model, "block.0")
+
+
+class WithAnotherMethod(Conv):
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.conv(x)), 2)
+
+    def features(self, x):
+        return self.conv(x)
+
+
+def test_a_layer_that_another_method_calls():
+    assert "also called by WithAnotherMethod.features" in reason(WithAnotherMethod(), "conv")
+
+
+# --- hooks -----------------------------------------------------------------------------------------------------------
+
+HOOKS = {
+    "forward": lambda module: module.register_forward_hook(lambda m, i, o: o + 1),
+    "forward pre": lambda module: module.register_forward_pre_hook(lambda m, i: (i[0] + 1,)),
+    "backward": lambda module: module.register_full_backward_hook(lambda m, i, o: tuple(g * 2 for g in i)),
+    "backward pre": lambda module: module.register_full_backward_pre_hook(lambda m, o: tuple(g * 2 for g in o)),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("place", ["0.0", "0.1", "1", "0"])
+def test_hooks_inside_a_chain_stop_it(kind, place):
+    model = nn.Sequential(nn.Sequential(conv(), nn.ReLU()), nn.MaxPool2d(2))
+    HOOKS[kind](model.get_submodule(place))
+    assert "hooks" in reason(model, "0.0")
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_outside_of_a_chain_survive(kind):
+    model = nn.Sequential(nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2)), module_like(nn.Module, lambda s, x: x * 2))
+    HOOKS[kind](model)
+    HOOKS[kind](model[0])
+    HOOKS[kind](model[1])
+    check(model, ["0.0"])
+    model = module_like(Conv, lambda self, x: pool_of_relu(self.conv(x)))
+    HOOKS[kind](model)
+    check(model, ["conv"])
+
+
+def test_hooks_on_all_modules_stop_everything():
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
+    try:
+        assert "hooks" in reason(nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2)), "0")
+    finally:
+        handle.remove()
+
+
+def test_a_hook_on_a_relu_used_in_a_forward():
+    model = module_like(Conv, lambda self, x: F.max_pool2d(self.relu(self.conv(x)), 2), relu=nn.ReLU())
+    model.relu.register_forward_hook(lambda m, i, o: o + 1)
+    assert "hooks" in reason(model, "conv")
+
+
+# --- what else may call or change a layer ----------------------------------------------------------------------------
+
+
+class Remembers(nn.Module):
+    """A side effect that its parent can read: an auxiliary loss, a cache, a state."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.flag = None, False
+
+    def forward(self, x):
+        self.last, self.flag = x.sum(), not self.flag
+        return x
+
+
+def _none_until_the_child_ran(self, x):
+    x = self.child(pool_of_relu(self.conv(x)))
+    return x if self.child.last is None else x + self.child.last
+
+
+def _returns_what_the_child_left(self, x):
+    return self.child(pool_of_relu(self.conv(x))), self.child.last
+
+
+def _branches_on_what_the_child_left(self, x):
+    x = self.child(pool_of_relu(self.conv(x)))
+    return x * 3 if self.child.flag else x
+
+
+def _calls_the_child_until_it_is_done(self, x):
+    x = pool_of_relu(self.conv(x))
+    while not self.child.flag:
+        x = self.child(x)
+    return x
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        _none_until_the_child_ran,
+        _returns_what_the_child_left,
+        _branches_on_what_the_child_left,
+        _calls_the_child_until_it_is_done,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_an_attribute_that_a_child_changes(forward):
+    model = module_like(Conv, forward, child=Remembers()).double()
+    fused = fuse(model)
+    assert fused_layers(fused) == []
+    assert "child" in fused.fusion_report[0].reason
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    for _ in range(3):
+        for ours, stock in zip(flat(fused(x)), flat(model(x)), strict=True):
+            torch.testing.assert_close(ours, stock)
+
+
+class HookSetsAttribute(Conv):
+    def __init__(self):
+        super().__init__()
+        self.tail, self.captured = nn.Tanh(), None
+        self.tail.register_forward_hook(self.capture)
+
+    def capture(self, module, inputs, output):
+        self.captured = output
+
+    def forward(self, x):
+        x = self.tail(pool_of_relu(self.conv(x)))
+        return x if self.captured is None else x + self.captured
+
+
+def test_an_attribute_that_a_hook_of_a_child_changes():
+    model = HookSetsAttribute().double()
+    fused = fuse(model)
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), model(x))
+    assert "may change captured" in fused.fusion_report[0].reason
+
+
+def _branches_on_a_list(self, x):
+    x = pool_of_relu(self.conv(x))
+    self.log.append(1)
+    return x * 3 if self.log else x
+
+
+def test_a_branch_on_an_attribute_that_can_change_in_place():
+    model = module_like(Conv, _branches_on_a_list, log=[]).double()
+    fused = fuse(model)
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), model(x))
+    assert "branches on" in fused.fusion_report[0].reason
+
+
+def _counts_up_to_an_attribute(self, x):
+    x, i = pool_of_relu(self.conv(x)), 0
+    while i < self.steps:
+        x, i = x * 2, i + 1
+    return x
+
+
+def _loops_until_an_attribute_is_set(self, x):
+    x = pool_of_relu(self.conv(x))
+    while True:
+        x = x * 2
+        if self.steps:
+            return x
+
+
+@pytest.mark.parametrize("forward", [_counts_up_to_an_attribute, _loops_until_an_attribute_is_set])
+def test_a_loop_without_an_end_in_one_of_its_branches(forward):
+    model = module_like(Conv, forward, steps=2)
+    assert "branches" in reason(model, "conv")
+
+
+class Holder:
+    def __init__(self, module):
+        self.module = module
+
+    def run(self, x):
+        return self.module(x)
+
+
+HELD = {
+    "list": (lambda conv: [conv], lambda self, x: self.held[0](x)),
+    "dict": (lambda conv: {"a": (conv,)}, lambda self, x: self.held["a"][0](x)),
+    "object": (Holder, lambda self, x: self.held.run(x)),
+    "partial": (functools.partial, lambda self, x: self.held(x)),
+    "closure": (lambda conv: lambda x: conv(x), lambda self, x: self.held(x)),
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_layer_that_an_attribute_holds_as_well(kind, nested):
+    """In place, because a copy leaves closures behind."""
+    hold, call = HELD[kind]
+
+    def forward(self, x):
+        return self.tail(self.conv(x)).sum() + call(self, x).sum()
+
+    model = module_like(Conv, forward, tail=nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))).double()
+    if nested:
+        model.conv = nn.Sequential(model.conv)
+    model.held = hold(model.conv[0] if nested else model.conv)
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    expected = model(x)
+    fuse(model, inplace=True)
+    assert "held by the attribute held" in model.fusion_report[0].reason
+    torch.testing.assert_close(model(x), expected)
+
+
+class Methods(nn.Module):
+    """Methods beside `forward` that would notice."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2))
+        self.initialize()
+
+    def forward(self, x):
+        return self.features(x)
+
+    def initialize(self):
+        """Called by ``__init__`` only, like many a method that goes through the layers."""
+        for layer in self.features:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.zeros_(layer.bias)
+
+
+class Harmless(Methods):
+    def freeze(self):
+        for parameter in self.features.parameters():
+            parameter.requires_grad_(False)
+        return self.features.training
+
+    def logits(self, x):
+        return self.features(x) * 2
+
+
+class IndexesInAMethod(Methods):
+    def first(self, x):
+        return self.features[0](x)
+
+
+class LoopsInAMethod(Methods):
+    def taps(self, x):
+        return [x := layer(x) for layer in self.features]
+
+
+class SharesByAProperty(Methods):
+    @property
+    def stem(self):
+        return self.features
+
+
+class Trunk(nn.Sequential):
+    def train(self, mode=True):
+        super().train(mode)
+        return self
+
+
+class Backbone(nn.Sequential):
+    def taps(self, x):
+        return [x := layer(x) for layer in self]
+
+
+class Reaches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = module_like(Conv, lambda self, x: pool_of_relu(self.conv(x)))
+
+    def forward(self, x):
+        return self.block(x)
+
+    def raw(self, x):
+        return self.block.conv(x)
+
+
+def test_methods_that_do_not_notice():
+    fused = check(Harmless(), ["features.0"])
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    torch.testing.assert_close(fused.logits(x), 2 * fused(x))
+    check(Trunk(conv(), nn.ReLU(), nn.MaxPool2d(2)), ["0"])
+
+
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        (IndexesInAMethod, "IndexesInAMethod.first"),
+        (LoopsInAMethod, "LoopsInAMethod.taps"),
+        (SharesByAProperty, "SharesByAProperty.stem"),
+        (lambda: Backbone(conv(), nn.ReLU(), nn.MaxPool2d(2)), "Backbone.taps"),
+        (Reaches, "Reaches.raw"),
+    ],
+)
+def test_methods_that_would_notice(make, method):
+    fused = check(make(), [])
+    assert f"called by {method}" in fused.fusion_report[0].reason
+
+
+def test_an_attribute_of_a_module_that_would_go():
+    tail = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
+    model = module_like(Conv, lambda self, x: self.tail(self.conv(x)) * self.tail[1].kernel_size, tail=tail)
+    assert "whose attributes are read" in reason(model, "conv")
+
+
+def _not_set_yet():
+    def forward(self, x):
+        return pool_of_relu(self.conv(x)) if self.conv is not None else later
+
+    if False:
+        later = 1
+    return forward
+
+
+def _first_argument_is_not_self(this, self):
+    return pool_of_relu(this.conv(self))
+
+
+def test_a_variable_without_a_value_and_an_argument_called_self():
+    assert "not set" in reason(module_like(Conv, _not_set_yet()), "conv")
+    assert "argument named self" in reason(module_like(Conv, _first_argument_is_not_self), "conv")
+
+
+def test_arguments_with_names_of_the_generated_code():
+    def forward(model, input, /, branch_0=1, torch=2, *, last=3):
+        return pool_of_relu(model.conv(input)) * branch_0 * torch * last
+
+    check(module_like(Conv, forward), ["conv"])
+
+
+class Packed(torch.Tensor):
+    """A weight that only F.linear can use, like those of quantization libraries."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        if function is F.linear:
+            return super().__torch_function__(function, types, (arguments[0], arguments[1] * 2, arguments[2]), {})
+        return super().__torch_function__(function, types, arguments, options or {})
+
+
+def test_weights_of_another_class_than_parameter():
+    model = nn.Sequential(nn.Linear(12, 5), nn.ReLU()).double()
+    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Packed), requires_grad=False)
+    x = torch.randn(2, 12, dtype=torch.float64)
+    expected = model(x)
+    fuse(model, inplace=True)  # torch cannot copy such a weight
+    assert "its weight is a Packed" in model.fusion_report[0].reason
+    assert torch.equal(model(x), expected)
+
+
+# --- models that cannot be read --------------------------------------------------------------------------------------
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2))
+        self.head = nn.Linear(100, 3)
+
+    def forward(self, x):
+        x = self.features(x)
+        if x.sum() > 0:
+            x = x * 2
+        return F.relu(self.head(x.flatten(1)))
+
+
+def test_inside_an_untraceable_model():
+    fused = check(Untraceable(), ["features.0"])
+    assert type(fused) is Untraceable
+    assert "branches on a value" in fused.fusion_report[1].reason
+
+
+class Taps(Untraceable):
+    """A perceptual loss and the like: it walks through the Sequential by itself."""
+
+    def forward(self, x):
+        taps = []
+        for layer in self.features:
+            x = layer(x)
+            if x.sum() > 0:
+                taps.append(x)
+        return taps
+
+
+class Indexes(Untraceable):
+    def forward(self, x):
+        y = self.features[0](x)
+        return self.features(x).sum() + (y if y.sum() > 0 else -y)
+
+
+class Walks(Untraceable):
+    def forward(self, x):
+        for child in self.children():
+            for layer in child.children() if isinstance(child, nn.Sequential) else [nn.Flatten()]:
+                x = layer(x)
+        return x
+
+
+class Escapes(Untraceable):
+    def forward(self, x):
+        return first_layer(self, x) if x.sum() > 0 else -first_layer(self, x)
+
+
+def first_layer(model, x):
+    return model.features[0](x)
+
+
+@pytest.mark.parametrize("kind", [Taps, Indexes, Walks, Escapes])
+def test_an_untraceable_model_that_reaches_into_its_children(kind):
+    assert "maybe called by the model" in reason(kind(), "features.0")
+
+
+class ReadWalk(Untraceable):
+    def forward(self, x):
+        for layer in self.features:
+            x = layer(x)
+        return x
+
+
+def test_a_readable_model_that_reaches_into_its_children():
+    """Each layer has two callers now: the model, and the Sequential, should anyone call that."""
+    assert "more than once" in reason(ReadWalk(), "features.0")
+
+
+def test_a_chain_does_not_end_in_an_untraceable_module():
+    block = module_like(Conv, lambda self, x: F.relu(self.conv(x)))
+    model = module_like(nn.Module, _data_dependent_pool, block=block)
+    assert "no max-pool" in reason(model, "block.conv")
+
+
+def _data_dependent_pool(self, x):
+    x = self.block(x)
+    return F.max_pool2d(x, 2) if x.sum() > 0 else x
+
+
+def test_layers_inside_torchs_own_modules():
+    model = nn.TransformerEncoderLayer(12, 2, 8, batch_first=True, dropout=0.0)
+    check(nn.Sequential(model, nn.Linear(12, 4), nn.ReLU()), ["1"], torch.randn(2, 5, 12, dtype=torch.float64))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_models_that_are_no_python():
+    traced = torch.jit.trace(nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2)), torch.randn(IMAGES))
+    x = torch.randn(IMAGES)
+    fused = fuse(traced)
+    assert torch.equal(fused(x), traced(x))
+    graph_module = torch.fx.symbolic_trace(module_like(Conv, lambda self, x: pool_of_relu(self.conv(x))))
+    fused = fuse(graph_module)
+    torch.testing.assert_close(fused(x), graph_module(x))
