@@ -11,7 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
-from fusing import IMAGES, Conv, Linear, Switches, assert_same, check, conv, fused_layers, module_like, pool_of_relu
+from fusing import (
+    IMAGES,
+    Conv,
+    Linear,
+    Switches,
+    assert_same,
+    check,
+    conv,
+    flat,
+    fused_layers,
+    module_like,
+    pool_of_relu,
+)
 from torch import nn
 
 import lenet_ext
@@ -343,20 +355,6 @@ def test_functional_call_and_vmap():
     assert ours.keys() == stock.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], stock[name], rtol=1e-10, atol=1e-10)
-
-
-def test_compile_and_export():
-    model = Whole()
-    fused = fuse(model)
-    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    for training in (True, False):
-        for m in (fused, model):
-            m.train(training)
-        for batch in (2, 3):
-            x = torch.randn(batch, *IMAGES[1:])
-            torch.testing.assert_close(compiled(x), model(x))
-    exported = torch.export.export(fused, (x,)).module()
-    torch.testing.assert_close(exported(x), model(x))
 
 
 # --- ties, NaN, infinities -------------------------------------------------------------------------------------------
