@@ -7,6 +7,7 @@ recognition", Proceedings of the IEEE 86(11), 1998, in the form that PyTorch's t
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -115,7 +116,7 @@ class Net(nn.Module):
             type(input) is not Tensor
             or input.dtype is not torch.float32
             or input.dim() != 4
-            or not (on_cpu or (input.is_cuda and _HAS_CUDA))
+            or not (on_cpu or (input.is_cuda and _has_cuda()))
             or input.layout is not torch.strided
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
@@ -152,8 +153,11 @@ class Net(nn.Module):
         return parameters
 
 
-# Otherwise the layers say how to build the package with CUDA.
-_HAS_CUDA = build_info()["cuda"] is not None
+@cache
+def _has_cuda() -> bool:
+    """Otherwise the layers say how to build the package with CUDA."""
+    return build_info()["cuda"] is not None
+
 
 # The children of an unmodified Net, and the shapes of their weights where the constructor does not choose them.
 _CHILDREN: dict[str, tuple[type[nn.Module], tuple[int, ...] | None]] = {
