@@ -144,8 +144,12 @@ def test_own_kernels_are_strict_float32(name):
     """Flags that allow TF32 concern the vendor's kernels; the error of ours stays that of float32."""
     function, tensors = operands(name, 32)
     expected = function(*[t.double() for t in tensors])
+    before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    got = function(*tensors)
+    try:
+        got = function(*tensors)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
