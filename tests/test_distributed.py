@@ -234,8 +234,10 @@ def test_half_an_environment_is_an_error_that_names_the_rest(monkeypatch: pytest
 def test_a_failure_says_in_which_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for rank, who in (("0", ""), ("1", "process 1: ")):
+    # A rank without WORLD_SIZE is not torchrun's.
+    for rank, size, who in (("0", "2", ""), ("1", "2", "process 1: "), ("1", "1", "")):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", size)
         assert main(["eval", str(tmp_path / "absent.pt")]) == 1
         error = capsys.readouterr().err
         assert error.startswith(f"lenet-ext eval: error: {who}{tmp_path}"), error
