@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "build_info.h"
+#include "call_path.h"
 
 // `padding` is (top, bottom, left, right): padding="same" with an even kernel is not symmetric.
 #define CONV_POOL_OPTIONS                                        \
@@ -47,4 +48,5 @@ TORCH_LIBRARY(lenet_ext, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Operators of lenet_ext; importing this module registers torch.ops.lenet_ext.*";
   m.def("build_info", &lenet_ext::build_info, "Facts about this build, as lenet_ext.build_info() reports them.");
+  if (PyModule_AddFunctions(m.ptr(), lenet_ext::call_path_functions) != 0) throw pybind11::error_already_set();
 }

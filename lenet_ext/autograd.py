@@ -413,6 +413,11 @@ _DIRECT_APPLY: dict[type[Function], Any] = {
 }
 
 
+def direct_apply(function: type[Function]) -> Any:
+    """``function.apply`` for calls of which is known that neither torch.compile nor torch.func sees them."""
+    return _DIRECT_APPLY[function]
+
+
 def apply(function: type[Function], *args: Any) -> Any:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)

@@ -23,13 +23,13 @@ from lenet_ext import functional
 from lenet_ext.forward_graph import (
     ForwardGraphs,
     UnreadableError,
+    has_hooks,
     instructions,
     is_attribute,
     is_local,
     own_classes,
     read_forward,
 )
-from lenet_ext.net import _has_hooks
 
 _RELUS = {torch.relu, torch.relu_, F.relu}
 _MAX_POOLS = {torch.max_pool2d, F.max_pool2d}
@@ -185,7 +185,7 @@ class Model:
         """The one call of a module that a chain goes into or out of."""
         if owner.module is self.root:
             raise NoChainError("its output is the model's output")
-        if _has_hooks(owner.module):
+        if has_hooks(owner.module):
             raise NoChainError(f"{owner.name} has hooks")
         try:
             call = self._only_calls(owner.module)[0]
@@ -277,7 +277,7 @@ class Model:
         if step.node.op != "call_module":
             return
         child = step.child()
-        if _has_hooks(child):
+        if has_hooks(child):
             raise NoChainError(f"{step} has hooks")
         if "forward" in child.__dict__:
             raise NoChainError(f"{step} has its forward replaced")
@@ -299,7 +299,7 @@ class Model:
         steps = [self.following(call, []) for call in self._only_calls(layer)]
         norms = {id(step.child()) if step.node.op == "call_module" else None for step in steps}
         norm = steps[0].child() if len(norms) == 1 and None not in norms else None
-        if type(norm) is not nn.BatchNorm2d or norm.running_mean is None or _has_hooks(norm):
+        if type(norm) is not nn.BatchNorm2d or norm.running_mean is None or has_hooks(norm):
             raise NoChainError(f"followed by {steps[0]}")
         if "forward" in norm.__dict__ or id(layer) in self.read or id(norm) in self.read:
             raise NoChainError(f"followed by {steps[0]}, and one of the two is used in other ways")
@@ -312,7 +312,7 @@ def check_layer(layer: nn.Module) -> None:
     """Raises NoChainError unless the layer does what stock's Conv2d or Linear does."""
     if type(layer) not in (nn.Conv2d, nn.Linear):
         raise NoChainError(f"a subclass of torch's layer: {type(layer).__name__}")
-    if _has_hooks(layer):
+    if has_hooks(layer):
         raise NoChainError("has hooks")
     if "forward" in layer.__dict__:
         raise NoChainError("has its forward replaced")

@@ -28,8 +28,6 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
-from lenet_ext.net import _has_hooks
-
 MAX_BRANCHES = 16
 # A loop that ends for some values of an attribute only is recorded for the others as well.
 _MAX_QUESTIONS = 1000
@@ -121,6 +119,17 @@ def is_local(instruction: dis.Instruction, name: str) -> bool:
 def own_classes(module_class: type) -> list[type]:
     """The classes of the module that are not torch's."""
     return [c for c in module_class.__mro__ if c is not object and c.__module__.partition(".")[0] != "torch"]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is called before or after the module, in its forward or its backward pass."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    )
 
 
 class _Screening:
@@ -282,7 +291,7 @@ class _Recorder(GraphAppendingTracer):
         if path.rpartition(".")[2] == "training":  # nobody switches modes in the middle of a call
             return
         for called, child in self.called.items():
-            if path.startswith(f"{called}.") or any(_has_hooks(module) for module in child.modules()):
+            if path.startswith(f"{called}.") or any(has_hooks(module) for module in child.modules()):
                 raise UnreadableError(f"calls {called}, which may change {path}, and then branches on it")
 
     def call(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> Any:

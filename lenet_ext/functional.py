@@ -14,7 +14,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from lenet_ext import ops
 from lenet_ext._build import require_cuda
-from lenet_ext.autograd import ConvReLUMaxPool2dFunction, LinearFunction, LinearReLUFunction, apply
+from lenet_ext._C import call_path
+from lenet_ext.autograd import ConvReLUMaxPool2dFunction, LinearFunction, LinearReLUFunction, apply, direct_apply
 
 __all__ = ["conv_relu_max_pool2d", "linear", "linear_relu"]
 
@@ -138,6 +139,14 @@ def _needs_function(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+# What call_path() answers about an ordinary call; 0 stands for all others, which go on to the general code.
+OPERATOR, FUNCTION = 1, 2
+
+_apply_conv = direct_apply(ConvReLUMaxPool2dFunction)
+_apply_linear = direct_apply(LinearFunction)
+_apply_linear_relu = direct_apply(LinearReLUFunction)
+
+
 # --- the operations --------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +240,12 @@ def conv_relu_max_pool2d(
 
 def conv_relu_max_pool2d_normalized(input: Tensor, weight: Tensor, bias: Tensor | None, options: tuple) -> Tensor:
     """:func:`conv_relu_max_pool2d` with options from :func:`normalize_options`, which a module computes once."""
+    if not torch.compiler.is_compiling() and options[4][0] * options[4][1] <= ops.MAX_WINDOW:
+        path = call_path(input, weight, bias)
+        if path == OPERATOR:
+            return ops.conv_relu_max_pool2d(input, weight, bias, *options)
+        if path == FUNCTION:
+            return _apply_conv(input, weight, bias, *options)[0]
     device_type = input.device.type
     if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
         input, weight, bias = _autocast(device_type, input, weight, bias)  # type: ignore[assignment]
@@ -277,6 +292,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         TypeError: an argument is not a tensor.
         NotImplementedError: forward-mode AD.
     """
+    if not torch.compiler.is_compiling():
+        path = call_path(input, weight, bias)
+        if path == OPERATOR:
+            return ops.linear(input, weight, bias)
+        if path == FUNCTION:
+            return _apply_linear(input, weight, bias)
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
     _check_tensors("linear", input, weight, bias)
@@ -301,6 +322,12 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         tensor([[0.],
                 [0.]])
     """
+    if not torch.compiler.is_compiling():
+        path = call_path(input, weight, bias)
+        if path == OPERATOR:
+            return ops.linear_relu(input, weight, bias)
+        if path == FUNCTION:
+            return _apply_linear_relu(input, weight, bias)
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
     _check_tensors("linear_relu", input, weight, bias)

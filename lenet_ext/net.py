@@ -7,17 +7,16 @@ recognition", Proceedings of the IEEE 86(11), 1998, in the form that PyTorch's t
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 import torch.nn.modules.module as global_hooks
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from lenet_ext import autograd, ops
-from lenet_ext._build import build_info
+from lenet_ext._C import lenet_path, untouched_parameters
+from lenet_ext.functional import FUNCTION, OPERATOR
 from lenet_ext.nn import ConvReLUMaxPool2d, Linear, LinearReLU
 
 __all__ = ["Net", "ReferenceNet"]
@@ -60,11 +59,11 @@ class Net(nn.Module):
         self.fc3 = Linear(84, num_classes, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        parameters = self._whole_network_parameters(input)
-        if parameters is not None:
-            if torch.is_grad_enabled() and (input.requires_grad or any(p.requires_grad for p in parameters)):
-                return autograd.apply(autograd.LeNetFunction, *parameters, input)[0]
+        path, parameters = self._whole_network(input)
+        if path == OPERATOR:
             return ops.lenet(input, parameters)
+        if path == FUNCTION:
+            return _apply_lenet(*parameters, input)[0]
         features = self.conv2(self.conv1(input))
         return self.fc3(self.fc2(self.fc1(features.flatten(-3))))
 
@@ -104,70 +103,41 @@ class Net(nn.Module):
             )
         return _converted(reference, cls)
 
-    def _whole_network_parameters(self, input: Tensor) -> list[Tensor] | None:
-        """The ten parameters if the network can run as one operator with no observable difference, else None.
+    def _whole_network(self, input: Tensor) -> tuple[int, list[Tensor]]:
+        """Whether the network can run as one operator with no observable difference, and its ten parameters then.
 
         It cannot if anything could look at or change what happens between the layers (hooks, replaced or subclassed
         children, parametrizations, dispatch modes, tracing, torch.compile, torch.func) or if the arguments are not what
         the operator takes, in which case the layers say what is wrong.
         """
-        on_cpu = type(input) is Tensor and input.is_cpu  # a fifth of the cost of asking for the device
-        if (
-            type(input) is not Tensor
-            or input.dtype is not torch.float32
-            or input.dim() != 4
-            or not (on_cpu or (input.is_cuda and _has_cuda()))
-            or input.layout is not torch.strided
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or torch.is_autocast_enabled("cpu" if on_cpu else "cuda")
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._len_torch_function_stack() > 0
-            or forward_ad._current_level >= 0
-            or _has_global_hooks()
-        ):
-            return None
-        modules = self._modules
-        if len(modules) != len(_CHILDREN):
-            return None
-        parameters: list[Tensor] = []
-        for name, (kind, weight_shape) in _CHILDREN.items():
-            child = modules.get(name)
-            if type(child) is not kind or "forward" in child.__dict__ or _has_hooks(child):
-                return None
-            own = child.__dict__["_parameters"]
-            weight, bias = own.get("weight"), own.get("bias")
-            # Another dtype or device, or a bias of another size, is an error in the operator as in the layers.
-            if (
-                type(weight) is not nn.Parameter
-                or type(bias) is not nn.Parameter
-                or (weight_shape is not None and weight.shape != weight_shape)
-                or (type(child) is ConvReLUMaxPool2d and child._options() != autograd.LENET_OPTIONS)
-            ):
-                return None
-            parameters += (weight, bias)
-        first = parameters[0].shape
-        if first[0] != 6 or first[2:] != (5, 5) or input.shape[1:] != (first[1], 32, 32):
-            return None
-        return parameters
+        if not torch.compiler.is_compiling() and not _has_global_hooks():
+            parameters = untouched_parameters(self._modules, _CHILDREN)
+            if parameters is not None:
+                return lenet_path(input, parameters), parameters
+        return 0, []
 
 
-@cache
-def _has_cuda() -> bool:
-    """Otherwise the layers say how to build the package with CUDA."""
-    return build_info()["cuda"] is not None
-
-
-# The children of an unmodified Net, and the shapes of their weights where the constructor does not choose them.
-_CHILDREN: dict[str, tuple[type[nn.Module], tuple[int, ...] | None]] = {
-    "conv1": (ConvReLUMaxPool2d, None),
-    "conv2": (ConvReLUMaxPool2d, (16, 6, 5, 5)),
-    "fc1": (LinearReLU, (120, 400)),
-    "fc2": (LinearReLU, (84, 120)),
-    "fc3": (Linear, None),
+# The options of both convolutions of an unmodified Net, as a layer stores them, and its children.
+_CONVOLUTION = {
+    "stride": (1, 1),
+    "padding": (0, 0),
+    "dilation": (1, 1),
+    "groups": 1,
+    "pool_kernel_size": 2,
+    "pool_stride": 2,
+    "pool_padding": 0,
+    "pool_dilation": 1,
+    "ceil_mode": False,
 }
+_CHILDREN: tuple[tuple[str, type[nn.Module], dict[str, object]], ...] = (
+    ("conv1", ConvReLUMaxPool2d, _CONVOLUTION),
+    ("conv2", ConvReLUMaxPool2d, _CONVOLUTION),
+    ("fc1", LinearReLU, {}),
+    ("fc2", LinearReLU, {}),
+    ("fc3", Linear, {}),
+)
 
+_apply_lenet = autograd.direct_apply(autograd.LeNetFunction)
 
 _AnyNet = TypeVar("_AnyNet", "Net", "ReferenceNet")
 
@@ -182,16 +152,6 @@ def _converted(net: Net | ReferenceNet, kind: type[_AnyNet]) -> _AnyNet:
     for name, module in other.named_modules():
         module.training = net.get_submodule(name).training
     return other
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    state = module.__dict__
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-    )
 
 
 def _has_global_hooks() -> bool:

@@ -163,33 +163,72 @@ void gemm_run(const Gemm<A>& g, int64_t begin, int64_t end) {
   }
 }
 
+// Sums of a tile of dot products: as many as one call of sums_of_lanes() finishes, but enough multiply-adds in flight.
+template <typename A>
+constexpr int kNTSums = max_of(kLanes<A>, 8);
+
+// Finishes the sums of a tile: totals[i] = the sum of the lanes of sums[i].
+template <typename A, int count>
+LENET_EXT_INLINE void finish_sums(const Vec<A, kLanes<A>> (&sums)[count], A* totals) {
+  constexpr int lanes = kLanes<A>;
+  if constexpr (sizeof(A) == 4) {
+    LENET_EXT_UNROLL for (int first = 0; first < count; first += lanes) {
+      Vec<A, lanes> group[lanes] = {};
+      LENET_EXT_UNROLL for (int i = 0; i < lanes; ++i)
+        if (first + i < count) group[i] = sums[first + i];
+      store(totals + first, sums_of_lanes<lanes>(group));
+    }
+  } else {
+    LENET_EXT_UNROLL for (int i = 0; i < count; ++i)
+      totals[i] = sum_lanes<A, lanes>(sums[i]);
+  }
+}
+
 // Dot products of `rows` rows of a with `columns` rows of b, the lanes along k: needs no transposed weight, and is
-// the better choice for few rows.
+// the better choice for few rows. What is left of k is the upper lanes of the last vector, the lower ones cleared: its
+// lower elements have been added before.
 template <typename A, int rows, int columns>
 void gemm_nt_tile(const GemmNT<A>& g, int64_t row, int64_t column) {
-  constexpr int lanes = kLanes<A>;
+  constexpr int lanes = kLanes<A>, count = rows * columns;
   using V = Vec<A, lanes>;
   const A* a = g.a + row * g.k;
   const A* b = g.b + column * g.k;
-  V sum[rows][columns] = {};
-  int64_t k = 0;
-  for (; k + lanes <= g.k; k += lanes) {
+  V sum[count] = {};
+  auto add = [&](int64_t k, auto part) __attribute__((always_inline)) {
     V left[rows];
     LENET_EXT_UNROLL for (int r = 0; r < rows; ++r)
-      left[r] = load<V>(a + r * g.k + k);
+      left[r] = part(load<V>(a + r * g.k + k));
     LENET_EXT_UNROLL for (int c = 0; c < columns; ++c) {
-      const V right = load<V>(b + c * g.k + k);
+      const V right = part(load<V>(b + c * g.k + k));
       LENET_EXT_UNROLL for (int r = 0; r < rows; ++r)
-        sum[r][c] += left[r] * right;
+        sum[r * columns + c] += left[r] * right;
     }
+  };
+  int64_t k = 0;
+  for (; k + lanes <= g.k; k += lanes) add(k, [](V v) __attribute__((always_inline)) { return v; });
+  const bool by_lanes = k > 0;
+  if (by_lanes && k < g.k) {
+    IntVec<A, lanes> lane;
+    LENET_EXT_UNROLL for (int i = 0; i < lanes; ++i)
+      lane[i] = i;
+    const IntVec<A, lanes> wanted = lane >= static_cast<typename VecOf<A, lanes>::Integer>(lanes - (g.k - k));
+    add(g.k - lanes, [&](V v) __attribute__((always_inline)) { return wanted ? v : V{}; });
+    k = g.k;
   }
+
+  alignas(64) A totals[divide_up(count, lanes) * lanes];
+  finish_sums<A, count>(sum, totals);
+  using Row = Vec<A, columns>;
+  const Row bias = g.bias != nullptr ? load<Row>(g.bias + column) : Row{};
   LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) {
-    LENET_EXT_UNROLL for (int c = 0; c < columns; ++c) {
-      A total = sum_lanes<A, lanes>(sum[r][c]);
-      for (int64_t i = k; i < g.k; ++i) total += a[r * g.k + i] * b[c * g.k + i];
-      if (g.bias != nullptr) total += g.bias[column + c];
-      g.output[(row + r) * g.n + column + c] = g.relu && total <= 0 ? A(0) : total;
+    if (!by_lanes) {
+      for (int64_t i = 0; i < g.k; ++i) {
+        for (int c = 0; c < columns; ++c) totals[r * columns + c] += a[r * g.k + i] * b[c * g.k + i];
+      }
     }
+    Row value = load<Row>(totals + r * columns) + bias;
+    if (g.relu) value = Row{} > value ? Row{} : value;  // NaN passes
+    store(g.output + (row + r) * g.n + column, value);
   }
 }
 
@@ -200,12 +239,13 @@ int64_t gemm_nt_units(const GemmNT<A>& g) {
   return divide_up(g.n, kNTUnitColumns);
 }
 
-template <typename A, int rows>
-void gemm_nt_rows(const GemmNT<A>& g, int64_t row, int64_t column_begin, int64_t column_end) {
-  constexpr int columns = rows == 1 ? 8 : 4;
-  int64_t column = column_begin;
+// Tiles of `columns` columns as long as there are so many, then half as many, and so on.
+template <typename A, int rows, int columns = kNTSums<A> / rows>
+void gemm_nt_rows(const GemmNT<A>& g, int64_t row, int64_t column, int64_t column_end) {
   for (; column + columns <= column_end; column += columns) gemm_nt_tile<A, rows, columns>(g, row, column);
-  for (; column < column_end; ++column) gemm_nt_tile<A, rows, 1>(g, row, column);
+  if constexpr (columns > 1) {
+    if (column < column_end) gemm_nt_rows<A, rows, columns / 2>(g, row, column, column_end);
+  }
 }
 
 template <typename A>
