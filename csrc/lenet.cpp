@@ -104,7 +104,8 @@ struct Activations {
 class Blocks {
  public:
   // Few images make no use of transposed weights.
-  Blocks(const Arguments& call, int64_t images) : call_(call), by_dot_products_(images < 2 * cpu::kDotRows) {
+  Blocks(const Arguments& call, int64_t images)
+      : call_(call), by_dot_products_(images <= cpu::gemm_table<float>().most_nt_rows(kFeatures)) {
     const auto& fixed = LENET_EXT_CPU_DISPATCH(conv_pool_lenet_kernels);
     const auto& general = cpu::conv_pool_table<float>().forward;
     conv_[0] = fixed.conv1.forward != nullptr ? fixed.conv1.forward : &general;
@@ -184,11 +185,8 @@ Tensor lenet(const Tensor& input, TensorList parameters) {
   float* out = cpu::mutable_data<float>(output);
   const auto& kernels = LENET_EXT_CPU_DISPATCH(lenet_kernels);
 
-  // Whole vectors of images first. A rest that fills more than some 5 of 8 lanes counts as one.
-  const int64_t rest = call.batch % kernels.lanes;
-  const bool rest_in_lanes = 8 * rest >= 5 * kernels.lanes;
-  const int64_t vectors = call.batch / kernels.lanes + (rest_in_lanes ? 1 : 0);
-  const int64_t single_begin = rest_in_lanes ? call.batch : call.batch - rest;
+  // Whole vectors of images first.
+  const int64_t vectors = call.batch / kernels.lanes, single_begin = vectors * kernels.lanes;
   const int64_t blocks = (call.batch - single_begin + kSmallBlock - 1) / kSmallBlock;
   const cpu::LenetInference job{call.batch, call.classes, call.input, call.image_stride, call.p[0],
                                 call.p[1],  call.p[2],    call.p[3],  call.p[4],         call.p[5],

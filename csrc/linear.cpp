@@ -28,7 +28,7 @@ using OptionalTensor = std::optional<Tensor>;
 template <typename A>
 void forward_direct(const LinearShape& s, const A* input, const A* weight, const A* bias, bool relu, A* output) {
   const auto& kernels = cpu::gemm_table<A>();
-  if (s.rows < cpu::kDotRows) {
+  if (s.rows <= kernels.most_nt_rows(s.in_features)) {
     const cpu::GemmNT<A> gemm{s.rows, s.out_features, s.in_features, input, weight, output, bias, relu};
     cpu::parallel_units(kernels.nt_units(gemm), 2.0 * s.rows * s.out_features * s.in_features,
                         [&](int64_t begin, int64_t end) { kernels.nt_run(gemm, begin, end); });

@@ -6,9 +6,6 @@
 
 namespace lenet_ext::cpu {
 
-// With fewer rows, dot products along k beat transposing the weight first.
-constexpr int64_t kDotRows = 6;
-
 template <typename A>
 void run_gemm(const Gemm<A>& gemm) {
   const auto& kernels = gemm_table<A>();

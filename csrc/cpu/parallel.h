@@ -48,7 +48,7 @@ inline void* shared_scratch(size_t bytes) { return ThreadScratch::get(bytes, 0);
 inline void* unit_scratch(size_t bytes) { return ThreadScratch::get(bytes, 1); }
 
 // A thread that sleeps is worth waking for about 50 microseconds of work.
-constexpr double kFlopsPerThread = 4e6;
+constexpr double kFlopsPerThread = 2e6;
 constexpr int64_t kChunksPerThread = 8;
 
 // Calls run(begin, end) over [0, units); `flops` is the work of all of them.

@@ -262,6 +262,13 @@ void gemm_nt_run(const GemmNT<A>& g, int64_t begin, int64_t end) {
   }
 }
 
+// Transposing costs as much for one row as for many; dot products pay for adding up the lanes in each row, the less the
+// longer the rows are, and in narrow registers for more loads. Measured on the linear layers of benchmarks/.
+template <typename A>
+int64_t most_nt_rows(int64_t k) {
+  return max_of<int64_t>(5, sizeof(A) == 8 ? 0 : kLanes<A> == 16 ? k / 10 : k / 32);
+}
+
 // In blocks whose rows and columns both stay in the L1 cache, of float32 in registers.
 template <typename A>
 void transpose(const A* from, int64_t rows, int64_t columns, A* to) {

@@ -7,8 +7,8 @@ namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY {
 namespace {
 
 template <typename A>
-constexpr GemmTable<A> kTable = {gemm_units<A>, gemm_run<A>,      gemm_nt_units<A>, gemm_nt_run<A>,
-                                 transpose<A>,  relu_backward<A>, column_sums<A>};
+constexpr GemmTable<A> kTable = {gemm_units<A>,   gemm_run<A>,  gemm_nt_units<A>, gemm_nt_run<A>,
+                                 most_nt_rows<A>, transpose<A>, relu_backward<A>, column_sums<A>};
 
 }  // namespace
 

@@ -38,6 +38,8 @@ struct GemmTable {
   void (*run)(const Gemm<A>&, int64_t begin, int64_t end);
   int64_t (*nt_units)(const GemmNT<A>&);
   void (*nt_run)(const GemmNT<A>&, int64_t begin, int64_t end);
+  // Most rows for which a GemmNT beats transposing b for a Gemm.
+  int64_t (*most_nt_rows)(int64_t k);
   // to[c][r] = from[r][c]
   void (*transpose)(const A* from, int64_t rows, int64_t columns, A* to);
   // masked[i] = output[i] <= 0 ? 0 : grad[i] (ReLU's gradient; NaN passes)
