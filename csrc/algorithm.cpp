@@ -79,7 +79,7 @@ Algorithm conv_pool_backward_algorithm_cpu(const ConvPoolShape& s, at::ScalarTyp
   // must be a few.
   const int64_t reach = (s.pool_kernel_h - 1) * s.pool_dilation_h * s.stride_h + (s.kernel_h - 1) * s.dilation_h;
   const double bands = s.out_h / (4.0 * reach / (s.pool_stride_h * s.stride_h) + 1);
-  const bool indivisible = s.batch * bands < 3 && 4 * winners * s.out_channels * depth > 50e6;
+  const bool indivisible = s.batch * bands < 2.5 && 4 * winners * s.out_channels * depth > 50e6;
   const bool twice_as_fast = dtype == at::kBFloat16 && vendor_has_bfloat16() && channels >= 16;
   const bool vendor = lanes_idle(s) || dense || out_of_cache || indivisible || twice_as_fast;
   return choose_algorithm(vendor ? Algorithm::Vendor : Algorithm::Direct);
