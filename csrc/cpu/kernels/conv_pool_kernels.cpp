@@ -15,7 +15,7 @@ constexpr ConvPoolTable<T> kTable = {
     {backward_packed_bytes<T>, backward_scratch_bytes<T>, backward_units<T>, backward_partial_bytes<T>,
      backward_prepare<T>, backward_run<T>, backward_reduce<T>},
     {at_indices_packed_bytes<T>, at_indices_scratch_bytes<T>, at_indices_prepare<T>, at_indices_run<T>},
-    {kLanes<Accumulator<T>>, relu_pool_scratch_bytes<T>, relu_pool_forward<T>, relu_pool_backward<T>},
+    {kLanes<Accumulator<T>>, relu_pool_scratch_bytes<T>, relu_pool_forward<T>, relu_pool_backward<T>, are_finite<T>},
 };
 
 }  // namespace

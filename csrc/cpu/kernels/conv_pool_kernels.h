@@ -119,6 +119,7 @@ struct ConvPoolTable {
     int64_t (*scratch_bytes)(const ConvPoolShape&);
     void (*forward)(const ReluPool<T>&, void* scratch, int64_t begin, int64_t end);
     void (*backward)(const ReluPoolBackward<T>&, void* scratch, int64_t begin, int64_t end);
+    bool (*are_finite)(const T* values, int64_t count);
   } relu_pool;
 };
 

@@ -105,7 +105,7 @@ void relu_pool_forward(const ReluPool<T>& job, void* scratch_base, int64_t begin
         } else {
           A* widened = scratch.widened + i * s.conv_w * kLanes<A>;
           for (int64_t x = 0; x < s.conv_w; ++x) {
-            for (int lane = 0; lane < kLanes<A>; ++lane) widened[x * kLanes<A> + lane] = widen(row[x * cs.w + lane]);
+            store(widened + x * kLanes<A>, load_widened<kLanes<A>>(row + x * cs.w));
           }
           scratch.rows[i] = widened;
         }
@@ -137,57 +137,56 @@ void relu_pool_backward_channel(const ReluPoolBackward<T>& job, const WinnerTabl
   }
 }
 
+// Whether the windows leave no position out, and whether none is in two of them.
+LENET_EXT_INLINE bool windows_tile(const ConvPoolShape& s) {
+  auto tile = [](int64_t conv, int64_t out, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+    return dilation == 1 && kernel == stride && pad == 0 && out * stride >= conv;
+  };
+  return tile(s.conv_h, s.out_h, s.pool_kernel_h, s.pool_stride_h, s.pool_pad_h, s.pool_dilation_h) &&
+         tile(s.conv_w, s.out_w, s.pool_kernel_w, s.pool_stride_w, s.pool_pad_w, s.pool_dilation_w);
+}
+
 // Every position of every window gets its winner's gradient or zero: more arithmetic than going to the winner, but
-// without a branch and for all lanes at once.
-template <typename T>
+// without a branch and for all lanes at once. `tiles`: what windows_tile() says.
+template <typename T, bool tiles>
 void relu_pool_backward_block(const ReluPoolBackward<T>& job, const ReluPoolScratch<T>& scratch,
                               const ChannelBlock& block) {
   using A = Accumulator<T>;
   constexpr int lanes = kLanes<A>;
   using V = Vec<A, lanes>;
   using I = IntVec<A, lanes>;
+  using Codes = Integers<uint8_t, lanes>;
   const ConvPoolShape& s = job.shape;
   const Strides4 &gs = job.grad_output_strides, &is = job.indices_strides, &cs = job.grad_conv_strides;
   T* conv = job.grad_conv + block.n * cs.n + block.first;
-  for (int64_t y = 0; y < s.conv_h; ++y) {
-    for (int64_t x = 0; x < s.conv_w; ++x) {
-      for (int lane = 0; lane < lanes; ++lane) conv[y * cs.h + x * cs.w + lane] = T{};
+  if (!tiles) {
+    for (int64_t y = 0; y < s.conv_h; ++y) {
+      for (int64_t x = 0; x < s.conv_w; ++x) store_narrowed<lanes>(conv + y * cs.h + x * cs.w, V{});
     }
   }
+  const bool together = gs.c == 1 && is.c == 1;
   for (int64_t y = 0; y < s.out_h; ++y) {
     const T* g = job.grad_output + block.n * gs.n + block.first * gs.c + y * gs.h;
     const uint8_t* codes = job.indices + block.n * is.n + block.first * is.c + y * is.h;
-    if (gs.c == 1 && is.c == 1) {
+    for (int lane = 0; !together && lane < lanes; ++lane) {
       for (int64_t x = 0; x < s.out_w; ++x) {
-        for (int lane = 0; lane < lanes; ++lane) {
-          scratch.values[x * lanes + lane] = widen(g[lane + x * gs.w]);
-          scratch.codes[x * lanes + lane] = codes[lane + x * is.w];
-        }
-      }
-    } else {
-      for (int lane = 0; lane < lanes; ++lane) {
-        for (int64_t x = 0; x < s.out_w; ++x) {
-          scratch.values[x * lanes + lane] = widen(g[lane * gs.c + x * gs.w]);
-          scratch.codes[x * lanes + lane] = codes[lane * is.c + x * is.w];
-        }
+        scratch.values[x * lanes + lane] = widen(g[lane * gs.c + x * gs.w]);
+        scratch.codes[x * lanes + lane] = codes[lane * is.c + x * is.w];
       }
     }
     const WindowRange rows = window_rows(s, y);
     for (int64_t x = 0; x < s.out_w; ++x) {
       const WindowRange columns = window_columns(s, x);
-      const V grad = load<V>(scratch.values + x * lanes);
-      const I code = load<I>(scratch.codes + x * lanes);
+      const V grad = together ? load_widened<lanes>(g + x * gs.w) : load<V>(scratch.values + x * lanes);
+      const I code =
+          together ? __builtin_convertvector(load<Codes>(codes + x * is.w), I) : load<I>(scratch.codes + x * lanes);
       for (int64_t i = rows.begin; i < rows.end; ++i) {
         T* row = conv + (rows.start + i * s.pool_dilation_h) * cs.h + columns.start * cs.w;
         for (int64_t j = columns.begin; j < columns.end; ++j) {
           T* to = row + j * s.pool_dilation_w * cs.w;
           const I place = I{} + static_cast<typename IntegerOf<A>::type>(i * s.pool_kernel_w + j);
           const V share = code == place ? grad : V{};
-          if constexpr (sizeof(T) == sizeof(A)) {
-            store(to, load<V>(to) + share);
-          } else {
-            for (int lane = 0; lane < lanes; ++lane) to[lane] = narrow<T>(widen(to[lane]) + share[lane]);
-          }
+          store_narrowed<lanes>(to, tiles ? share : load_widened<lanes>(to) + share);
         }
       }
     }
@@ -200,16 +199,22 @@ void relu_pool_backward(const ReluPoolBackward<T>& job, void* scratch_base, int6
   const ReluPoolScratch<T> scratch = relu_pool_scratch<T>(s, static_cast<char*>(scratch_base));
   WinnerTables tables;
   make_winner_tables(s, 1, tables);
+  const auto run_block = windows_tile(s) ? relu_pool_backward_block<T, true> : relu_pool_backward_block<T, false>;
   for (int64_t unit = begin; unit < end; ++unit) {
     const ChannelBlock block = channel_block<T>(s, unit, job.grad_conv_strides);
     if (block.in_vectors) {
-      relu_pool_backward_block(job, scratch, block);
+      run_block(job, scratch, block);
       continue;
     }
     for (int64_t i = 0; i < block.count; ++i) {
       relu_pool_backward_channel(job, tables, block.n, block.first + i);
     }
   }
+}
+
+template <typename T>
+bool are_finite(const T* values, int64_t count) {
+  return all_finite(values, count);
 }
 
 }  // namespace

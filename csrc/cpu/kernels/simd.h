@@ -87,6 +87,14 @@ using Vec = typename VecOf<T, N>::type;
 template <typename T, int N>
 using IntVec = typename VecOf<T, N>::integers;
 
+// Any integers. (GCC ignores the attribute of a typedef in a function template.)
+template <typename I, int N>
+struct IntegersOf {
+  typedef I type __attribute__((vector_size(sizeof(I) * N)));
+};
+template <typename I, int N>
+using Integers = typename IntegersOf<I, N>::type;
+
 template <typename V, typename T>
 LENET_EXT_INLINE V load(const T* from) {
   V v;
@@ -142,6 +150,31 @@ LENET_EXT_INLINE BFloat16 narrow<BFloat16>(float x) {
   return BFloat16{static_cast<uint16_t>(is_nan(x) ? 0x7fc0u : rounded)};
 }
 
+// A vector's worth of a storage type, as the arithmetic type.
+template <int N, typename T>
+LENET_EXT_INLINE Vec<Accumulator<T>, N> load_widened(const T* from) {
+  using V = Vec<Accumulator<T>, N>;
+  if constexpr (sizeof(T) == sizeof(Accumulator<T>)) {
+    return load<V>(from);
+  } else {
+    using Bits = Integers<uint16_t, N>;
+    using Wide = Integers<uint32_t, N>;
+    return (V)(__builtin_convertvector(load<Bits>(from), Wide) << 16);
+  }
+}
+// narrow(), for a vector.
+template <int N, typename T>
+LENET_EXT_INLINE void store_narrowed(T* to, Vec<Accumulator<T>, N> v) {
+  if constexpr (sizeof(T) == sizeof(Accumulator<T>)) {
+    store(to, v);
+  } else {
+    using Bits = Integers<uint16_t, N>;
+    using Wide = Integers<uint32_t, N>;
+    const Wide bits = (Wide)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    store(to, __builtin_convertvector(v != v ? (Wide{} + 0x7fc0u) : rounded, Bits));
+  }
+}
+
 // An infinity or NaN has all exponent bits set. Integer arithmetic, so that the compiler may vectorise the loop.
 LENET_EXT_INLINE bool all_finite(const float* values, int64_t count) {
   uint32_t bad = 0;
@@ -159,6 +192,12 @@ LENET_EXT_INLINE bool all_finite(const double* values, int64_t count) {
     __builtin_memcpy(&bits, values + i, sizeof bits);
     bad |= (bits & 0x7ff0000000000000u) == 0x7ff0000000000000u;
   }
+  return bad == 0;
+}
+
+LENET_EXT_INLINE bool all_finite(const BFloat16* values, int64_t count) {
+  uint16_t bad = 0;
+  for (int64_t i = 0; i < count; ++i) bad |= (values[i].bits & 0x7f80u) == 0x7f80u;
   return bad == 0;
 }
 
