@@ -646,11 +646,12 @@ int main(int argc, char** argv) {
   test_lenet(1, 10, false);
   test_lenet(5, 128, true);
   for (const int64_t batch : {1, 2, 3, 17, 33}) test_lenet_backward(batch, 10, 0, batch % 2 == 0);
+  test_convolution("conv1 float16", DType::kFloat16, plain(2, 1, 32, 6, 5));
+  test_convolution("conv2 bfloat16", DType::kBFloat16, plain(2, 6, 14, 16, 5));
+  schedules = 3;  // the tests of the operator, which run every case under each, do not come to slices of several images
   test_lenet_backward(5, 1, 2, false);    // pairs of images, the last alone
   test_lenet_backward(17, 128, 9, true);  // passes of 4, 4 and 1 images
   test_lenet_backward(3, 127, 3, true);   // a pass that is not full
-  test_convolution("conv1 float16", DType::kFloat16, plain(2, 1, 32, 6, 5));
-  test_convolution("conv2 bfloat16", DType::kBFloat16, plain(2, 6, 14, 16, 5));
   printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }
