@@ -2,6 +2,7 @@
 // image down to conv1, with the convolutions' weight gradients on the way, then the linear layers' weight gradients,
 // which are sums over the whole batch. No sum depends on the GPU or on the order of blocks.
 #include "lenet_grad_tiles.cuh"
+#include "slice_sums.cuh"
 
 namespace lenet_ext::cuda {
 namespace {
@@ -233,13 +234,13 @@ struct LinearSums {
   LX_DEVICE int tiles() const { return lx::divide_up(rows, kRows) * column_tiles(); }
 };
 
-// Sums over the slices: out[channel][taps, bias].
-struct SliceSums {
+// The sums over the slices of a convolution, [channel][taps, bias].
+struct ConvolutionSums {
   const float* partials;
   int sums, taps;
   float *grad_weight, *grad_bias;
 
-  LX_DEVICE int blocks() const { return lx::divide_up(sums, 32); }
+  LX_DEVICE int blocks() const { return lx::divide_up(sums, kSumsOfBlock); }
 };
 
 constexpr int64_t weight_shared_bytes() {
@@ -345,32 +346,9 @@ __device__ __forceinline__ void linear_sums(const LinearSums& job, int64_t batch
   }
 }
 
-// The block adds 32 sums over the slices: warp w slices w, w + 8, ..., a lane each sum; then the warps in order.
-__device__ __forceinline__ void slice_sums(const SliceSums& job, int64_t slices, int block, unsigned char* shared) {
-  float* partial = lx::take<float>(shared, kThreads);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, at = block * 32 + lane;
-  float sum = 0;
-  if (at < job.sums) {
-#pragma unroll 8
-    for (int64_t slice = warp; slice < slices; slice += kWarps) sum += job.partials[slice * job.sums + at];
-  }
-  partial[threadIdx.x] = sum;
-  __syncthreads();
-  if (warp == 0 && at < job.sums) {
-    float value = 0;
-    for (int w = 0; w < kWarps; ++w) value += partial[w * 32 + lane];
-    const int channel = at / (job.taps + 1), tap = at % (job.taps + 1);
-    if (tap < job.taps) {
-      job.grad_weight[channel * job.taps + tap] = value;
-    } else {
-      job.grad_bias[channel] = value;
-    }
-  }
-}
-
 struct Jobs {
   LinearSums linear[3];
-  SliceSums convolution[2];
+  ConvolutionSums convolution[2];
 };
 
 // block -> a tile of a linear layer's weight gradient, or 32 sums of a convolution's. Shared memory: 24 KB.
@@ -384,8 +362,12 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_backward_weight_kernel(int6
     const LinearSums& job = layer == 0 ? jobs.linear[0] : layer == 1 ? jobs.linear[1] : jobs.linear[2];
     linear_sums(job, batch, block - (layer == 0 ? 0 : layer == 1 ? end0 : end1), shared);
   } else {
-    const SliceSums& job = block < end3 ? jobs.convolution[0] : jobs.convolution[1];
-    slice_sums(job, slices, block - (block < end3 ? end2 : end3), shared);
+    const ConvolutionSums& job = block < end3 ? jobs.convolution[0] : jobs.convolution[1];
+    const int first = (block - (block < end3 ? end2 : end3)) * kSumsOfBlock;
+    sum_slices(job.partials, slices, job.sums, first, lx::take<float>(shared, kThreads), [&](int64_t at, float sum) {
+      const int channel = static_cast<int>(at) / (job.taps + 1), tap = static_cast<int>(at) % (job.taps + 1);
+      *(tap < job.taps ? job.grad_weight + channel * job.taps + tap : job.grad_bias + channel) = sum;
+    });
   }
 }
 
@@ -432,7 +414,7 @@ LaunchResult launch_lenet_backward(const LenetBackward& call, cudaStream_t strea
       {{w.partials2, kSums2, Conv2::kWeights, g[2], g[3]}, {w.partials1, kSums1, Conv1::kWeights, g[0], g[1]}}};
   int blocks = 0;
   for (const LinearSums& job : jobs.linear) blocks += job.tiles();
-  for (const SliceSums& job : jobs.convolution) blocks += job.blocks();
+  for (const ConvolutionSums& job : jobs.convolution) blocks += job.blocks();
   lx::launch(result, "lenet_backward_weight_kernel", lenet_backward_weight_kernel, static_cast<unsigned>(blocks),
              kThreads, weight_shared_bytes(), stream, call.batch, slices, jobs);
   return result;
