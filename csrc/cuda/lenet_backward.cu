@@ -28,8 +28,7 @@ struct Workspace {
   }
 };
 
-// ------------------------------------------------------------------------------------------------- first launch:
-// images
+// ---------------------------------------------------------------------------------------------------- first launch
 
 constexpr int largest(int a, int b, int c = 0) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
 
@@ -216,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_backward_data_kernel(LenetB
   }
 }
 
-// ------------------------------------------------------------------------------------------------ second launch: sums
+// --------------------------------------------------------------------------------------------------- second launch
 
 constexpr int kWarps = kThreads / 32;
 constexpr int kRows = 16, kColumns = 32;  // of the tile of a weight gradient that a block computes
