@@ -146,7 +146,7 @@ Gradients lenet_backward(const Tensor& grad_output, const Tensor& input, TensorL
   check_launch(op, cuda::launch_lenet_backward(call, scope.stream), input);
   if (!input_gradient) return {at::empty({0}, input.options()), std::move(gradients)};
   // Training has no use for the gradient of the images; who wants it pays a third launch.
-  Tensor grad_input = std::get<0>(conv_relu_max_pool2d_backward_cuda(op, grad_pooled1, a.indices1, images, p[0],
+  Tensor grad_input = std::get<0>(conv_relu_max_pool2d_backward_cuda(op, grad_pooled1, a.indices1, input, p[0],
                                                                      lenet_convolution(), {true, false, false}));
   return {std::move(grad_input), std::move(gradients)};
 }
