@@ -64,7 +64,9 @@ inline const void* data_or_null(const at::Tensor& tensor) {
 inline void check_launch(const char* op, const cuda::LaunchResult& result, const at::Tensor& input) {
   if (result.error == cudaSuccess) return;
 #ifndef LX_HOST_SHIM
-  if (result.error == cudaErrorNoKernelImageForDevice || result.error == cudaErrorUnsupportedPtxVersion) {
+  // Which of the three it is depends on what the binary has instead.
+  if (result.error == cudaErrorNoKernelImageForDevice || result.error == cudaErrorInvalidDeviceFunction ||
+      result.error == cudaErrorUnsupportedPtxVersion) {
     int device = 0, major = 0, minor = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);

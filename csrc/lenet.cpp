@@ -265,17 +265,6 @@ Gradients layers_backward(const char* op, const Tensor& grad_output, const Tenso
            fc3_bias}};
 }
 
-// A tensor that the forward pass returned, or its gradient, contiguous.
-Tensor activation(const char* op, const char* name, const Tensor& tensor, at::IntArrayRef sizes, const Tensor& input,
-                  bool codes) {
-  const auto dtype = codes ? at::kByte : input.scalar_type();
-  TORCH_CHECK(tensor.defined() && tensor.sizes() == sizes && tensor.scalar_type() == dtype &&
-                  tensor.device() == input.device() && tensor.layout() == at::kStrided,
-              op, ": ", name, " must be a ", dtype, " tensor of shape ", sizes, " on ", input.device(), ", got ",
-              tensor.defined() ? tensor.toString() : "none", " of shape ", tensor.sizes(), " on ", tensor.device());
-  return tensor.contiguous();
-}
-
 // The gradients of the parameters in two passes: from the output down to the first convolution, slice by slice of the
 // batch; then the weight gradients of the linear layers, which are sums over the whole batch. Returns false where an
 // operand of a convolution is not finite (cpu/kernels/conv_pool_kernels.h says why).
@@ -354,15 +343,9 @@ Gradients lenet_backward(const Tensor& grad_output, const Tensor& input, TensorL
   constexpr const char* op = "lenet_backward";
   check_lenet(op, input, parameters);
   const int64_t batch = input.size(0);
-  const Tensor none;
-  const Layers a{none,
-                 activation(op, "pooled1", pooled1, {batch, 6, 14, 14}, input, false),
-                 activation(op, "indices1", indices1, {batch, 6, 14, 14}, input, true),
-                 activation(op, "pooled2", pooled2, {batch, 16, 5, 5}, input, false),
-                 activation(op, "indices2", indices2, {batch, 16, 5, 5}, input, true),
-                 activation(op, "hidden1", hidden1, {batch, kHidden1}, input, false),
-                 activation(op, "hidden2", hidden2, {batch, kHidden2}, input, false)};
-  const Tensor grad = activation(op, "grad_output", grad_output, {batch, parameters[8].size(0)}, input, false);
+  const auto [grad, kept] = check_lenet_backward(op, grad_output, input, parameters,
+                                                 {pooled1, indices1, pooled2, indices2, hidden1, hidden2});
+  const Layers a{Tensor(), kept[0], kept[1], kept[2], kept[3], kept[4], kept[5]};
   const bool fixed = LENET_EXT_CPU_DISPATCH(conv_pool_lenet_kernels).run_both != nullptr;
   if (fixed && has_kernels(input) && !input_gradient && batch > 0) {
     const Arguments call(input, parameters);

@@ -10,6 +10,17 @@ constexpr const char* kNames[] = {"parameters[0] (conv1.weight)", "parameters[1]
                                   "parameters[6] (fc2.weight)",   "parameters[7] (fc2.bias)",
                                   "parameters[8] (fc3.weight)",   "parameters[9] (fc3.bias)"};
 
+// A tensor that the forward pass returned, or its gradient, contiguous.
+at::Tensor activation(const char* op, const char* name, const at::Tensor& tensor, at::IntArrayRef sizes,
+                      const at::Tensor& input, bool codes) {
+  const auto dtype = codes ? at::kByte : input.scalar_type();
+  TORCH_CHECK(tensor.defined() && tensor.sizes() == sizes && tensor.scalar_type() == dtype &&
+                  tensor.device() == input.device() && tensor.layout() == at::kStrided,
+              op, ": ", name, " must be a ", dtype, " tensor of shape ", sizes, " on ", input.device(), ", got ",
+              tensor.defined() ? tensor.toString() : "none", " of shape ", tensor.sizes(), " on ", tensor.device());
+  return tensor.contiguous();
+}
+
 }  // namespace
 
 ConvPoolOptions lenet_convolution() {
@@ -40,6 +51,21 @@ void check_lenet(const char* op, const at::Tensor& input, at::TensorList p) {
     const at::IntArrayRef expected(weight, i % 2 == 1 ? 1 : i < 4 ? 4 : 2);
     TORCH_CHECK(p[i].sizes() == expected, op, ": ", kNames[i], " must have shape ", expected, ", got ", p[i].sizes());
   }
+}
+
+std::pair<at::Tensor, LenetActivations> check_lenet_backward(const char* op, const at::Tensor& grad_output,
+                                                             const at::Tensor& input, at::TensorList parameters,
+                                                             const LenetActivations& activations) {
+  static constexpr const char* names[] = {"pooled1", "indices1", "pooled2", "indices2", "hidden1", "hidden2"};
+  const int64_t batch = input.size(0);
+  const int64_t sizes[][4] = {{batch, 6, 14, 14}, {batch, 16, 5, 5}, {batch, 120}, {batch, 84}};
+  static constexpr int shapes[] = {0, 0, 1, 1, 2, 3};
+  LenetActivations checked;
+  for (size_t i = 0; i < 6; ++i) {
+    const at::IntArrayRef expected(sizes[shapes[i]], i < 4 ? 4 : 2);
+    checked[i] = activation(op, names[i], activations[i], expected, input, i == 1 || i == 3);
+  }
+  return {activation(op, "grad_output", grad_output, {batch, parameters[8].size(0)}, input, false), checked};
 }
 
 }  // namespace lenet_ext

@@ -285,6 +285,98 @@ def test_the_whole_network_with_nan_and_views(ops, training):
     assert torch.equal(broken[keep], output[keep])
 
 
+def gradients(ops, g, x, parameters, activations, input_gradient=False):
+    """What lenet_backward returns, in the order of the parameters, then the input."""
+    grad_input, grads = ops.lenet_backward(g, x, parameters, *activations, input_gradient)
+    return (*grads, grad_input)
+
+
+def assert_gradients_close(got, want):
+    for one, other in zip(got, want, strict=True):
+        scale = float(other.abs().max()) if other.numel() else 0.0
+        torch.testing.assert_close(one.double(), other.double(), rtol=1e-5, atol=1e-5 * scale)
+
+
+# From 257 images on, blocks take two each, from 513 on three: the launch is another one.
+@pytest.mark.parametrize(
+    ("batch", "classes", "schedules"),
+    [(1, 10, 3), (2, 128, 3), (3, 1, 3), (17, 7, 3), (33, 10, 3), (257, 10, 1), (513, 10, 1)],
+)
+def test_the_whole_networks_backward_is_two_launches(ops, control, batch, classes, schedules):
+    net, parameters = reference_net(1, classes, torch.float32)
+    x, g = torch.randn(batch, 1, 32, 32), torch.randn(batch, classes)
+    activations = ops.lenet_with_activations(x, parameters)[1:]
+    control.cuda_on_cpu_configure(-1, 2, 0)
+    before = control.cuda_on_cpu_launches()
+    got = gradients(ops, g, x, parameters, activations)
+    assert control.cuda_on_cpu_launches() == before + 2
+    assert got[-1].shape == (0,)
+    for schedule, seed in SCHEDULES[: schedules - 1]:
+        control.cuda_on_cpu_configure(-1, schedule, seed)
+        for one, other in zip(gradients(ops, g, x, parameters, activations), got, strict=True):
+            assert torch.equal(one, other), "the result depends on the order of threads"
+
+    stock = torch.autograd.grad(net.double()(x.double()), list(net.parameters()), g.double())
+    assert_gradients_close(got[:-1], stock)
+    control.cuda_on_cpu_configure(VENDOR, 0, 0)
+    assert_gradients_close(got[:-1], gradients(ops, g, x, parameters, activations)[:-1])
+
+
+def test_the_whole_networks_backward_with_views_and_the_inputs_gradient(ops, control):
+    """Operands may be slices at any address, or have any strides; the input's gradient is a third launch."""
+    _, parameters = reference_net(1, 10, torch.float32)
+    x, g = torch.randn(5, 1, 32, 32), torch.randn(5, 10)
+    activations = ops.lenet_with_activations(x, parameters)[1:]
+    before = control.cuda_on_cpu_launches()
+    expected = gradients(ops, g, x, parameters, activations, True)
+    assert control.cuda_on_cpu_launches() == before + 3
+    without = gradients(ops, g, x, parameters, activations)
+    for one, other in zip(without[:-1], expected[:-1], strict=True):
+        assert torch.equal(one, other)
+
+    def moved(tensor):
+        return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
+
+    def strided(tensor):
+        return torch.zeros(*tensor.shape, 2, dtype=tensor.dtype).select(-1, 1).copy_(tensor)
+
+    for view in (moved, strided):
+        operands = [view(t) for t in (g, x)], [view(p) for p in parameters], [view(a) for a in activations]
+        got = gradients(ops, *operands[0], *operands[1:], True)
+        for one, other in zip(got, expected, strict=True):
+            assert torch.equal(one, other)
+        assert all(gradient.is_contiguous() for gradient in got)
+
+
+def test_the_whole_networks_backward_passes_nan_on(ops, control):
+    """NaN in one image, or in the gradient of its output, reaches what it reaches layer by layer."""
+    _, parameters = reference_net(1, 10, torch.float32)
+    for where in ("input", "grad_output"):
+        x, g = torch.randn(9, 1, 32, 32), torch.randn(9, 10)
+        (x[6, 0, 15] if where == "input" else g[6, 3:4]).fill_(float("nan"))
+        activations = ops.lenet_with_activations(x, parameters)[1:]
+        control.cuda_on_cpu_configure(-1, 0, 0)
+        got = gradients(ops, g, x, parameters, activations)
+        control.cuda_on_cpu_configure(VENDOR, 0, 0)
+        for one, other in zip(got, gradients(ops, g, x, parameters, activations), strict=True):
+            assert torch.equal(one.isnan(), other.isnan())
+        assert bool(got[0].isnan().any())
+
+
+def test_the_whole_networks_backward_checks_its_activations(ops):
+    """The kernels take addresses: what does not fit must not reach them."""
+    _, parameters = reference_net(1, 10, torch.float32)
+    x, g = torch.randn(3, 1, 32, 32), torch.randn(3, 10)
+    names = ["pooled1", "indices1", "pooled2", "indices2", "hidden1", "hidden2"]
+    good = dict(zip(names, ops.lenet_with_activations(x, parameters)[1:], strict=True))
+    for name, tensor in good.items():
+        for bad in (tensor[:2], tensor.double()):
+            with pytest.raises(RuntimeError, match=f"lenet_backward: {name} must be"):
+                gradients(ops, g, x, parameters, {**good, name: bad}.values())
+    with pytest.raises(RuntimeError, match="lenet_backward: grad_output must be"):
+        gradients(ops, g[:, :9], x, parameters, good.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_conversions_of_the_16_bit_types(ops, dtype):
     """Every value there is, and sums that have to be rounded; on the GPU the hardware converts."""

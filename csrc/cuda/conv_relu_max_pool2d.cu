@@ -9,6 +9,7 @@
 
 #include "conv_pool_dims.cuh"
 #include "conv_relu_max_pool2d_lenet.cuh"
+#include "slice_sums.cuh"
 
 namespace lenet_ext::cuda {
 namespace {
@@ -273,24 +274,25 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// warp -> one weight or bias: lane l adds the slices l, l + 32, ... in order, then the lanes are added pairwise.
+// block -> 32 weights or biases at a time. Shared memory: a sum for each thread.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     grad_weight_sum_kernel(const lx::Accumulator<T>* __restrict__ partials, int64_t slices, int64_t channels,
                            int64_t taps, T* __restrict__ grad_weight, T* __restrict__ grad_bias) {
-  const int64_t sums = channels * (taps + 1);
-  const int lane = threadIdx.x % 32;
-  for (int64_t i = first_item() / 32; i < sums; i += item_stride() / 32) {
-    lx::Accumulator<T> sum = 0;
-    for (int64_t slice = lane; slice < slices; slice += 32) sum += partials[slice * sums + i];
-    sum = lx::warp_sum(sum);
-    const int64_t channel = i / (taps + 1), column = i % (taps + 1);
-    if (lane != 0) continue;
-    if (column < taps) {
-      if (grad_weight != nullptr) grad_weight[channel * taps + column] = lx::narrow<T>(sum);
-    } else if (grad_bias != nullptr) {
-      grad_bias[channel] = lx::narrow<T>(sum);
-    }
+  using A = lx::Accumulator<T>;
+  LX_SMEM(shared);
+  A* values = lx::take<A>(shared, kThreads);
+  const int64_t sums = channels * (taps + 1), stride = int64_t{gridDim.x} * kSumsOfBlock;
+  for (int64_t first = int64_t{blockIdx.x} * kSumsOfBlock; first < sums; first += stride) {
+    __syncthreads();  // the sums of the last round are read
+    sum_slices(partials, slices, sums, first, values, [&](int64_t at, A sum) {
+      const int64_t channel = at / (taps + 1), column = at % (taps + 1);
+      if (column < taps) {
+        if (grad_weight != nullptr) grad_weight[channel * taps + column] = lx::narrow<T>(sum);
+      } else if (grad_bias != nullptr) {
+        grad_bias[channel] = lx::narrow<T>(sum);
+      }
+    });
   }
 }
 
@@ -419,8 +421,8 @@ LaunchResult backward(DType dtype, const ConvPoolBackward& c, cudaStream_t strea
                partials);
   }
   lx::launch(result, "grad_weight_sum_kernel", grad_weight_sum_kernel<T>,
-             lx::grid_for(s.out_channels * (plan.taps + 1), kThreads / 32), kThreads, 0, stream, partials, slices,
-             s.out_channels, plan.taps, static_cast<T*>(c.grad_weight), static_cast<T*>(c.grad_bias));
+             lx::grid_for(s.out_channels * (plan.taps + 1), kSumsOfBlock), kThreads, lx::taken<A>(kThreads), stream,
+             partials, slices, s.out_channels, plan.taps, static_cast<T*>(c.grad_weight), static_cast<T*>(c.grad_bias));
   return result;
 }
 

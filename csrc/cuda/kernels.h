@@ -132,4 +132,27 @@ struct LenetForward {
 bool has_lenet_forward(DType dtype, int64_t channels, int64_t classes);
 LaunchResult launch_lenet_forward(const LenetForward& call, cudaStream_t stream);
 
+// Its backward in two launches, from what the forward pass kept. All tensors are contiguous, weights, pooled2 and the
+// hidden layers 16-byte aligned.
+struct LenetBackward {
+  int64_t batch, classes;
+  int64_t slice_images;      // of a block: lenet_backward_slice_images(batch), the tests use others
+  const float* grad_output;  // [batch, classes]
+  const float* input;
+  const float* parameters[10];
+  const float* pooled1;
+  const uint8_t* indices1;
+  const float* pooled2;
+  const uint8_t* indices2;
+  const float* hidden1;
+  const float* hidden2;
+  float* gradients[10];  // of the parameters
+  float* grad_pooled1;   // [batch, 6, 14, 14], null: not wanted; the gradient of the input follows from it
+  void* workspace;       // of lenet_backward_workspace() bytes, 16-byte aligned; its contents are overwritten
+};
+bool has_lenet_backward(DType dtype, int64_t channels, int64_t classes);
+int64_t lenet_backward_slice_images(int64_t batch);
+int64_t lenet_backward_workspace(int64_t batch, int64_t slice_images);
+LaunchResult launch_lenet_backward(const LenetBackward& call, cudaStream_t stream);
+
 }  // namespace lenet_ext::cuda

@@ -40,7 +40,7 @@ def _build(name: str, sources: list[Path], flags: list[str], link: list[str]) ->
     assert cxx is not None
     digest = hashlib.sha256(repr((cxx, flags, link)).encode())
     for file in sorted(path for folder in (CSRC, HERE) for path in folder.rglob("*")):
-        if file.suffix in {".h", ".cuh", ".cu", ".cpp"} and "cpu/" not in file.relative_to(CSRC.parent).as_posix():
+        if file.suffix in {".h", ".cuh", ".cu", ".cpp"} and "/cpu/" not in file.relative_to(CSRC.parent).as_posix():
             digest.update(file.read_bytes())
     cache = Path(tempfile.gettempdir()) / f"lenet_ext-cuda-on-cpu-{os.getuid()}"
     product = cache / f"{name}-{digest.hexdigest()[:16]}"

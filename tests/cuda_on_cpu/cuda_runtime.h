@@ -76,7 +76,7 @@ constexpr size_t kMaxSharedBytes = 227 * 1024, kDefaultSharedBytes = 48 * 1024;
 constexpr unsigned kWarp = 32;
 constexpr uint16_t kPoison = 0x7ff4;  // twice a float's NaN, four times a double's, as 16 bits a NaN of both kinds
 
-enum class Schedule { kForward, kReverse, kShuffled };
+enum class Schedule { kForward, kReverse, kShuffled };  // of warps and their threads, or of all threads
 
 // A stack with its machine state; it runs the code of one thread after another.
 struct Fiber {
@@ -188,6 +188,10 @@ inline void resume(Thread& thread) {
   if (thread.state == Thread::kDone) s.idle.push_back(thread.fiber);
 }
 
+inline void run(Thread& thread) {
+  if (thread.state == Thread::kReady) resume(thread);
+}
+
 inline void wait(Thread::State kind, const char* file, int line) {
   Thread& thread = *state().current;
   thread.state = kind;
@@ -219,13 +223,24 @@ inline bool run_block(std::mt19937& random) {
   State& s = state();
   const unsigned count = static_cast<unsigned>(s.threads.size());
   std::vector<unsigned> order(count);
-  for (unsigned i = 0; i < count; ++i) order[i] = s.schedule == Schedule::kReverse ? count - 1 - i : i;
+  for (unsigned i = 0; i < count; ++i) order[i] = i;
   for (;;) {
-    if (s.schedule == Schedule::kShuffled) std::shuffle(order.begin(), order.end(), random);
-    for (unsigned i : order) {
-      if (s.threads[i].state == Thread::kReady) resume(s.threads[i]);
+    bool released = false;
+    if (s.schedule == Schedule::kShuffled) {
+      std::shuffle(order.begin(), order.end(), random);
+      for (unsigned i : order) run(s.threads[i]);
+    } else {
+      // Each warp goes as far as it can, so that it is ahead of the others by whole shuffles.
+      const unsigned warps = (count + kWarp - 1) / kWarp;
+      const bool reverse = s.schedule == Schedule::kReverse;
+      for (unsigned w = 0; w < warps; ++w) {
+        const unsigned begin = (reverse ? warps - 1 - w : w) * kWarp, end = std::min(begin + kWarp, count);
+        do {
+          for (unsigned i = begin; i < end; ++i) run(s.threads[reverse ? begin + end - 1 - i : i]);
+        } while (release(begin, end, Thread::kAtWarpBarrier));
+      }
     }
-    bool released = release(0, count, Thread::kAtBlockBarrier);
+    if (release(0, count, Thread::kAtBlockBarrier)) released = true;
     bool done = true;
     for (unsigned begin = 0; begin < count; begin += kWarp) {
       if (release(begin, std::min(begin + kWarp, count), Thread::kAtWarpBarrier)) released = true;

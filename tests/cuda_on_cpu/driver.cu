@@ -107,6 +107,9 @@ struct Bytes {
   }
   ~Bytes() { cudaFree(data); }
   Bytes(const Bytes&) = delete;
+  void set(const std::vector<uint8_t>& values) {
+    must(cudaMemcpy(data, values.data(), count, cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
   std::vector<uint8_t> get() const {
     std::vector<uint8_t> values(count);
     must(cudaMemcpy(values.data(), data, count, cudaMemcpyDeviceToHost), "cudaMemcpy");
@@ -243,6 +246,28 @@ void check_pooled(const std::string& what, DType dtype, const Conv& c, const std
   expect(codes_right, what + ": winner codes");
 }
 
+// The gradients, from the winner codes and the gradient of the pooled output.
+struct ConvGradients {
+  std::vector<double> grad_input, grad_weight, grad_bias, grad_map;
+
+  ConvGradients(const Conv& c, const std::vector<uint8_t>& codes, const std::vector<double>& gradient)
+      : grad_input(c.inputs()), grad_weight(c.weights()), grad_bias(c.s.out_channels), grad_map(c.maps()) {
+    const ConvPoolShape& s = c.s;
+    for (int64_t i = 0; i < c.outputs(); ++i) {
+      if (codes[i] == kDead) continue;
+      const int64_t plane = i / (s.out_h * s.out_w), n = plane / s.out_channels, o = plane % s.out_channels;
+      int64_t ch, cw;
+      c.position(i / s.out_w % s.out_h, i % s.out_w, codes[i], &ch, &cw);
+      grad_bias[o] += gradient[i];
+      grad_map[c.map(n, o, ch, cw)] += gradient[i];
+      c.products(n, o, ch, cw, [&](int64_t x, int64_t w) {
+        grad_input[x] += gradient[i] * c.weight[w];
+        grad_weight[w] += gradient[i] * c.input[x];
+      });
+    }
+  }
+};
+
 void test_convolution(const std::string& name, DType dtype, const ConvPoolShape& s) {
   Conv c{s, {}, {}, {}};
   c.input = random_values(dtype, c.inputs());
@@ -320,19 +345,7 @@ void test_convolution(const std::string& name, DType dtype, const ConvPoolShape&
   }
 
   const std::vector<double> gradient = random_values(dtype, c.outputs());
-  std::vector<double> grad_input(c.inputs()), grad_weight(c.weights()), grad_bias(s.out_channels), grad_map(c.maps());
-  for (int64_t i = 0; i < c.outputs(); ++i) {
-    if (codes[i] == kDead) continue;
-    const int64_t plane = i / (s.out_h * s.out_w), n = plane / s.out_channels, o = plane % s.out_channels;
-    int64_t ch, cw;
-    c.position(i / s.out_w % s.out_h, i % s.out_w, codes[i], &ch, &cw);
-    grad_bias[o] += gradient[i];
-    grad_map[c.map(n, o, ch, cw)] += gradient[i];
-    c.products(n, o, ch, cw, [&](int64_t x, int64_t w) {
-      grad_input[x] += gradient[i] * c.weight[w];
-      grad_weight[w] += gradient[i] * c.input[x];
-    });
-  }
+  const ConvGradients expected(c, codes, gradient);
   Buffer grad_output(dtype, c.outputs()), got_input(dtype, c.inputs()), got_weight(dtype, c.weights());
   Buffer got_bias(dtype, s.out_channels), got_map(dtype, c.maps());
   grad_output.set(gradient);
@@ -361,10 +374,10 @@ void test_convolution(const std::string& name, DType dtype, const ConvPoolShape&
           return launch_conv_pool_backward(dtype, call, {});
         },
         [&] {
-          compare(name + " grad_bias", dtype, got_bias.get(), grad_bias, grad_scale);
+          compare(name + " grad_bias", dtype, got_bias.get(), expected.grad_bias, grad_scale);
           if (bias_only) return;
-          compare(name + " grad_input", dtype, got_input.get(), grad_input, grad_scale);
-          compare(name + " grad_weight", dtype, got_weight.get(), grad_weight, grad_scale);
+          compare(name + " grad_input", dtype, got_input.get(), expected.grad_input, grad_scale);
+          compare(name + " grad_weight", dtype, got_weight.get(), expected.grad_weight, grad_scale);
         });
   }
   run(
@@ -374,7 +387,7 @@ void test_convolution(const std::string& name, DType dtype, const ConvPoolShape&
         return launch_bias_relu_pool_backward(
             dtype, {s, grad_output.data(), out_strides, indices.data, out_strides, got_map.data(), map_strides}, {});
       },
-      [&] { compare(name + " pool backward", dtype, got_map.get(), grad_map, 1); });
+      [&] { compare(name + " pool backward", dtype, got_map.get(), expected.grad_map, 1); });
 }
 
 ConvPoolShape plain(int64_t batch, int64_t in, int64_t size, int64_t out, int64_t kernel) {
@@ -523,6 +536,95 @@ void test_lenet(int64_t batch, int64_t classes, bool training) {
       });
 }
 
+// The codes of a pooling, one in five of them dead.
+std::vector<uint8_t> random_codes(int64_t count) {
+  std::uniform_int_distribution<int> code(0, 4);
+  std::vector<uint8_t> codes(count);
+  for (uint8_t& each : codes) {
+    const int drawn = code(generator);
+    each = static_cast<uint8_t>(drawn == 4 ? kDead : drawn);
+  }
+  return codes;
+}
+
+// From activations drawn at random, which need not be those of any network. slice_images: as LenetBackward has it, 0
+// for what the batch gives.
+void test_lenet_backward(int64_t batch, int64_t classes, int64_t slice_images, bool input_gradient) {
+  const DType dtype = DType::kFloat32;
+  if (slice_images == 0) slice_images = lenet_backward_slice_images(batch);
+  const std::string name =
+      "lenet backward batch " + std::to_string(batch) + " in slices of " + std::to_string(slice_images);
+  const int64_t sizes[] = {150, 6, 2400, 16, 48000, 120, 120 * 84, 84, 84 * classes, classes};
+  const double scales[] = {0.2, 0.2, 0.08, 0.08, 0.05, 0.05, 0.09, 0.09, 0.1, 0.1};
+  std::vector<std::vector<double>> parameters, expected;
+  std::vector<std::unique_ptr<Buffer>> buffers, gradients;
+  auto buffer = [&](const std::vector<double>& values) {
+    buffers.push_back(std::make_unique<Buffer>(dtype, values.size()));
+    buffers.back()->set(values);
+    return static_cast<float*>(buffers.back()->data());
+  };
+  LenetBackward call{};
+  for (int i = 0; i < 10; ++i) {
+    parameters.push_back(random_values(dtype, sizes[i], scales[i]));
+    expected.emplace_back(sizes[i]);
+    call.parameters[i] = buffer(parameters[i]);
+    gradients.push_back(std::make_unique<Buffer>(dtype, sizes[i]));
+    call.gradients[i] = static_cast<float*>(gradients[i]->data());
+  }
+  const std::vector<double> images = random_values(dtype, batch * 1024), pooled1 = random_values(dtype, batch * 1176);
+  // The inputs of fc1, fc2 and fc3; where the last two are not above 0, ReLU lets no gradient pass.
+  const int64_t widths[] = {400, 120, 84, classes};
+  std::vector<std::vector<double>> inputs;
+  for (int layer = 0; layer < 3; ++layer) inputs.push_back(random_values(dtype, batch * widths[layer]));
+  const std::vector<uint8_t> codes1 = random_codes(batch * 1176), codes2 = random_codes(batch * 400);
+  Bytes indices1(batch * 1176), indices2(batch * 400);
+  indices1.set(codes1), indices2.set(codes2);
+
+  std::vector<double> gradient = random_values(dtype, batch * classes);
+  call.batch = batch, call.classes = classes, call.slice_images = slice_images;
+  call.grad_output = buffer(gradient), call.input = buffer(images);
+  call.pooled1 = buffer(pooled1), call.indices1 = indices1.data;
+  call.pooled2 = buffer(inputs[0]), call.indices2 = indices2.data;
+  call.hidden1 = buffer(inputs[1]), call.hidden2 = buffer(inputs[2]);
+  for (int layer = 2; layer >= 0; --layer) {
+    const int64_t depth = widths[layer], width = widths[layer + 1];
+    std::vector<double> grad_input(batch * depth);
+    for (int64_t i = 0; i < batch * width; ++i) {
+      const int64_t n = i / width, j = i % width;
+      expected[5 + 2 * layer][j] += gradient[i];
+      for (int64_t k = 0; k < depth; ++k) {
+        expected[4 + 2 * layer][j * depth + k] += gradient[i] * inputs[layer][n * depth + k];
+        if (layer > 0 && inputs[layer][n * depth + k] <= 0) continue;
+        grad_input[n * depth + k] += gradient[i] * parameters[4 + 2 * layer][j * depth + k];
+      }
+    }
+    gradient = grad_input;
+  }
+  const ConvGradients second({plain(batch, 6, 14, 16, 5), pooled1, parameters[2], {}}, codes2, gradient);
+  const ConvGradients first({plain(batch, 1, 32, 6, 5), images, parameters[0], {}}, codes1, second.grad_input);
+  expected[0] = first.grad_weight, expected[1] = first.grad_bias;
+  expected[2] = second.grad_weight, expected[3] = second.grad_bias;
+
+  Buffer grad_pooled1(dtype, batch * 1176);
+  Buffer workspace(dtype, lenet_backward_workspace(batch, slice_images) / 4);
+  if (input_gradient) call.grad_pooled1 = static_cast<float*>(grad_pooled1.data());
+  call.workspace = workspace.data();
+  run(
+      name,
+      [&] {
+        workspace.reset(), grad_pooled1.reset();
+        for (auto& each : gradients) each->reset();
+        return launch_lenet_backward(call, {});
+      },
+      [&] {
+        const double scale = 2 * std::sqrt(static_cast<double>(batch));
+        for (int i = 0; i < 10; ++i) {
+          compare(name + " gradient " + std::to_string(i), dtype, gradients[i]->get(), expected[i], scale);
+        }
+        if (input_gradient) compare(name + " pooled1", dtype, grad_pooled1.get(), second.grad_input, 1);
+      });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -543,8 +645,13 @@ int main(int argc, char** argv) {
   }
   test_lenet(1, 10, false);
   test_lenet(5, 128, true);
+  for (const int64_t batch : {1, 2, 3, 17, 33}) test_lenet_backward(batch, 10, 0, batch % 2 == 0);
   test_convolution("conv1 float16", DType::kFloat16, plain(2, 1, 32, 6, 5));
   test_convolution("conv2 bfloat16", DType::kBFloat16, plain(2, 6, 14, 16, 5));
+  schedules = 3;  // the tests of the operator, which run every case under each, do not come to slices of several images
+  test_lenet_backward(5, 1, 2, false);    // pairs of images, the last alone
+  test_lenet_backward(17, 128, 9, true);  // passes of 4, 4 and 1 images
+  test_lenet_backward(3, 127, 3, true);   // a pass that is not full
   printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }
