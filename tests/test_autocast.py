@@ -149,6 +149,25 @@ def test_grad_scaler():
     assert not torch.equal(before, net.fc3.bias)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None], ids=["bfloat16", "float32"])
+def test_grad_scaler_skips_the_step_after_an_overflow(device, dtype):
+    net = Net(device=device)
+    kind = torch.device(device).type
+    kind = kind if kind == "cuda" else "cpu"
+    scaler = torch.amp.GradScaler(kind, init_scale=2.0**120)  # 2^120 times such a gradient is infinite
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    before = [p.detach().clone() for p in net.parameters()]
+    with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+        loss = net(torch.ones(4, 1, 32, 32, device=device)).float().pow(2).sum() * 2.0**20
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert not all(p.grad.isfinite().all() for p in net.parameters())
+    for p, b in zip(net.parameters(), before, strict=True):
+        assert torch.equal(p, b)
+    assert scaler.get_scale() == 2.0**119
+
+
 def test_second_derivative_under_autocast():
     results = []
     for module in (functional, reference):

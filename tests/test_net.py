@@ -528,6 +528,13 @@ def test_meta_device_and_deferred_initialisation():
     assert_equal(other.fc3.bias, Net().fc3.bias, "bias")
     assert other(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
     state = {k: v.clone() for k, v in Net().state_dict().items()}
+    torch.manual_seed(0)
+    skipped = torch.nn.utils.skip_init(Net, num_classes=3)
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert_equal(drawn, torch.rand(1), "skip_init draws no numbers")
+    skipped.load_state_dict(Net(num_classes=3).state_dict())
+    assert skipped(torch.zeros(2, 1, 32, 32)).shape == (2, 3)
     assigned = Net(device="meta")
     assigned.load_state_dict(state, assign=True)
     assert assigned(torch.zeros(2, 1, 32, 32)).isfinite().all()
@@ -654,8 +661,18 @@ def test_saved_tensor_hooks_and_checkpoint():
     assert count > 0
     for name, p, e in zip(NAMES, ours.parameters(), expected, strict=True):
         assert_equal(p.grad, e, name)
+    for again in (
+        lambda: checkpoint(ours, x, use_reentrant=False),
+        lambda: checkpoint(ours, x.clone().requires_grad_(), use_reentrant=True),
+    ):
+        ours.zero_grad()
+        again().sum().backward()
+        for name, p, e in zip(NAMES, ours.parameters(), expected, strict=True):
+            assert_equal(p.grad, e, name)
     ours.zero_grad()
-    checkpoint(ours, x, use_reentrant=False).sum().backward()
+    with torch.autograd.graph.save_on_cpu():
+        output = ours(x)
+    output.sum().backward()
     for name, p, e in zip(NAMES, ours.parameters(), expected, strict=True):
         assert_equal(p.grad, e, name)
 
