@@ -47,8 +47,8 @@ inline void* shared_scratch(size_t bytes) { return ThreadScratch::get(bytes, 0);
 // Memory of the thread that runs a unit.
 inline void* unit_scratch(size_t bytes) { return ThreadScratch::get(bytes, 1); }
 
-// A thread that sleeps is worth waking for about 50 microseconds of work.
-constexpr double kFlopsPerThread = 2e6;
+// A thread is worth waking for about 20 microseconds of work. Chunks may be shorter: the counter costs next to nothing.
+constexpr double kFlopsPerThread = 2e6, kFlopsPerChunk = 2e5;
 constexpr int64_t kChunksPerThread = 8;
 
 // Calls run(begin, end) over [0, units); `flops` is the work of all of them.
@@ -59,13 +59,16 @@ template <typename F>
 void parallel_units(int64_t units, double flops, const F& run) {
   if (units <= 0) return;
   const double per_unit = flops / static_cast<double>(units);
-  const int64_t grain = per_unit >= kFlopsPerThread ? 1 : static_cast<int64_t>(kFlopsPerThread / (per_unit + 1)) + 1;
+  const auto units_for = [per_unit](double share) {
+    return per_unit >= share ? 1 : static_cast<int64_t>(share / (per_unit + 1)) + 1;
+  };
+  const int64_t grain = units_for(kFlopsPerThread);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), (units + grain - 1) / grain);
   if (threads <= 1 || at::in_parallel_region()) {
     run(0, units);
     return;
   }
-  const int64_t chunk = std::max(grain, units / (threads * kChunksPerThread));
+  const int64_t chunk = std::max(units_for(kFlopsPerChunk), units / (threads * kChunksPerThread));
   std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t begin; (begin = next.fetch_add(chunk, std::memory_order_relaxed)) < units;) {
