@@ -1,0 +1,182 @@
+// Runs the plain kernels, those that are compiled without an instruction set of x86, on whatever processor it was built
+// for. Problems come on the standard input and results go to the standard output, as raw arrays in the order in which
+// tests/test_other_processor.py writes and reads them.
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "cpu/kernels/conv_pool_kernels.h"
+#include "cpu/kernels/gemm_kernels.h"
+#include "cpu/kernels/lenet_kernels.h"
+
+namespace lenet_ext::cpu::default_ {
+extern const ConvPoolKernels conv_pool_kernels;
+extern const GemmKernels gemm_kernels;
+extern const LenetKernels lenet_kernels;
+}  // namespace lenet_ext::cpu::default_
+
+namespace {
+
+using namespace lenet_ext;
+using namespace lenet_ext::cpu;
+
+template <typename T>
+std::vector<T> take(int64_t count) {
+  std::vector<T> values(count);
+  if (fread(values.data(), sizeof(T), count, stdin) != static_cast<size_t>(count)) abort();
+  return values;
+}
+
+template <typename T>
+void give(const std::vector<T>& values) {
+  fwrite(values.data(), sizeof(T), values.size(), stdout);
+}
+
+struct Free {
+  void operator()(void* memory) const { free(memory); }
+};
+std::unique_ptr<void, Free> aligned(int64_t bytes) {
+  return std::unique_ptr<void, Free>(aligned_alloc(64, (bytes + 64) / 64 * 64));
+}
+
+Strides4 contiguous(int64_t c, int64_t h, int64_t w) { return {c * h * w, h * w, w, 1}; }
+Strides4 channels_last(int64_t c, int64_t h, int64_t w) { return {c * h * w, 1, w * c, c}; }
+
+// Our own algorithm: output, codes and gradients, in units from the last to the first.
+template <typename T>
+void convolution(const ConvPoolTable<T>& kernels) {
+  const ConvPoolShape s = take<ConvPoolShape>(1)[0];
+  const int64_t outputs = s.batch * s.out_channels * s.out_h * s.out_w;
+  const auto input = take<T>(s.batch * s.in_channels * s.height * s.width);
+  const auto weight = take<T>(s.out_channels * s.in_channels / s.groups * s.kernel_h * s.kernel_w);
+  const auto bias = take<T>(s.out_channels), grad_output = take<T>(outputs);
+  const Strides4 image = contiguous(s.in_channels, s.height, s.width);
+  const Strides4 pooled = contiguous(s.out_channels, s.out_h, s.out_w);
+  std::vector<T> output(outputs), grad_input(input.size()), grad_weight(weight.size()), grad_bias(s.out_channels);
+  std::vector<uint8_t> indices(outputs);
+  {
+    const auto& f = kernels.forward;
+    const ConvPoolForward<T> job{s,           input.data(),  image,          weight.data(),
+                                 bias.data(), output.data(), indices.data(), pooled};
+    const auto packed = aligned(f.packed_bytes(s)), scratch = aligned(f.scratch_bytes(s));
+    f.prepare(job, packed.get());
+    for (int64_t unit = f.units(s) - 1; unit >= 0; --unit) f.run(job, packed.get(), scratch.get(), unit, unit + 1);
+  }
+  {
+    const auto& b = kernels.backward;
+    const ConvPoolBackward<T> job{s,
+                                  grad_output.data(),
+                                  pooled,
+                                  indices.data(),
+                                  pooled,
+                                  input.data(),
+                                  image,
+                                  weight.data(),
+                                  grad_input.data(),
+                                  image,
+                                  grad_weight.data(),
+                                  grad_bias.data()};
+    const int64_t units = b.units(s);
+    const auto packed = aligned(b.packed_bytes(s, true)), scratch = aligned(b.scratch_bytes(s, true));
+    const auto partials = aligned(units * b.partial_bytes(s));
+    if (!b.prepare(job, packed.get())) abort();
+    for (int64_t unit = units - 1; unit >= 0; --unit) {
+      if (!b.run(job, packed.get(), partials.get(), scratch.get(), unit, unit + 1)) abort();
+    }
+    b.reduce(job, partials.get(), 0, s.out_channels);
+  }
+  give(output), give(indices), give(grad_input), give(grad_weight), give(grad_bias);
+}
+
+// ReLU and pooling of a convolution's output that lies in channels_last, and its gradient.
+template <typename T>
+void relu_pool(const ConvPoolTable<T>& kernels) {
+  const ConvPoolShape s = take<ConvPoolShape>(1)[0];
+  const int64_t outputs = s.batch * s.out_channels * s.out_h * s.out_w;
+  const auto conv = take<T>(s.batch * s.out_channels * s.conv_h * s.conv_w), grad_output = take<T>(outputs);
+  const Strides4 rows = channels_last(s.out_channels, s.conv_h, s.conv_w);
+  const Strides4 pooled = channels_last(s.out_channels, s.out_h, s.out_w);
+  std::vector<T> output(outputs), grad_conv(conv.size());
+  std::vector<uint8_t> indices(outputs);
+  const auto& k = kernels.relu_pool;
+  const auto scratch = aligned(k.scratch_bytes(s));
+  const int64_t units = s.batch * ((s.out_channels + k.channels - 1) / k.channels);
+  k.forward({s, conv.data(), rows, output.data(), indices.data(), pooled}, scratch.get(), 0, units);
+  k.backward({s, grad_output.data(), pooled, indices.data(), pooled, grad_conv.data(), rows}, scratch.get(), 0, units);
+  give(output), give(indices), give(grad_conv);
+}
+
+// a [m][k] times the transposed weight [n][k], by dot products and with the weight transposed first.
+template <typename A>
+void product(const GemmTable<A>& kernels) {
+  const auto sizes = take<int64_t>(3);
+  const int64_t m = sizes[0], n = sizes[1], k = sizes[2];
+  const auto a = take<A>(m * k), weight = take<A>(n * k), bias = take<A>(n);
+  std::vector<A> by_dots(m * n), by_tiles(m * n), transposed(n * k);
+  const GemmNT<A> nt{m, n, k, a.data(), weight.data(), by_dots.data(), bias.data(), true};
+  kernels.nt_run(nt, 0, kernels.nt_units(nt));
+  kernels.transpose(weight.data(), n, k, transposed.data());
+  const Gemm<A> gemm{m, n, k, a.data(), k, 1, transposed.data(), n, by_tiles.data(), n, bias.data(), true, false};
+  kernels.run(gemm, 0, kernels.units(gemm));
+  give(by_dots), give(by_tiles);
+}
+
+void network() {
+  const auto& kernels = default_::lenet_kernels;
+  const auto sizes = take<int64_t>(2);
+  const int64_t batch = sizes[0], classes = sizes[1];
+  const auto input = take<float>(batch * 1024);
+  std::vector<std::vector<float>> p;
+  for (const int64_t count : {int64_t{150}, int64_t{6}, int64_t{2400}, int64_t{16}, int64_t{48000}, int64_t{120},
+                              int64_t{10080}, int64_t{84}, 84 * classes, classes}) {
+    p.push_back(take<float>(count));
+  }
+  std::vector<float> output(batch * classes);
+  const LenetInference job{batch,       classes,     input.data(), 1024,        p[0].data(),
+                           p[1].data(), p[2].data(), p[3].data(),  p[4].data(), p[5].data(),
+                           p[6].data(), p[7].data(), p[8].data(),  p[9].data(), output.data()};
+  const auto scratch = aligned(kernels.scratch_bytes);
+  kernels.run(job, scratch.get(), 0, (batch + kernels.lanes - 1) / kernels.lanes);
+  give(output);
+}
+
+}  // namespace
+
+int main() {
+  for (char kind; fread(&kind, 1, 1, stdin) == 1;) {
+    const auto& conv = default_::conv_pool_kernels;
+    switch (kind) {
+      case 'f':
+        convolution(conv.float32);
+        break;
+      case 'd':
+        convolution(conv.float64);
+        break;
+      case 'b':
+        convolution(conv.bfloat16);
+        break;
+      case 'F':
+        relu_pool(conv.float32);
+        break;
+      case 'D':
+        relu_pool(conv.float64);
+        break;
+      case 'B':
+        relu_pool(conv.bfloat16);
+        break;
+      case 'p':
+        product(default_::gemm_kernels.float32);
+        break;
+      case 'P':
+        product(default_::gemm_kernels.float64);
+        break;
+      case 'n':
+        network();
+        break;
+      default:
+        return 1;
+    }
+  }
+  return fflush(stdout);
+}
