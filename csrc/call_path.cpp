@@ -150,9 +150,9 @@ PyObject* untouched_parameters(PyObject*, PyObject* const* arguments, Py_ssize_t
   END_HANDLE_TH_ERRORS
 }
 
-// lenet_path(input, parameters) -> Path. Ordinary is a batch of float32 images for ten parameters (weight and bias of
-// conv1, conv2, fc1, fc2, fc3; of exactly that type) of LeNet's shapes, where no dispatch mode and no tracer would miss
-// the layers.
+// lenet_path(input, parameters) -> Path. Ordinary is a batch of float32 images (on CUDA of the 16-bit types, too) for
+// ten parameters (weight and bias of conv1, conv2, fc1, fc2, fc3; of exactly that type) of LeNet's shapes, where no
+// dispatch mode and no tracer would miss the layers.
 PyObject* lenet_path(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 2 || Py_TYPE(arguments[0]) != reinterpret_cast<PyTypeObject*>(THPVariableClass) ||
@@ -160,7 +160,8 @@ PyObject* lenet_path(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     return answer(kGeneral);
   }
   const at::Tensor& input = THPVariable_Unpack(arguments[0]);
-  if (input.scalar_type() != at::kFloat || input.dim() != 4 || !has_kernels(input)) return answer(kGeneral);
+  const bool dtype = input.scalar_type() == at::kFloat || (input.is_cuda() && input.scalar_type() != at::kDouble);
+  if (!dtype || input.dim() != 4 || !has_kernels(input)) return answer(kGeneral);
   bool derivative = input.requires_grad();
   std::array<c10::IntArrayRef, 10> shapes;
   for (Py_ssize_t i = 0; i < 10; ++i) {

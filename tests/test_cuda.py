@@ -195,11 +195,12 @@ def test_more_than_two_to_the_31_elements():
     torch.testing.assert_close(output[-3:], function(x[-3:], w, b))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("training", [False, True])
-def test_the_whole_network_is_one_operator(training):
+def test_the_whole_network_is_one_operator(training, dtype):
     """And under autocast it is its layers, which cast."""
     torch.manual_seed(0)
-    net, x = Net(device="cuda"), torch.randn(16, 1, 32, 32, device="cuda")
+    net, x = Net(device="cuda", dtype=dtype), torch.randn(16, 1, 32, 32, device="cuda", dtype=dtype)
 
     def operators(call):
         # By the profiler: under a dispatch mode the network would go layer by layer.
