@@ -16,7 +16,7 @@ help:
 	@echo "make test     run the tests; PYTEST_ARGS='-k linear' passes arguments on"
 	@echo "make bench    the full benchmark of this machine (most of an hour), results in benchmarks/results"
 	@echo "make tables   the README's tables and picture from those results"
-	@echo "make gpu-check   everything that needs a GPU, with the Python and torch that are there; STAGE=check|bench OUT=DIR"
+	@echo "make gpu-check   everything that needs a GPU, with the Python and torch that are there; STAGE=check|bench OUT=DIR MNIST_ROOT=DIR"
 	@echo "make lint     ruff, mypy and clang-format; make format applies what they can mend"
 
 $(VENV)/torch:
@@ -54,11 +54,12 @@ tables: $(VENV)/installed
 	$(BIN)/python benchmarks/to_markdown.py $(RESULTS)/cpu.json --update $(RESULTS)/README.md
 	$(BIN)/python benchmarks/to_markdown.py $(RESULTS)/cpu.json --plot $(RESULTS)/net.png --cases net
 
-# Without a virtual environment and without a network: it builds in a folder of its own, against PYTHON's torch.
+# Without a virtual environment and without a network: it installs into a temporary folder of its own, against PYTHON's
+# torch, and leaves PYTHON's environment as it is. MNIST_ROOT: a folder with the four files of MNIST.
 STAGE ?= all
 OUT ?= benchmarks/results/gpu
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py --stage $(STAGE) --out $(OUT)
+	$(PYTHON) benchmarks/gpu_check.py --stage $(STAGE) --out $(OUT) $(if $(MNIST_ROOT),--mnist-root $(MNIST_ROOT))
 
 CXX_FILES := $(shell find csrc lenet_ext tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_FILES := setup.py build_backend lenet_ext tests benchmarks examples

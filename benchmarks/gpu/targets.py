@@ -1,0 +1,126 @@
+"""What was to be reached on one H200, and whether a report of `gpu_check.py` says that it was.
+
+Both sides of a ratio are replays of CUDA graphs in the same precision. The predictions come from counting bytes and
+operations, before anything was measured.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Report = dict[str, Any]
+
+# Microseconds of the whole net, ours, as a graph: (precision, case) of the step "net".
+PREDICTED_US = {
+    ("float32", "forward batch 1"): 7,
+    ("tf32", "forward batch 1"): 6,
+    ("bfloat16", "forward batch 1"): 5.5,
+    ("float32", "forward batch 64"): 8,
+    ("tf32", "forward batch 64"): 6.5,
+    ("bfloat16", "forward batch 64"): 5.5,
+    ("float32", "forward batch 1024"): 27,
+    ("tf32", "forward batch 1024"): 13,
+    ("bfloat16", "forward batch 1024"): 8,
+    ("float32", "forward batch 65536"): 1500,
+    ("tf32", "forward batch 65536"): 600,
+    ("bfloat16", "forward batch 65536"): 300,
+    ("float32", "step batch 64"): 21,
+    ("float32", "step batch 1024"): 62,
+    ("float32", "step batch 65536"): 3700,
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """``measured`` reads a report: None where it does not say."""
+
+    what: str
+    committed: float
+    ambitious: float
+    at_most: bool  # else at least
+    measured: Callable[[Report], float | None]
+
+
+def rows_of(report: Report, step: str) -> list[dict[str, Any]]:
+    return report["steps"].get(step, {}).get("result") or []
+
+
+def _median(report: Report, step: str, case: str, provider: str) -> float | None:
+    for row in rows_of(report, step):
+        if row["case"] == case and provider in row["us"]:
+            return float(row["us"][provider]["median"])
+    return None
+
+
+def _time(step: str, case: str) -> Callable[[Report], float | None]:
+    return lambda report: _median(report, step, case, "ours graph")
+
+
+def _ratio(step: str, case: str) -> Callable[[Report], float | None]:
+    def measured(report: Report) -> float | None:
+        ours, stock = (_median(report, step, case, f"{name} graph") for name in ("ours", "stock"))
+        return None if ours is None or stock is None else stock / ours
+
+    return measured
+
+
+def _millions_a_second(precision: str) -> Callable[[Report], float | None]:
+    def measured(report: Report) -> float | None:
+        us = _median(report, f"net {precision}", "forward batch 65536", "ours graph")
+        return None if us is None else 65536 / us
+
+    return measured
+
+
+def _mnist_milliseconds(report: Report) -> float | None:
+    seconds = [run["seconds"] for run in rows_of(report, "mnist") if run["model"] == "ours" and run["reached"]]
+    return 1000 * statistics.median(seconds) if seconds else None
+
+
+def _worst_of_the_sweep(report: Report) -> float | None:
+    """By the cost rule, that is without an algorithm forced."""
+    ratios = [
+        row["us"]["stock graph"]["median"] / row["us"]["ours graph"]["median"] for row in rows_of(report, "sweep")
+    ]
+    return min(ratios) if ratios else None
+
+
+TARGETS = [
+    Target("batch 1 inference: microseconds", 8, 4.5, True, _time("net float32", "forward batch 1")),
+    Target("batch 1 inference: over stock", 4, 8, False, _ratio("net float32", "forward batch 1")),
+    Target("batch 64 training step: microseconds", 25, 15, True, _time("net float32", "step batch 64")),
+    Target("batch 64 training step: over stock", 4.5, 7, False, _ratio("net float32", "step batch 64")),
+    Target("batch 65536, float32: million images/s", 40, 50, False, _millions_a_second("float32")),
+    Target("batch 65536, TF32: million images/s", 80, 120, False, _millions_a_second("tf32")),
+    Target("batch 65536, bfloat16: million images/s", 150, 250, False, _millions_a_second("bfloat16")),
+    Target("conv1 forward: over stock", 5, 12, False, _ratio("layers float32", "conv1 forward batch 65536")),
+    Target(
+        "conv1 forward + backward: over stock",
+        6,
+        15,
+        False,
+        _ratio("layers float32", "conv1 forward + backward batch 65536"),
+    ),
+    Target("MNIST to 99%: milliseconds, median", 150, 50, True, _mnist_milliseconds),
+    Target("any shape of the sweep: over stock", 0.98, 1.1, False, _worst_of_the_sweep),
+]
+
+
+def verdicts(report: Report) -> Iterator[tuple[Target, float | None, str]]:
+    """For each target what was measured and "not measured", "missed", "met" or "met, ambitious too"."""
+    for target in TARGETS:
+        value = target.measured(report)
+        yield target, value, _verdict(target, value)
+
+
+def _verdict(target: Target, value: float | None) -> str:
+    if value is None:
+        return "not measured"
+
+    def reaches(bound: float) -> bool:
+        return value <= bound if target.at_most else value >= bound
+
+    return "met, ambitious too" if reaches(target.ambitious) else "met" if reaches(target.committed) else "missed"
