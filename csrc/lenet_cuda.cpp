@@ -1,6 +1,7 @@
-// The whole network on CUDA. Compiled only where nvcc is found. For float32, one channel and up to 128 classes the
-// forward pass is one launch, the backward pass of all but large batches two; otherwise the layers one after the other,
-// without the cost of five operators and five Functions.
+// The whole network on CUDA. Compiled only where nvcc is found. For one channel and up to 128 classes the forward pass
+// is one launch, in float32 and, where the GPU has tensor cores for them, in float16 and bfloat16; in float32 the
+// backward pass of all but large batches is two. Otherwise the layers go one after the other, without the cost of five
+// operators and five Functions.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -10,6 +11,7 @@
 #include "cuda_host.h"
 #include "cuda_ops.h"
 #include "lenet.h"
+#include "precision.h"
 
 namespace lenet_ext {
 namespace {
@@ -38,12 +40,33 @@ Tensor contiguous_and_aligned(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(contiguous.const_data_ptr()) % 16 == 0 ? contiguous : contiguous.clone();
 }
 
+// What `a` has not got is not wanted.
+template <typename T>
+cuda::LenetForwardOf<T> forward_of(const Tensor& images, const std::vector<Tensor>& p, const Layers& a) {
+  auto to = [](const Tensor& tensor) {
+    return tensor.defined() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+  };
+  auto codes_to = [](const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr<uint8_t>() : nullptr; };
+  cuda::LenetForwardOf<T> call{};
+  call.batch = images.size(0), call.classes = p[8].size(0);
+  call.input = static_cast<const T*>(images.const_data_ptr());
+  for (size_t i = 0; i < 10; ++i) call.parameters[i] = static_cast<const T*>(p[i].const_data_ptr());
+  call.output = to(a.output);
+  call.pooled1 = to(a.pooled1), call.indices1 = codes_to(a.indices1);
+  call.pooled2 = to(a.pooled2), call.indices2 = codes_to(a.indices2);
+  call.hidden1 = to(a.hidden1), call.hidden2 = to(a.hidden2);
+  return call;
+}
+
 Layers run(const char* op, const Tensor& input, TensorList parameters, bool training) {
   check_lenet(op, input, parameters);
   const CudaScope scope(input);
   const Tensor images = input.contiguous();
   const int64_t batch = input.size(0), classes = parameters[8].size(0);
-  if (!cuda::has_lenet_forward(cuda_dtype(op, input), input.size(1), classes)) {
+  const cuda::DType dtype = cuda_dtype(op, input);
+  const bool tensor_cores = (dtype != cuda::DType::kFloat32 || allows_tf32()) &&
+                            cuda::has_lenet_tensor_core_forward(dtype, input.size(1), classes);
+  if (!tensor_cores && !cuda::has_lenet_forward(dtype, input.size(1), classes)) {
     return run_layers(op, images, parameters, training);
   }
   std::vector<Tensor> p;
@@ -51,19 +74,15 @@ Layers run(const char* op, const Tensor& input, TensorList parameters, bool trai
   const auto options = input.options(), codes = options.dtype(at::kByte);
   Layers a;
   a.output = at::empty({batch, classes}, options);
-  cuda::LenetForward call{};
   if (training) {
     a.pooled1 = at::empty({batch, 6, 14, 14}, options), a.indices1 = at::empty({batch, 6, 14, 14}, codes);
     a.pooled2 = at::empty({batch, 16, 5, 5}, options), a.indices2 = at::empty({batch, 16, 5, 5}, codes);
     a.hidden1 = at::empty({batch, 120}, options), a.hidden2 = at::empty({batch, 84}, options);
-    call.pooled1 = a.pooled1.mutable_data_ptr<float>(), call.indices1 = a.indices1.mutable_data_ptr<uint8_t>();
-    call.pooled2 = a.pooled2.mutable_data_ptr<float>(), call.indices2 = a.indices2.mutable_data_ptr<uint8_t>();
-    call.hidden1 = a.hidden1.mutable_data_ptr<float>(), call.hidden2 = a.hidden2.mutable_data_ptr<float>();
   }
-  call.batch = batch, call.classes = classes;
-  call.input = images.const_data_ptr<float>(), call.output = a.output.mutable_data_ptr<float>();
-  for (int i = 0; i < 10; ++i) call.parameters[i] = p[i].const_data_ptr<float>();
-  check_launch(op, cuda::launch_lenet_forward(call, scope.stream), input);
+  const cuda::LaunchResult result =
+      tensor_cores ? cuda::launch_lenet_tensor_core_forward(dtype, forward_of<void>(images, p, a), scope.stream)
+                   : cuda::launch_lenet_forward(forward_of<float>(images, p, a), scope.stream);
+  check_launch(op, result, input);
   return a;
 }
 

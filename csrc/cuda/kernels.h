@@ -115,20 +115,24 @@ struct SmallMatrixProduct {
 };
 LaunchResult launch_small_matrix_product(DType dtype, const SmallMatrixProduct& call, cudaStream_t stream);
 
-// The whole network in one launch, in float32. All tensors are contiguous, weights are 16-byte aligned.
-struct LenetForward {
+// The whole network in one launch. All tensors are contiguous, weights are 16-byte aligned.
+template <typename T>
+struct LenetForwardOf {
   int64_t batch, classes;
-  const float* input;           // [batch, 1, 32, 32]
-  const float* parameters[10];  // weight and bias of conv1, conv2, fc1, fc2, fc3
-  float* output;                // [batch, classes]
+  const T* input;           // [batch, 1, 32, 32]
+  const T* parameters[10];  // weight and bias of conv1, conv2, fc1, fc2, fc3
+  T* output;                // [batch, classes]
   // What the backward pass needs; null where there will be none.
-  float* pooled1;     // [batch, 6, 14, 14]
+  T* pooled1;         // [batch, 6, 14, 14]
   uint8_t* indices1;  // of its shape
-  float* pooled2;     // [batch, 16, 5, 5]
+  T* pooled2;         // [batch, 16, 5, 5]
   uint8_t* indices2;
-  float* hidden1;  // [batch, 120]
-  float* hidden2;  // [batch, 84]
+  T* hidden1;  // [batch, 120]
+  T* hidden2;  // [batch, 84]
 };
+
+// In float32 arithmetic on the ordinary units.
+using LenetForward = LenetForwardOf<float>;
 bool has_lenet_forward(DType dtype, int64_t channels, int64_t classes);
 LaunchResult launch_lenet_forward(const LenetForward& call, cudaStream_t stream);
 
@@ -154,5 +158,10 @@ bool has_lenet_backward(DType dtype, int64_t channels, int64_t classes);
 int64_t lenet_backward_slice_images(int64_t batch);
 int64_t lenet_backward_workspace(int64_t batch, int64_t slice_images);
 LaunchResult launch_lenet_backward(const LenetBackward& call, cudaStream_t stream);
+
+// On the tensor cores, which round what they multiply to the storage type, or to TF32 for float32, and accumulate in
+// float32. The current device must have them.
+bool has_lenet_tensor_core_forward(DType dtype, int64_t channels, int64_t classes);
+LaunchResult launch_lenet_tensor_core_forward(DType dtype, const LenetForwardOf<void>& call, cudaStream_t stream);
 
 }  // namespace lenet_ext::cuda

@@ -57,6 +57,9 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719,
 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+struct cudaFuncAttributes {
+  int ptxVersion;  // compute capability that the kernel was compiled for, times 10
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 using cudaStream_t = struct CUstream_st*;
@@ -94,8 +97,8 @@ struct Thread {
   const char* file = "";  // of the barrier it waits at
   int line = 0;
   unsigned shuffles = 0;
-  unsigned char deposit[2]
-                       [16];  // what it offers to the lanes of its warp; two, so that one barrier a shuffle is enough
+  // What it offers to the lanes of its warp; two, so that one barrier a shuffle is enough.
+  alignas(16) unsigned char deposit[2][32];
 };
 
 struct State {
@@ -103,6 +106,7 @@ struct State {
   unsigned seed = 0;
   std::string failure;  // of the last launch that failed
   int64_t launches = 0;
+  int compute_capability = 90;
 
   // The block that runs.
   dim3 grid, block;
@@ -334,6 +338,33 @@ T exchange(T value, unsigned from_lane, const char* file, int line) {
   return value;
 }
 
+// The values that the 32 lanes of a warp have offered. They last until the second exchange from here.
+template <typename T>
+struct Lanes {
+  const Thread* first;
+  unsigned slot;
+  T operator[](unsigned lane) const {
+    T value;
+    memcpy(&value, first[lane].deposit[slot], sizeof value);
+    return value;
+  }
+};
+template <typename T>
+Lanes<T> exchange_all(T value, const char* file, int line) {
+  static_assert(sizeof(T) <= sizeof(Thread::deposit[0]), "too large to exchange");
+  Thread& me = *state().current;
+  const unsigned warp = me.linear / kWarp * kWarp, slot = me.shuffles % 2;
+  exchange(value, 0, file, line);
+  return {&state().threads[warp], slot};
+}
+
+// What hardware takes for granted.
+inline void require(bool ok, const char* what) {
+  if (ok) return;
+  fprintf(stderr, "%s\n", what);
+  abort();
+}
+
 }  // namespace lx_shim
 
 #define threadIdx (::lx_shim::state().current->index)
@@ -360,6 +391,12 @@ inline cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute,
   lx_shim::state().shared_limit[function] = static_cast<size_t>(value);
   return cudaSuccess;
 }
+
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = lx_shim::state().compute_capability;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaSuccess) return "no error";

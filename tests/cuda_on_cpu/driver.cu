@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/device.cuh"
+#include "../../csrc/cuda/tensor_core.cuh"
 
 namespace {
 
@@ -133,8 +133,8 @@ std::vector<double> random_values(DType dtype, int64_t count, double scale = 1.0
 void compare(const std::string& what, DType dtype, const std::vector<double>& got, const std::vector<double>& expected,
              double scale) {
   for (size_t i = 0; i < got.size(); ++i) {
-    const bool same =
-        got[i] == expected[i] || std::fabs(got[i] - expected[i]) <= tolerance(dtype) * (scale + std::fabs(expected[i]));
+    const bool same = got[i] == expected[i] || (std::isnan(got[i]) && std::isnan(expected[i])) ||
+                      std::fabs(got[i] - expected[i]) <= tolerance(dtype) * (scale + std::fabs(expected[i]));
     if (same) continue;
     expect(false, what + " at " + std::to_string(i) + ": " + std::to_string(got[i]) + ", expected " +
                       std::to_string(expected[i]));
@@ -461,42 +461,159 @@ void test_product(DType dtype, int64_t rows, int64_t columns, int64_t depth, boo
       });
 }
 
+// ------------------------------------------------------------------------------------------------------ tensor cores
+
+// One warp: d[16][8] += a[16][16 words] x b[8][16 words]^T, from shared memory. `matrices`: `a` by load_matrices.
+template <typename T>
+__global__ void small_product_kernel(const uint32_t* a, const uint32_t* b, float* d, bool matrices) {
+  constexpr int kPitch = 20;
+  LX_SMEM(shared);
+  uint32_t* rows = lx::take<uint32_t>(shared, 16 * kPitch);
+  for (int i = threadIdx.x; i < 16 * 16; i += 32) rows[i / 16 * kPitch + i % 16] = a[i];
+  __syncthreads();
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  float sums[4];
+  for (int i = 0; i < 4; ++i) sums[i] = d[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+  for (int step = 0; step < 2; ++step) {
+    uint32_t words[4];
+    if (matrices) {
+      lx::load_matrices(words, rows + (lane % 8 + lane / 8 % 2 * 8) * kPitch + 8 * step + lane / 16 * 4);
+    } else {
+      for (int i = 0; i < 4; ++i) words[i] = rows[(g + i % 2 * 8) * kPitch + 8 * step + i / 2 * 4 + t];
+    }
+    const uint32_t* column = b + g * 16 + 8 * step + t;
+    lx::multiply_accumulate<T>(sums, words, column[0], column[4]);
+  }
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
+}
+
+void test_small_product(DType dtype) {
+  const std::string name = "small product dtype " + std::to_string(static_cast<int>(dtype));
+  const int64_t depth = dtype == DType::kFloat32 ? 16 : 32;
+  std::vector<double> a_values = random_values(dtype, 16 * depth), b_values = random_values(dtype, 8 * depth);
+  if (dtype == DType::kFloat32) {
+    for (double& value : a_values) value = lx::to_tf32(static_cast<float>(value));
+    for (double& value : b_values) value = lx::to_tf32(static_cast<float>(value));
+  }
+  const std::vector<double> before = random_values(DType::kFloat32, 16 * 8);
+  std::vector<double> expected = before;
+  for (int64_t i = 0; i < 16 * 8; ++i) {
+    for (int64_t k = 0; k < depth; ++k) expected[i] += a_values[i / 8 * depth + k] * b_values[i % 8 * depth + k];
+  }
+  Buffer a(dtype, 16 * depth), b(dtype, 8 * depth), d(DType::kFloat32, 16 * 8);
+  a.set(a_values), b.set(b_values);
+  for (const bool matrices : {false, true}) {
+    run(
+        name,
+        [&] {
+          d.set(before);
+          LaunchResult result;
+          const auto kernel = dtype == DType::kFloat32   ? small_product_kernel<float>
+                              : dtype == DType::kFloat16 ? small_product_kernel<lx::f16>
+                                                         : small_product_kernel<lx::bf16>;
+          lx::launch(result, "small_product_kernel", kernel, 1, 32, lx::taken<uint32_t>(16 * 20), {},
+                     static_cast<const uint32_t*>(a.data()), static_cast<const uint32_t*>(b.data()),
+                     static_cast<float*>(d.data()), matrices);
+          return result;
+        },
+        [&] { compare(name, DType::kFloat32, d.get(), expected, 4); });
+  }
+}
+
+__global__ void round_kernel(const float* from, float* to) { to[threadIdx.x] = lx::to_tf32(from[threadIdx.x]); }
+
+void test_rounding_to_tf32() {
+  const double half = 0x1p-11, ulp = 0x1p-10;
+  const std::vector<double> values = {0,
+                                      1,
+                                      1 + half,
+                                      1 + half - 0x1p-23,
+                                      1 + half + 0x1p-23,
+                                      1 + ulp + half,
+                                      -1 - half,
+                                      0x1.ffcp0 + half,
+                                      0x1.fffffep127,
+                                      -INFINITY,
+                                      NAN};
+  const std::vector<double> expected = {0, 1, 1 + ulp, 1, 1 + ulp, 1 + 2 * ulp, -1 - ulp, 2, INFINITY, -INFINITY, NAN};
+  const int64_t count = static_cast<int64_t>(values.size());
+  Buffer from(DType::kFloat32, count), to(DType::kFloat32, count);
+  from.set(values);
+  run(
+      "rounding to TF32",
+      [&] {
+        LaunchResult result;
+        lx::launch(result, "round_kernel", round_kernel, 1, static_cast<unsigned>(count), 0, {},
+                   static_cast<const float*>(from.data()), static_cast<float*>(to.data()));
+        return result;
+      },
+      [&] {
+        const std::vector<double> got = to.get();
+        for (int64_t i = 0; i < count; ++i) {
+          expect(got[i] == expected[i] || (std::isnan(got[i]) && std::isnan(expected[i])),
+                 "rounding to TF32 of " + std::to_string(values[i]));
+        }
+      });
+}
+
 // ----------------------------------------------------------------------------------------------------- whole network
 
-// relu(max_pool(conv)) of a LeNet layer in float64.
+// relu(max_pool(conv)) of a LeNet layer in float64. The first of equals wins, and the last NaN.
 std::vector<double> pooled(const ConvPoolShape& s, const std::vector<double>& input, const std::vector<double>& weight,
-                           const std::vector<double>& bias) {
+                           const std::vector<double>& bias, std::vector<uint8_t>* codes) {
   const Conv c{s, input, weight, bias};
   std::vector<double> output(c.outputs());
+  codes->assign(c.outputs(), kDead);
   for (int64_t i = 0; i < c.outputs(); ++i) {
     const int64_t plane = i / (s.out_h * s.out_w);
     for (int code = 0; code < 4; ++code) {
       int64_t ch, cw;
       c.position(i / s.out_w % s.out_h, i % s.out_w, code, &ch, &cw);
-      output[i] = std::fmax(output[i], c.convolution(plane / s.out_channels, plane % s.out_channels, ch, cw));
+      const double value = c.convolution(plane / s.out_channels, plane % s.out_channels, ch, cw);
+      if (value > output[i] || std::isnan(value)) output[i] = value, (*codes)[i] = static_cast<uint8_t>(code);
     }
   }
   return output;
 }
 
-void test_lenet(int64_t batch, int64_t classes, bool training) {
-  const std::string name = "lenet batch " + std::to_string(batch);
-  const DType dtype = DType::kFloat32;
+struct LenetCase {
+  int64_t batch, classes;
+  bool training;
+  bool integers = false;   // small ones: sums are exact in every dtype, and full of ties
+  bool irregular = false;  // the second image has a NaN pixel, the third an infinite one
+};
+
+// On the tensor cores where `tensor_cores`; float32 is then TF32.
+void test_lenet(DType dtype, bool tensor_cores, const LenetCase& c) {
+  const int64_t batch = c.batch, classes = c.classes;
+  const std::string name = std::string(tensor_cores ? "tensor core" : "") + " lenet dtype " +
+                           std::to_string(static_cast<int>(dtype)) + " batch " + std::to_string(batch) +
+                           (c.integers ? " integers" : "") + (c.irregular ? " irregular" : "");
   const ConvPoolShape s1 = plain(batch, 1, 32, 6, 5), s2 = plain(batch, 6, 14, 16, 5);
   const int64_t sizes[] = {150, 6, 2400, 16, 48000, 120, 120 * 84, 84, 84 * classes, classes};
   const double scales[] = {0.2, 0.2, 0.08, 0.08, 0.05, 0.05, 0.09, 0.09, 0.1, 0.1};
+  // Few weights but ones in the deeper layers, so that no value outgrows the 11 bits of a mantissa.
+  const double densities[] = {1, 1, 0.02, 1, 0.02, 1, 0.05, 1, 0.05, 1};
+  auto small_integers = [&](int64_t count, double density) {
+    std::uniform_real_distribution<double> uniform;
+    std::vector<double> values(count);
+    for (double& value : values) value = uniform(generator) < density ? std::floor(uniform(generator) * 3) - 1 : 0;
+    return values;
+  };
   std::vector<std::vector<double>> values;
   std::vector<std::unique_ptr<Buffer>> parameters;
-  LenetForward call{};
+  LenetForwardOf<void> call{};
   for (int i = 0; i < 10; ++i) {
-    values.push_back(random_values(dtype, sizes[i], scales[i]));
+    values.push_back(c.integers ? small_integers(sizes[i], densities[i]) : random_values(dtype, sizes[i], scales[i]));
     parameters.push_back(std::make_unique<Buffer>(dtype, sizes[i]));
     parameters[i]->set(values[i]);
-    call.parameters[i] = static_cast<const float*>(parameters[i]->data());
+    call.parameters[i] = parameters[i]->data();
   }
-  const std::vector<double> images = random_values(dtype, batch * 1024);
-  std::vector<std::vector<double>> expected = {pooled(s1, images, values[0], values[1])};
-  expected.push_back(pooled(s2, expected[0], values[2], values[3]));
+  std::vector<double> images = c.integers ? small_integers(batch * 1024, 1) : random_values(dtype, batch * 1024);
+  if (c.irregular) images[1024 + 15 * 32 + 17] = NAN, images[2048 + 3 * 32 + 30] = INFINITY;
+  std::vector<uint8_t> codes1, codes2;
+  std::vector<std::vector<double>> expected = {pooled(s1, images, values[0], values[1], &codes1)};
+  expected.push_back(pooled(s2, expected[0], values[2], values[3], &codes2));
   const int64_t widths[] = {400, 120, 84, classes};
   for (int layer = 0; layer < 3; ++layer) {
     const int64_t depth = widths[layer], width = widths[layer + 1];
@@ -506,9 +623,16 @@ void test_lenet(int64_t batch, int64_t classes, bool training) {
       for (int64_t k = 0; k < depth; ++k) {
         out[i] += expected.back()[i / width * depth + k] * values[4 + 2 * layer][i % width * depth + k];
       }
-      if (layer < 2) out[i] = std::fmax(out[i], 0.0);
+      if (layer < 2 && out[i] <= 0) out[i] = 0;
     }
     expected.push_back(out);
+  }
+  if (c.integers && tensor_cores) {
+    double most = 0;
+    for (const auto& each : expected) {
+      for (const double value : each) most = std::fmax(most, value);
+    }
+    expect(most > 1 && most <= (dtype == DType::kBFloat16 ? 256 : 2048), name + ": values are exact");
   }
 
   Buffer input(dtype, batch * 1024);
@@ -516,23 +640,35 @@ void test_lenet(int64_t batch, int64_t classes, bool training) {
   std::vector<std::unique_ptr<Buffer>> results;
   for (const auto& each : expected) results.push_back(std::make_unique<Buffer>(dtype, each.size()));
   Bytes indices1(batch * 1176), indices2(batch * 400);
-  auto data = [&](int i) { return static_cast<float*>(results[i]->data()); };
   call.batch = batch, call.classes = classes;
-  call.input = static_cast<const float*>(input.data()), call.output = data(4);
-  if (training) {
-    call.pooled1 = data(0), call.pooled2 = data(1), call.hidden1 = data(2), call.hidden2 = data(3);
+  call.input = input.data(), call.output = results[4]->data();
+  if (c.training) {
+    call.pooled1 = results[0]->data(), call.pooled2 = results[1]->data();
+    call.hidden1 = results[2]->data(), call.hidden2 = results[3]->data();
     call.indices1 = indices1.data, call.indices2 = indices2.data;
   }
+  LenetForward strict{};
+  static_assert(sizeof strict == sizeof call);
+  memcpy(&strict, &call, sizeof call);
+  // TF32 rounds as float16 does, to 10 bits of mantissa.
+  const DType rounding = tensor_cores && dtype == DType::kFloat32 ? DType::kFloat16 : dtype;
   run(
       name,
       [&] {
         for (auto& each : results) each->reset();
-        return launch_lenet_forward(call, {});
+        return tensor_cores ? launch_lenet_tensor_core_forward(dtype, call, {}) : launch_lenet_forward(strict, {});
       },
       [&] {
-        for (int i = training ? 0 : 4; i < 5; ++i) {
-          compare(name + " result " + std::to_string(i), dtype, results[i]->get(), expected[i], 4);
+        for (int i = c.training ? 0 : 4; i < 5; ++i) {
+          const std::vector<double> got = results[i]->get();
+          compare(name + " result " + std::to_string(i), rounding, got, expected[i], c.integers ? 0 : 4);
+          if (c.integers) expect(got == expected[i], name + " result " + std::to_string(i) + " is exact");
         }
+        if (c.training && c.integers) {
+          expect(indices1.get() == codes1, name + " indices1");
+          expect(indices2.get() == codes2, name + " indices2");
+        }
+        if (c.training && c.irregular) expect(indices1.get() == codes1, name + " indices1");
       });
 }
 
@@ -643,8 +779,17 @@ int main(int argc, char** argv) {
     test_convolution("conv1" + suffix, DType::kFloat32, plain(batch, 1, 32, 6, 5));
     test_convolution("conv2" + suffix, DType::kFloat32, plain(batch, 6, 14, 16, 5));
   }
-  test_lenet(1, 10, false);
-  test_lenet(5, 128, true);
+  test_lenet(DType::kFloat32, false, {1, 10, false});
+  test_lenet(DType::kFloat32, false, {5, 128, true});
+  test_rounding_to_tf32();
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    test_small_product(dtype);
+    test_lenet(dtype, true, {1, 10, false});
+    test_lenet(dtype, true, {3, 128, true, true, false});
+    test_lenet(dtype, true, {3, 10, true, false, true});
+    test_lenet(dtype, true, {17, 1, true});
+    test_lenet(dtype, true, {33, 10, false, true});
+  }
   for (const int64_t batch : {1, 2, 3, 17, 33}) test_lenet_backward(batch, 10, 0, batch % 2 == 0);
   test_convolution("conv1 float16", DType::kFloat16, plain(2, 1, 32, 6, 5));
   test_convolution("conv2 bfloat16", DType::kBFloat16, plain(2, 6, 14, 16, 5));

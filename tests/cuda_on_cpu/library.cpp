@@ -26,4 +26,6 @@ extern "C" void cuda_on_cpu_configure(int algorithm, int schedule, unsigned seed
   lx_shim::state().schedule = static_cast<lx_shim::Schedule>(schedule);
   lx_shim::state().seed = seed;
 }
+// Of the GPU that stands there: 90 at first.
+extern "C" void cuda_on_cpu_set_capability(int capability) { lx_shim::state().compute_capability = capability; }
 extern "C" int64_t cuda_on_cpu_launches() { return lx_shim::state().launches; }

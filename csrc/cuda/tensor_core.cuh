@@ -1,0 +1,118 @@
+// The tensor cores as one warp uses them: small matrix products in float16, bfloat16 and TF32, accumulated in float32.
+//
+// All formats look alike when operands are counted in words of 4 bytes, which hold two 16-bit values or one of TF32:
+// one product takes 8 words of depth, d[16][8] += a[16][8 words] x b[8][8 words]^T. Lane 4 g + t of the warp holds
+//   a[0..3]: words (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4) as (row, word);
+//   b[0..1]: words (g, t), (g, t + 4) as (column, word);
+//   d[0..3]: values (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1) as (row, column).
+// The order of words does not matter as long as a and b agree on it.
+//
+// They need compute capability 8.0. Code for older GPUs traps; launchers ask has_tensor_cores() before they come here.
+#pragma once
+
+#include "device.cuh"
+
+namespace lx {
+
+// What a storage type is multiplied in: itself for the 16-bit types; for float TF32, a float whose mantissa has 10
+// bits.
+template <typename T>
+struct Operand {
+  static constexpr int kPerWord = 4 / sizeof(T);
+};
+
+// Rounds to nearest, ties away from zero: the tensor cores by themselves would cut off the lower bits.
+LX_DEVICE float to_tf32(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return float_of(bits);
+#else
+  const uint32_t bits = bits_of(x);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return is_nan(x) ? float_of(0x7fffe000u) : x;
+  return float_of((bits + 0x1000u) & ~0x1fffu);
+#endif
+}
+
+// A value as an operand of its type's products; results as operands of the next product.
+LX_DEVICE float to_operand(float x) { return to_tf32(x); }
+LX_DEVICE bf16 to_operand(bf16 x) { return x; }
+LX_DEVICE f16 to_operand(f16 x) { return x; }
+
+LX_DEVICE bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
+
+template <typename T>
+__device__ __forceinline__ void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#ifdef LX_HOST_SHIM
+  constexpr int kPerWord = Operand<T>::kPerWord;
+  struct Fragment {
+    uint32_t a[4], b[2];
+  };
+  const lx_shim::Lanes<Fragment> lanes =
+      lx_shim::exchange_all(Fragment{{a[0], a[1], a[2], a[3]}, {b0, b1}}, __FILE__, __LINE__);
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+    for (int word = 0; word < 8; ++word) {
+      const uint32_t x = lanes[row % 8 * 4 + word % 4].a[row / 8 + word / 4 * 2];
+      const uint32_t y = lanes[column * 4 + word % 4].b[word / 4];
+      T xs[kPerWord], ys[kPerWord];
+      memcpy(xs, &x, sizeof x);
+      memcpy(ys, &y, sizeof y);
+      for (int k = 0; k < kPerWord; ++k) d[i] += widen(xs[k]) * widen(ys[k]);
+      // The hardware's result is undefined if a float was not rounded; here it is NaN.
+      if (sizeof(T) == 4 && ((x | y) & 0x1fffu) != 0) d[i] = NAN;
+    }
+  }
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define LX_MMA(shape_and_types)                                                                              \
+  asm("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+  if constexpr (std::is_same_v<T, bf16>) {
+    LX_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+  } else if constexpr (std::is_same_v<T, f16>) {
+    LX_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+  } else {
+    static_assert(std::is_same_v<T, float>);
+    LX_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+  }
+#undef LX_MMA
+#elif defined(__CUDA_ARCH__)
+  __trap();
+#endif
+}
+
+// Four matrices of 8 rows of 4 words from shared memory: lane l says where row l % 8 of matrix l / 8 begins, a multiple
+// of 16 bytes, and gets word l % 4 of row l / 4 of each.
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const uint32_t* row) {
+#ifdef LX_HOST_SHIM
+  const lx_shim::Lanes<const uint32_t*> rows = lx_shim::exchange_all(row, __FILE__, __LINE__);
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t* from = rows[8 * i + lane / 4];
+    lx_shim::require(reinterpret_cast<uintptr_t>(from) % 16 == 0, "a matrix row in shared memory is misaligned");
+    words[i] = from[lane % 4];
+  }
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+#elif defined(__CUDA_ARCH__)
+  __trap();
+#endif
+}
+
+// Whether the current device runs a version of this kernel that was compiled for compute capability 8.0 or above.
+template <typename... Parameters>
+bool has_tensor_cores(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess) {
+    return attributes.ptxVersion >= 80;
+  }
+  cudaGetLastError();  // there is no version for this device, which the ordinary kernel's launch will report
+  return false;
+}
+
+}  // namespace lx
