@@ -276,9 +276,9 @@ def test_the_whole_network(ops, control, batch, channels, classes, precision):
         activations = under_schedules(control, -1, lambda: ops.lenet_with_activations(x, parameters))
     tolerance = TOLERANCES[precision]
 
-    def close(got, want, times=1):
+    def close(got, want):
         scale = float(want.abs().max()) if want.numel() else 0.0
-        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=times * tolerance * scale)
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance * scale)
 
     close(output, expected.detach())
     assert output.dtype == dtype
@@ -290,6 +290,12 @@ def test_the_whole_network(ops, control, batch, channels, classes, precision):
         (batch, 84),
     ]
     assert [a.dtype for a in activations[1:]] == [dtype, torch.uint8, dtype, torch.uint8, dtype, dtype]
+    # What won each window, by its value.
+    pooled1, indices1, pooled2, indices2 = activations[1:5]
+    for i, images, pooled, indices in ((0, x, pooled1, indices1), (2, pooled1, pooled2, indices2)):
+        operands = [t.double() for t in (images, parameters[i], parameters[i + 1])]
+        close(pooled, ops.conv_at_indices(*operands, indices, *PLAIN.values()))
+
     g = torch.randn(batch, classes, dtype=dtype)
     grad_input, gradients = ops.lenet_backward(g, x, parameters, *activations[1:], True)
     if tolerance < 1e-4:
@@ -308,7 +314,7 @@ def test_the_whole_network(ops, control, batch, channels, classes, precision):
         assert float((got.double() - want).norm()) <= bound * float(want.norm())
 
 
-@pytest.mark.parametrize(("convolutions", "products"), itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize(("convolutions", "products"), list(itertools.product([False, True], repeat=2)))
 def test_tf32_only_where_both_flags_allow_it(ops, convolutions, products):
     """Otherwise the result is bit by bit that of the strict kernel."""
     _, parameters = reference_net(1, 10, torch.float32)
