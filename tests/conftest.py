@@ -23,6 +23,10 @@ settings.register_profile("variant", parent=settings.get_profile("repeatable"), 
 settings.register_profile("explore", max_examples=2000, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
+# PyTorch's own sample inputs come with a module that, once imported, forbids setting torch.backends' flags in the whole
+# process. The other tests set them as users do, and put them back.
+torch.backends.disable_global_flags = lambda: None  # type: ignore[attr-defined]
+
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
