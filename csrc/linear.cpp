@@ -28,16 +28,17 @@ using OptionalTensor = std::optional<Tensor>;
 template <typename A>
 void forward_direct(const LinearShape& s, const A* input, const A* weight, const A* bias, bool relu, A* output) {
   const auto& kernels = cpu::gemm_table<A>();
+  const cpu::GemmNT<A> gemm{s.rows, s.out_features, s.in_features, input, weight, output, bias, relu};
+  const double flops = 2.0 * s.rows * s.out_features * s.in_features;
   if (s.rows <= kernels.most_nt_rows(s.in_features)) {
-    const cpu::GemmNT<A> gemm{s.rows, s.out_features, s.in_features, input, weight, output, bias, relu};
-    cpu::parallel_units(kernels.nt_units(gemm), 2.0 * s.rows * s.out_features * s.in_features,
+    cpu::parallel_units(kernels.nt_units(gemm), flops,
                         [&](int64_t begin, int64_t end) { kernels.nt_run(gemm, begin, end); });
-    return;
+  } else {
+    const int64_t bytes = kernels.transposing_scratch(gemm) * sizeof(A);
+    cpu::parallel_units(kernels.transposing_units(gemm), flops, [&](int64_t begin, int64_t end) {
+      kernels.transposing_run(gemm, static_cast<A*>(cpu::unit_scratch(bytes)), begin, end);
+    });
   }
-  A* transposed = static_cast<A*>(cpu::shared_scratch(s.in_features * s.out_features * sizeof(A)));
-  kernels.transpose(weight, s.out_features, s.in_features, transposed);
-  cpu::run_gemm(cpu::Gemm<A>{s.rows, s.out_features, s.in_features, input, s.in_features, 1, transposed, s.out_features,
-                             output, s.out_features, bias, relu, false});
 }
 
 }  // namespace

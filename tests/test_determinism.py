@@ -54,7 +54,7 @@ def _everything(device="cpu"):
         for shape in SHAPES:
             yield f"{shape} {dtype}", _conv(shape, dtype, device)
         for name in ("linear", "linear_relu"):
-            for m, k, n in ((1, 400, 120), (67, 120, 84), (300, 84, 10), (5, 1000, 300)):
+            for m, k, n in ((1, 400, 120), (67, 120, 84), (300, 84, 10), (300, 200, 250), (5, 1000, 300)):
                 yield f"{name} {m} {k} {n} {dtype}", _linear(name, m, k, n, dtype, device)
     for batch in (1, 3, 37, 128):
         yield f"net {batch}", _net(batch, device)

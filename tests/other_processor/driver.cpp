@@ -113,12 +113,12 @@ void product(const GemmTable<A>& kernels) {
   const auto sizes = take<int64_t>(3);
   const int64_t m = sizes[0], n = sizes[1], k = sizes[2];
   const auto a = take<A>(m * k), weight = take<A>(n * k), bias = take<A>(n);
-  std::vector<A> by_dots(m * n), by_tiles(m * n), transposed(n * k);
-  const GemmNT<A> nt{m, n, k, a.data(), weight.data(), by_dots.data(), bias.data(), true};
-  kernels.nt_run(nt, 0, kernels.nt_units(nt));
-  kernels.transpose(weight.data(), n, k, transposed.data());
-  const Gemm<A> gemm{m, n, k, a.data(), k, 1, transposed.data(), n, by_tiles.data(), n, bias.data(), true, false};
-  kernels.run(gemm, 0, kernels.units(gemm));
+  std::vector<A> by_dots(m * n), by_tiles(m * n);
+  GemmNT<A> product{m, n, k, a.data(), weight.data(), by_dots.data(), bias.data(), true};
+  kernels.nt_run(product, 0, kernels.nt_units(product));
+  product.output = by_tiles.data();
+  std::vector<A> scratch(kernels.transposing_scratch(product));
+  kernels.transposing_run(product, scratch.data(), 0, kernels.transposing_units(product));
   give(by_dots), give(by_tiles);
 }
 

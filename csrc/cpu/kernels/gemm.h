@@ -163,6 +163,71 @@ void gemm_run(const Gemm<A>& g, int64_t begin, int64_t end) {
   }
 }
 
+// In blocks whose rows and columns both stay in the L1 cache, of float32 in registers.
+template <typename A>
+void transpose(const A* from, int64_t rows, int64_t columns, A* to) {
+  constexpr int block = kLanes<A>;
+  for (int64_t r = 0; r < rows; r += block) {
+    for (int64_t c = 0; c < columns; c += block) {
+      if constexpr (sizeof(A) == 4) {
+        if (r + block <= rows && c + block <= columns) {
+          Vec<A, block> tile[block];
+          LENET_EXT_UNROLL for (int i = 0; i < block; ++i)
+            tile[i] = load<Vec<A, block>>(from + (r + i) * columns + c);
+          transpose_tile<block>(tile);
+          LENET_EXT_UNROLL for (int i = 0; i < block; ++i)
+            store(to + (c + i) * rows + r, tile[i]);
+          continue;
+        }
+      }
+      for (int64_t j = c; j < min_of(c + block, columns); ++j) {
+        for (int64_t i = r; i < min_of(r + block, rows); ++i) to[j * rows + i] = from[i * columns + j];
+      }
+    }
+  }
+}
+
+// The same of a GemmNT, tile by tile of the columns, each transposed by the thread that multiplies by it: a matrix that
+// another core has just written is slow to read.
+template <typename A>
+int64_t gemm_transposing_units(const GemmNT<A>& g) {
+  return gemm_columns<A>(g.n).tiles * divide_up(g.m, kGemmUnitRows);
+}
+
+template <typename A>
+int64_t gemm_transposing_scratch(const GemmNT<A>& g) {
+  const GemmColumns c = gemm_columns<A>(g.n);
+  return divide_up(c.vectors, c.tiles) * c.lanes * g.k;
+}
+
+template <typename A>
+void gemm_transposing_run(const GemmNT<A>& g, A* scratch, int64_t begin, int64_t end) {
+  const GemmColumns c = gemm_columns<A>(g.n);
+  const int64_t blocks = divide_up(g.m, kGemmUnitRows);
+  for (int64_t unit = begin; unit < end;) {
+    const int64_t tile = unit / blocks, tile_end = min_of((tile + 1) * blocks, end);
+    const int64_t column = tile * c.vectors / c.tiles * c.lanes;
+    const int64_t columns = min_of((tile + 1) * c.vectors / c.tiles * c.lanes, g.n) - column;
+    transpose(g.b + column * g.k, columns, g.k, scratch);
+    const int64_t row = unit % blocks * kGemmUnitRows, rows = min_of((tile_end - unit) * kGemmUnitRows, g.m - row);
+    const Gemm<A> part{rows,
+                       columns,
+                       g.k,
+                       g.a + row * g.k,
+                       g.k,
+                       1,
+                       scratch,
+                       columns,
+                       g.output + row * g.n + column,
+                       g.n,
+                       g.bias != nullptr ? g.bias + column : nullptr,
+                       g.relu,
+                       false};
+    gemm_run(part, 0, gemm_units(part));
+    unit = tile_end;
+  }
+}
+
 // Sums of a tile of dot products: as many as one call of sums_of_lanes() finishes, but enough multiply-adds in flight.
 template <typename A>
 constexpr int kNTSums = max_of(kLanes<A>, 8);
@@ -267,30 +332,6 @@ void gemm_nt_run(const GemmNT<A>& g, int64_t begin, int64_t end) {
 template <typename A>
 int64_t most_nt_rows(int64_t k) {
   return max_of<int64_t>(5, sizeof(A) == 8 ? 0 : kLanes<A> == 16 ? k / 10 : k / 32);
-}
-
-// In blocks whose rows and columns both stay in the L1 cache, of float32 in registers.
-template <typename A>
-void transpose(const A* from, int64_t rows, int64_t columns, A* to) {
-  constexpr int block = kLanes<A>;
-  for (int64_t r = 0; r < rows; r += block) {
-    for (int64_t c = 0; c < columns; c += block) {
-      if constexpr (sizeof(A) == 4) {
-        if (r + block <= rows && c + block <= columns) {
-          Vec<A, block> tile[block];
-          LENET_EXT_UNROLL for (int i = 0; i < block; ++i)
-            tile[i] = load<Vec<A, block>>(from + (r + i) * columns + c);
-          transpose_tile<block>(tile);
-          LENET_EXT_UNROLL for (int i = 0; i < block; ++i)
-            store(to + (c + i) * rows + r, tile[i]);
-          continue;
-        }
-      }
-      for (int64_t j = c; j < min_of(c + block, columns); ++j) {
-        for (int64_t i = r; i < min_of(r + block, rows); ++i) to[j * rows + i] = from[i * columns + j];
-      }
-    }
-  }
 }
 
 template <typename A>

@@ -7,8 +7,17 @@ namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY {
 namespace {
 
 template <typename A>
-constexpr GemmTable<A> kTable = {gemm_units<A>,   gemm_run<A>,  gemm_nt_units<A>, gemm_nt_run<A>,
-                                 most_nt_rows<A>, transpose<A>, relu_backward<A>, column_sums<A>};
+constexpr GemmTable<A> kTable = {gemm_units<A>,
+                                 gemm_run<A>,
+                                 gemm_nt_units<A>,
+                                 gemm_nt_run<A>,
+                                 gemm_transposing_units<A>,
+                                 gemm_transposing_scratch<A>,
+                                 gemm_transposing_run<A>,
+                                 most_nt_rows<A>,
+                                 transpose<A>,
+                                 relu_backward<A>,
+                                 column_sums<A>};
 
 }  // namespace
 

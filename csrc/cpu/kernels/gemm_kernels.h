@@ -38,7 +38,11 @@ struct GemmTable {
   void (*run)(const Gemm<A>&, int64_t begin, int64_t end);
   int64_t (*nt_units)(const GemmNT<A>&);
   void (*nt_run)(const GemmNT<A>&, int64_t begin, int64_t end);
-  // Most rows for which a GemmNT beats transposing b for a Gemm.
+  // A GemmNT as a Gemm, with `scratch` of so many elements for the thread that runs the units.
+  int64_t (*transposing_units)(const GemmNT<A>&);
+  int64_t (*transposing_scratch)(const GemmNT<A>&);
+  void (*transposing_run)(const GemmNT<A>&, A* scratch, int64_t begin, int64_t end);
+  // Most rows for which nt_run() beats transposing_run().
   int64_t (*most_nt_rows)(int64_t k);
   // to[c][r] = from[r][c]
   void (*transpose)(const A* from, int64_t rows, int64_t columns, A* to);
