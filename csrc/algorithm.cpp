@@ -60,7 +60,10 @@ Algorithm conv_pool_forward_algorithm_cpu(const ConvPoolShape& s, at::ScalarType
   // The vendor's float32 kernels want channels_last, and are at their best where the channels fill vectors: what
   // pooling in registers saves is less than they gain by blocking for the caches, unless the input is laid out
   // otherwise and has to be converted.
-  const bool nothing_to_convert = dtype == at::kFloat && channels_last && channels >= 16;
+  // The same holds for few channels and a large kernel, as long as the convolution's output stays in the cache.
+  const double output = double(s.batch) * s.out_channels * s.conv_h * s.conv_w;
+  const bool few_channels_cached = depth >= 256 && output <= 5e5;
+  const bool nothing_to_convert = dtype == at::kFloat && channels_last && (channels >= 16 || few_channels_cached);
   const bool twice_as_fast = dtype == at::kBFloat16 && vendor_has_bfloat16() && channels >= 16;
   const bool vendor = lanes_idle(s) || nothing_to_convert || twice_as_fast || depth > 1700;
   return choose_algorithm(vendor ? Algorithm::Vendor : Algorithm::Direct);
