@@ -64,8 +64,9 @@ Layers run(const char* op, const Tensor& input, TensorList parameters, bool trai
   const Tensor images = input.contiguous();
   const int64_t batch = input.size(0), classes = parameters[8].size(0);
   const cuda::DType dtype = cuda_dtype(op, input);
-  const bool tensor_cores = (dtype != cuda::DType::kFloat32 || allows_tf32()) &&
-                            cuda::has_lenet_tensor_core_forward(dtype, input.size(1), classes);
+  const bool rounding_allowed =
+      dtype != cuda::DType::kFloat32 || (allows_tf32_convolutions() && allows_tf32_products());
+  const bool tensor_cores = rounding_allowed && cuda::has_lenet_tensor_core_forward(dtype, input.size(1), classes);
   if (!tensor_cores && !cuda::has_lenet_forward(dtype, input.size(1), classes)) {
     return run_layers(op, images, parameters, training);
   }

@@ -214,17 +214,6 @@ LaunchResult grad_weight_partials(const ConvPoolBackward& c, cudaStream_t stream
   return result;
 }
 
-// As LX_DISPATCH, without float64, which has_lenet_kernels excludes.
-#define LENET_DISPATCH(dtype, function, ...)  \
-  switch (dtype) {                            \
-    case DType::kFloat32:                     \
-      return function<float>(__VA_ARGS__);    \
-    case DType::kFloat16:                     \
-      return function<lx::f16>(__VA_ARGS__);  \
-    default:                                  \
-      return function<lx::bf16>(__VA_ARGS__); \
-  }
-
 }  // namespace
 
 bool has_lenet_kernels(DType dtype, const ConvPoolShape& shape) {

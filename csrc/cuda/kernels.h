@@ -160,8 +160,11 @@ int64_t lenet_backward_workspace(int64_t batch, int64_t slice_images);
 LaunchResult launch_lenet_backward(const LenetBackward& call, cudaStream_t stream);
 
 // On the tensor cores, which round what they multiply to the storage type, or to TF32 for float32, and accumulate in
-// float32. The current device must have them.
+// float32. The current device must have them. The whole network, and its two convolutions one by one, contiguous
+// tensors all: their values are bit by bit the same.
 bool has_lenet_tensor_core_forward(DType dtype, int64_t channels, int64_t classes);
 LaunchResult launch_lenet_tensor_core_forward(DType dtype, const LenetForwardOf<void>& call, cudaStream_t stream);
+bool has_lenet_tensor_core_layer(DType dtype, const ConvPoolShape& shape);
+LaunchResult launch_lenet_tensor_core_layer(DType dtype, const ConvPoolForward& call, cudaStream_t stream);
 
 }  // namespace lenet_ext::cuda

@@ -206,6 +206,14 @@ struct Conv {
     products(n, channel, ch, cw, [&](int64_t x, int64_t w) { sum += input[x] * weight[w]; });
     return sum;
   }
+  std::vector<double> convolutions() const {
+    std::vector<double> values(maps());
+    for (int64_t i = 0; i < maps(); ++i) {
+      const int64_t plane = i / (s.conv_h * s.conv_w);
+      values[i] = convolution(plane / s.out_channels, plane % s.out_channels, i / s.conv_w % s.conv_h, i % s.conv_w);
+    }
+    return values;
+  }
   // The winner's position in the convolution's output.
   void position(int64_t h, int64_t w, int code, int64_t* ch, int64_t* cw) const {
     *ch = h * s.pool_stride_h - s.pool_pad_h + code / s.pool_kernel_w * s.pool_dilation_h;
@@ -275,14 +283,7 @@ void test_convolution(const std::string& name, DType dtype, const ConvPoolShape&
   if (s.out_channels % 2 == 0) c.bias = random_values(dtype, s.out_channels, 0.5);
   const double scale = std::sqrt(static_cast<double>(c.weights() / s.out_channels));
 
-  std::vector<double> values(c.maps());
-  for (int64_t n = 0, i = 0; n < s.batch; ++n) {
-    for (int64_t o = 0; o < s.out_channels; ++o) {
-      for (int64_t h = 0; h < s.conv_h; ++h) {
-        for (int64_t w = 0; w < s.conv_w; ++w) values[i++] = c.convolution(n, o, h, w);
-      }
-    }
-  }
+  const std::vector<double> values = c.convolutions();
   Buffer input(dtype, c.inputs()), weight(dtype, c.weights()), bias(dtype, s.out_channels);
   input.set(c.input);
   weight.set(c.weight);
@@ -672,6 +673,37 @@ void test_lenet(DType dtype, bool tensor_cores, const LenetCase& c) {
       });
 }
 
+// A layer on its own; float32 is TF32, which rounds as float16 does.
+void test_tensor_core_layer(DType dtype, const ConvPoolShape& s, bool with_bias) {
+  const DType rounding = dtype == DType::kFloat32 ? DType::kFloat16 : dtype;
+  const std::string name = "tensor core layer of " + std::to_string(s.in_channels) + " channels dtype " +
+                           std::to_string(static_cast<int>(dtype)) + " batch " + std::to_string(s.batch);
+  Conv c{s, {}, {}, {}};
+  c.input = random_values(dtype, c.inputs());
+  c.weight = random_values(dtype, c.weights(), 0.5);
+  if (with_bias) c.bias = random_values(dtype, s.out_channels, 0.5);
+  const std::vector<double> values = c.convolutions();
+  Buffer input(dtype, c.inputs()), weight(dtype, c.weights()), bias(dtype, s.out_channels), output(dtype, c.outputs());
+  input.set(c.input), weight.set(c.weight);
+  if (with_bias) bias.set(c.bias);
+  Bytes indices(c.outputs());
+  const Strides4 in_strides = contiguous(s.in_channels, s.height, s.width);
+  const Strides4 out_strides = contiguous(s.out_channels, s.out_h, s.out_w);
+  for (const bool with_indices : {true, false}) {
+    run(
+        name,
+        [&] {
+          output.reset();
+          return launch_lenet_tensor_core_layer(
+              dtype,
+              {s, input.data(), in_strides, weight.data(), with_bias ? bias.data() : nullptr, output.data(),
+               with_indices ? indices.data : nullptr, out_strides},
+              {});
+        },
+        [&] { check_pooled(name, rounding, c, values, output.get(), indices.get(), 4); });
+  }
+}
+
 // The codes of a pooling, one in five of them dead.
 std::vector<uint8_t> random_codes(int64_t count) {
   std::uniform_int_distribution<int> code(0, 4);
@@ -784,6 +816,10 @@ int main(int argc, char** argv) {
   test_rounding_to_tf32();
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
     test_small_product(dtype);
+    for (const int64_t batch : {1, 3, 17}) {
+      test_tensor_core_layer(dtype, plain(batch, 1, 32, 6, 5), batch != 3);
+      test_tensor_core_layer(dtype, plain(batch, 6, 14, 16, 5), batch != 3);
+    }
     test_lenet(dtype, true, {1, 10, false});
     test_lenet(dtype, true, {3, 128, true, true, false});
     test_lenet(dtype, true, {3, 10, true, false, true});
