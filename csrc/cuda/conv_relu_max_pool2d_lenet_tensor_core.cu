@@ -33,8 +33,9 @@ int64_t conv1_shared_bytes(int images) {
          lx::taken<float>(Conv1::kOut) + lx::taken<int>(images);
 }
 
-// block -> `images` images at a time, until the batch is done; 8 neighbouring lanes of a warp store 16 neighbouring
-// values of a channel. Shared memory: 38 KB with 16 images in the 16-bit types, 43 KB with 8 in TF32.
+// block -> `images` images at a time, until the batch is done; passes are counted in 32 bits, for want of registers.
+// Lanes of a warp store 16 neighbouring values of a channel. Shared memory: 38 KB with 16 images in the 16-bit types,
+// 43 KB with 8 in TF32.
 template <typename T>
 __global__ void __launch_bounds__(kTensorCoreThreads, 2) lenet_tensor_core_conv1_kernel(Layer<T> layer, int images) {
   using L = ConvolutionLayout<T>;
@@ -45,9 +46,9 @@ __global__ void __launch_bounds__(kTensorCoreThreads, 2) lenet_tensor_core_conv1
   int* irregular = lx::take<int>(shared, images);
   prepare_conv1(matrix, biases, layer.weight, layer.bias);
 
-  const int64_t stride = int64_t{gridDim.x} * images;
 #pragma unroll 1
-  for (int64_t first = int64_t{blockIdx.x} * images; first < layer.batch; first += stride) {
+  for (unsigned pass = blockIdx.x; int64_t{pass} * images < layer.batch; pass += gridDim.x) {
+    const int64_t first = int64_t{pass} * images;
     const int present = static_cast<int>(layer.batch - first < images ? layer.batch - first : images);
     __syncthreads();  // the last pass is done with the shared memory
     lx::fill_shared(irregular, images, 0);
@@ -80,9 +81,9 @@ __global__ void __launch_bounds__(kTensorCoreThreads, 2) lenet_tensor_core_conv2
   const int planes = images * Conv1::kWindows;
   prepare_conv2(matrix, biases, layer.weight, layer.bias);
 
-  const int64_t stride = int64_t{gridDim.x} * images;
 #pragma unroll 1
-  for (int64_t first = int64_t{blockIdx.x} * images; first < layer.batch; first += stride) {
+  for (unsigned pass = blockIdx.x; int64_t{pass} * images < layer.batch; pass += gridDim.x) {
+    const int64_t first = int64_t{pass} * images;
     const int present = static_cast<int>(layer.batch - first < images ? layer.batch - first : images);
     __syncthreads();  // the last pass is done with the shared memory
     load_maps(maps, planes, layer.input + first * Conv2::kImage, present);
