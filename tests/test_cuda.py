@@ -6,6 +6,8 @@ code without a GPU in test_cuda_on_cpu.py.
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -102,18 +104,20 @@ def test_training_step_in_a_graph(batch):
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "vendor"])
-def test_bitwise_the_same_in_20_runs(name):
-    function, tensors = operands(name, 61)
+def test_bitwise_the_same_in_20_runs(name, dtype):
+    function, tensors = operands(name, 61, dtype=dtype)
     first = forward_and_backward(function, tensors)
     for _ in range(19):
         for one, other in zip(forward_and_backward(function, tensors), first, strict=True):
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["conv1", "conv2"])
-def test_an_image_does_not_depend_on_its_batch(name):
-    function, tensors = operands(name, 300)
+def test_an_image_does_not_depend_on_its_batch(name, dtype):
+    function, tensors = operands(name, 300, dtype=dtype)
     whole = function(*tensors)
     for begin, end in [(0, 1), (7, 20), (299, 300)]:
         assert torch.equal(function(tensors[0][begin:end], *tensors[1:]), whole[begin:end])
@@ -139,18 +143,52 @@ def test_tensors_on_two_devices_are_refused(name):
         function(x, w.cpu(), b)
 
 
+@contextlib.contextmanager
+def tf32_allowed(convolutions, products):
+    """Sets what torch.backends says of TF32; elsewhere in these tests it is not allowed."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
 @pytest.mark.parametrize("name", ["conv1", "conv2", "fc1"])
-def test_own_kernels_are_strict_float32(name):
-    """Flags that allow TF32 concern the vendor's kernels; the error of ours stays that of float32."""
+def test_float32_is_tf32_only_where_stocks_convolution_may_be(name):
+    """Of our kernels for a layer, those of the convolutions have a TF32 variant; otherwise the error is float32's."""
     function, tensors = operands(name, 32)
     expected = function(*[t.double() for t in tensors])
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    try:
+
+    def error(output):
+        return float((output - expected).abs().max() / expected.abs().max())
+
+    strict = function(*tensors)
+    assert error(strict) < 1e-5
+    with tf32_allowed(False, True):
+        assert torch.equal(function(*tensors), strict)
+    with tf32_allowed(True, False):
         got = function(*tensors)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+    rounds = name != "fc1" and torch.cuda.get_device_capability() >= (8, 0)
+    assert torch.equal(got, strict) == (not rounds)
+    assert error(got) < (2e-3 if rounds else 1e-5)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="no tensor cores for these"
+)
+@pytest.mark.parametrize("precision", ["tf32", "float16", "bfloat16"])
+def test_a_layer_on_the_tensor_cores_is_as_in_the_whole_network(precision):
+    """Bit by bit, wherever in its batch an image lies."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
+    parameters = [p.detach() for p in Net(device="cuda", dtype=dtype).parameters()]
+    x = torch.randn(300, 1, 32, 32, device="cuda", dtype=dtype)
+    with torch.no_grad(), tf32_allowed(True, precision == "tf32"):
+        pooled1, _, pooled2, *_ = torch.ops.lenet_ext.lenet_with_activations(x, parameters)[1:]
+        for begin, end in [(0, 300), (7, 20), (299, 300)]:
+            assert torch.equal(conv_relu_max_pool2d(x[begin:end], *parameters[:2]), pooled1[begin:end])
+            assert torch.equal(conv_relu_max_pool2d(pooled1[begin:end], *parameters[2:4]), pooled2[begin:end])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
