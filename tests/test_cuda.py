@@ -269,11 +269,37 @@ def test_the_whole_networks_gradients(batch):
         assert float((one - other).norm()) <= 1e-2 * float(other.norm())
 
 
-@pytest.mark.parametrize("input_gradient", [False, True])
-def test_the_whole_networks_backward_is_two_kernels(input_gradient):
+@pytest.mark.parametrize("batch", [1, 300, 1000])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_whole_networks_gradients_in_16_bits(batch, dtype):
+    """Bitwise the same in 20 runs, and those of float64 for the same activations, rounded once."""
     torch.manual_seed(0)
-    net, x = Net(device="cuda"), torch.randn(64, 1, 32, 32, device="cuda", requires_grad=input_gradient)
-    output, g = net(x), torch.randn(64, 10, device="cuda")
+    parameters = [p.detach() for p in Net(device="cuda", dtype=dtype).parameters()]
+    x, g = (torch.randn(s, device="cuda", dtype=dtype) for s in [(batch, 1, 32, 32), (batch, 10)])
+    activations = torch.ops.lenet_ext.lenet_with_activations(x, parameters)[1:]
+    _, first = torch.ops.lenet_ext.lenet_backward(g, x, parameters, *activations, False)
+    for _ in range(19):
+        _, again = torch.ops.lenet_ext.lenet_backward(g, x, parameters, *activations, False)
+        for one, other in zip(again, first, strict=True):
+            assert torch.equal(one, other)
+
+    def exact(tensor):
+        return tensor.cpu() if tensor.dtype == torch.uint8 else tensor.cpu().double()
+
+    operands = exact(g), exact(x), [exact(p) for p in parameters], *[exact(a) for a in activations]
+    _, expected = torch.ops.lenet_ext.lenet_backward(*operands, False)
+    for one, other in zip(first, expected, strict=True):
+        atol = 1e-5 * float(other.abs().max()) + 1e-7
+        torch.testing.assert_close(exact(one), other, rtol=torch.finfo(dtype).eps / 2, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("input_gradient", [False, True])
+def test_the_whole_networks_backward_is_two_kernels(input_gradient, dtype):
+    torch.manual_seed(0)
+    make = {"device": "cuda", "dtype": dtype}
+    net, x = Net(**make), torch.randn(64, 1, 32, 32, **make, requires_grad=input_gradient)
+    output, g = net(x), torch.randn(64, 10, **make)
     leaves = [*net.parameters(), *([x] if input_gradient else [])]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

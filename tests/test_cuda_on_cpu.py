@@ -582,9 +582,20 @@ def gradients(ops, g, x, parameters, activations, input_gradient=False):
 
 
 def assert_gradients_close(got, want):
+    """`got` was rounded once, from sums in float32."""
     for one, other in zip(got, want, strict=True):
+        info = torch.finfo(one.dtype)
         scale = float(other.abs().max()) if other.numel() else 0.0
-        torch.testing.assert_close(one.double(), other.double(), rtol=1e-5, atol=1e-5 * scale)
+        atol = 1e-5 * scale + info.smallest_normal * info.eps  # float16 has few exponents
+        torch.testing.assert_close(one.double(), other.double(), rtol=max(1e-5, info.eps / 2), atol=atol)
+
+
+def exact_gradients(g, x, parameters, activations):
+    """In float64, for these activations and winners."""
+    exact = [a if a.dtype == torch.uint8 else a.double() for a in activations]
+    return torch.ops.lenet_ext.lenet_backward(g.double(), x.double(), [p.double() for p in parameters], *exact, False)[
+        1
+    ]
 
 
 # From 257 images on, blocks take two each, from 513 on three: the launch is another one.
@@ -592,9 +603,10 @@ def assert_gradients_close(got, want):
     ("batch", "classes", "schedules"),
     [(1, 10, 3), (2, 128, 3), (3, 1, 3), (17, 7, 3), (33, 10, 3), (257, 10, 1), (513, 10, 1)],
 )
-def test_the_whole_networks_backward_is_two_launches(ops, control, batch, classes, schedules):
-    net, parameters = reference_net(1, classes, torch.float32)
-    x, g = torch.randn(batch, 1, 32, 32), torch.randn(batch, classes)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_whole_networks_backward_is_two_launches(ops, control, dtype, batch, classes, schedules):
+    net, parameters = reference_net(1, classes, dtype)
+    x, g = torch.randn(batch, 1, 32, 32, dtype=dtype), torch.randn(batch, classes, dtype=dtype)
     activations = ops.lenet_with_activations(x, parameters)[1:]
     control.cuda_on_cpu_configure(-1, 2, 0)
     before = control.cuda_on_cpu_launches()
@@ -606,16 +618,20 @@ def test_the_whole_networks_backward_is_two_launches(ops, control, batch, classe
         for one, other in zip(gradients(ops, g, x, parameters, activations), got, strict=True):
             assert torch.equal(one, other), "the result depends on the order of threads"
 
+    assert_gradients_close(got[:-1], exact_gradients(g, x, parameters, activations))
+    if dtype != torch.float32:  # whose winners are stock's, and whose layers' gradients are not rounded on the way
+        return
     stock = torch.autograd.grad(net.double()(x.double()), list(net.parameters()), g.double())
     assert_gradients_close(got[:-1], stock)
     control.cuda_on_cpu_configure(VENDOR, 0, 0)
     assert_gradients_close(got[:-1], gradients(ops, g, x, parameters, activations)[:-1])
 
 
-def test_the_whole_networks_backward_with_views_and_the_inputs_gradient(ops, control):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_whole_networks_backward_with_views_and_the_inputs_gradient(ops, control, dtype):
     """Operands may be slices at any address, or have any strides; the input's gradient is a third launch."""
-    _, parameters = reference_net(1, 10, torch.float32)
-    x, g = torch.randn(5, 1, 32, 32), torch.randn(5, 10)
+    _, parameters = reference_net(1, 10, dtype)
+    x, g = torch.randn(5, 1, 32, 32, dtype=dtype), torch.randn(5, 10, dtype=dtype)
     activations = ops.lenet_with_activations(x, parameters)[1:]
     before = control.cuda_on_cpu_launches()
     expected = gradients(ops, g, x, parameters, activations, True)
@@ -638,11 +654,12 @@ def test_the_whole_networks_backward_with_views_and_the_inputs_gradient(ops, con
         assert all(gradient.is_contiguous() for gradient in got)
 
 
-def test_the_whole_networks_backward_passes_nan_on(ops, control):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_whole_networks_backward_passes_nan_on(ops, control, dtype):
     """NaN in one image, or in the gradient of its output, reaches what it reaches layer by layer."""
-    _, parameters = reference_net(1, 10, torch.float32)
+    _, parameters = reference_net(1, 10, dtype)
     for where in ("input", "grad_output"):
-        x, g = torch.randn(9, 1, 32, 32), torch.randn(9, 10)
+        x, g = torch.randn(9, 1, 32, 32, dtype=dtype), torch.randn(9, 10, dtype=dtype)
         (x[6, 0, 15] if where == "input" else g[6, 3:4]).fill_(float("nan"))
         activations = ops.lenet_with_activations(x, parameters)[1:]
         control.cuda_on_cpu_configure(-1, 0, 0)

@@ -721,11 +721,10 @@ std::vector<uint8_t> random_codes(int64_t count) {
 
 // From activations drawn at random, which need not be those of any network. slice_images: as LenetBackward has it, 0
 // for what the batch gives.
-void test_lenet_backward(int64_t batch, int64_t classes, int64_t slice_images, bool input_gradient) {
-  const DType dtype = DType::kFloat32;
+void test_lenet_backward(DType dtype, int64_t batch, int64_t classes, int64_t slice_images, bool input_gradient) {
   if (slice_images == 0) slice_images = lenet_backward_slice_images(batch);
-  const std::string name =
-      "lenet backward batch " + std::to_string(batch) + " in slices of " + std::to_string(slice_images);
+  const std::string name = "lenet backward dtype " + std::to_string(static_cast<int>(dtype)) + " batch " +
+                           std::to_string(batch) + " in slices of " + std::to_string(slice_images);
   const int64_t sizes[] = {150, 6, 2400, 16, 48000, 120, 120 * 84, 84, 84 * classes, classes};
   const double scales[] = {0.2, 0.2, 0.08, 0.08, 0.05, 0.05, 0.09, 0.09, 0.1, 0.1};
   std::vector<std::vector<double>> parameters, expected;
@@ -733,15 +732,15 @@ void test_lenet_backward(int64_t batch, int64_t classes, int64_t slice_images, b
   auto buffer = [&](const std::vector<double>& values) {
     buffers.push_back(std::make_unique<Buffer>(dtype, values.size()));
     buffers.back()->set(values);
-    return static_cast<float*>(buffers.back()->data());
+    return buffers.back()->data();
   };
-  LenetBackward call{};
+  LenetBackwardOf<void> call{};
   for (int i = 0; i < 10; ++i) {
     parameters.push_back(random_values(dtype, sizes[i], scales[i]));
     expected.emplace_back(sizes[i]);
     call.parameters[i] = buffer(parameters[i]);
     gradients.push_back(std::make_unique<Buffer>(dtype, sizes[i]));
-    call.gradients[i] = static_cast<float*>(gradients[i]->data());
+    call.gradients[i] = gradients[i]->data();
   }
   const std::vector<double> images = random_values(dtype, batch * 1024), pooled1 = random_values(dtype, batch * 1176);
   // The inputs of fc1, fc2 and fc3; where the last two are not above 0, ReLU lets no gradient pass.
@@ -778,15 +777,15 @@ void test_lenet_backward(int64_t batch, int64_t classes, int64_t slice_images, b
   expected[2] = second.grad_weight, expected[3] = second.grad_bias;
 
   Buffer grad_pooled1(dtype, batch * 1176);
-  Buffer workspace(dtype, lenet_backward_workspace(batch, slice_images) / 4);
-  if (input_gradient) call.grad_pooled1 = static_cast<float*>(grad_pooled1.data());
+  Buffer workspace(DType::kFloat32, lenet_backward_workspace(batch, slice_images) / 4);
+  if (input_gradient) call.grad_pooled1 = grad_pooled1.data();
   call.workspace = workspace.data();
   run(
       name,
       [&] {
         workspace.reset(), grad_pooled1.reset();
         for (auto& each : gradients) each->reset();
-        return launch_lenet_backward(call, {});
+        return launch_lenet_backward(dtype, call, {});
       },
       [&] {
         const double scale = 2 * std::sqrt(static_cast<double>(batch));
@@ -830,13 +829,15 @@ int main(int argc, char** argv) {
     test_lenet(dtype, true, {17, 1, true});
     test_lenet(dtype, true, {33, 10, false, true});
   }
-  for (const int64_t batch : {1, 2, 3, 17, 33}) test_lenet_backward(batch, 10, 0, batch % 2 == 0);
+  for (const int64_t batch : {1, 2, 3, 17, 33}) test_lenet_backward(DType::kFloat32, batch, 10, 0, batch % 2 == 0);
   test_convolution("conv1 float16", DType::kFloat16, plain(2, 1, 32, 6, 5));
   test_convolution("conv2 bfloat16", DType::kBFloat16, plain(2, 6, 14, 16, 5));
   schedules = 3;  // the tests of the operator, which run every case under each, do not come to slices of several images
-  test_lenet_backward(5, 1, 2, false);    // pairs of images, the last alone
-  test_lenet_backward(17, 128, 9, true);  // passes of 4, 4 and 1 images
-  test_lenet_backward(3, 127, 3, true);   // a pass that is not full
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    test_lenet_backward(dtype, 5, 1, 2, false);    // pairs of images, the last alone
+    test_lenet_backward(dtype, 17, 128, 9, true);  // passes of 4, 4 and 1 images
+    test_lenet_backward(dtype, 3, 127, 3, true);   // a pass that is not full
+  }
   printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }
