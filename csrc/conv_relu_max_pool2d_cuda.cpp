@@ -15,6 +15,7 @@
 #include "conv_relu_max_pool2d.h"
 #include "cuda_host.h"
 #include "cuda_ops.h"
+#include "precision.h"
 
 namespace lenet_ext {
 namespace {
@@ -65,7 +66,13 @@ void forward(const CudaScope& scope, const ConvPoolShape& s, const char* op, con
                                      output.mutable_data_ptr(),
                                      codes,
                                      cuda_strides(output)};
-    check_launch(op, cuda::launch_conv_pool_forward(dtype, call, scope.stream), input);
+    // float32 is rounded to TF32 where stock's convolution may be.
+    const bool tensor_cores = lenet && (dtype != cuda::DType::kFloat32 || allows_tf32_convolutions()) &&
+                              cuda::has_lenet_tensor_core_layer(dtype, s);
+    check_launch(op,
+                 tensor_cores ? cuda::launch_lenet_tensor_core_layer(dtype, call, scope.stream)
+                              : cuda::launch_conv_pool_forward(dtype, call, scope.stream),
+                 input);
   } else {
     const VendorConvolution v = vendor_convolution_input(input, o);
     const Tensor conv =

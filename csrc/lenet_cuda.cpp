@@ -1,6 +1,6 @@
 // The whole network on CUDA. Compiled only where nvcc is found. For one channel and up to 128 classes the forward pass
-// is one launch, in float32 and, where the GPU has tensor cores for them, in float16 and bfloat16; in float32 the
-// backward pass of all but large batches is two. Otherwise the layers go one after the other, without the cost of five
+// is one launch, in float32 and, where the GPU has tensor cores for them, in float16 and bfloat16; the backward pass of
+// all but large batches is two in each of them. Otherwise the layers go one after the other, without the cost of five
 // operators and five Functions.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -64,8 +64,9 @@ Layers run(const char* op, const Tensor& input, TensorList parameters, bool trai
   const Tensor images = input.contiguous();
   const int64_t batch = input.size(0), classes = parameters[8].size(0);
   const cuda::DType dtype = cuda_dtype(op, input);
-  const bool tensor_cores = (dtype != cuda::DType::kFloat32 || allows_tf32()) &&
-                            cuda::has_lenet_tensor_core_forward(dtype, input.size(1), classes);
+  const bool rounding_allowed =
+      dtype != cuda::DType::kFloat32 || (allows_tf32_convolutions() && allows_tf32_products());
+  const bool tensor_cores = rounding_allowed && cuda::has_lenet_tensor_core_forward(dtype, input.size(1), classes);
   if (!tensor_cores && !cuda::has_lenet_forward(dtype, input.size(1), classes)) {
     return run_layers(op, images, parameters, training);
   }
@@ -115,7 +116,8 @@ Gradients layers_backward(const char* op, const Tensor& grad_output, const Tenso
 
 // The cost rule, predicted and not yet measured. Two launches save some ten others and the traffic between them. But
 // their linear layers read the weights from L2 for every four images, 60 KB an image, where the layers' GEMMs read them
-// once: with some 10 ns an image lost and 20 us won, the layers are ahead from about 2,000 images on.
+// once: with some 10 ns an image lost and 20 us won, the layers are ahead from about 2,000 images on. In 16 bits the
+// weights are half as large and the GEMMs faster; the bound is the same until somebody measures.
 constexpr int64_t kMostImagesOfTwoLaunches = 2048;
 
 bool takes_two_launches(const char* op, const Tensor& input, int64_t classes) {
@@ -145,24 +147,24 @@ Gradients lenet_backward(const Tensor& grad_output, const Tensor& input, TensorL
 
   const Tensor images = input.contiguous();
   std::vector<Tensor> p, gradients;
-  cuda::LenetBackward call{};
+  cuda::LenetBackwardOf<void> call{};
   for (int i = 0; i < 10; ++i) {
     p.push_back(contiguous_and_aligned(parameters[i]));
     gradients.push_back(at::empty(p[i].sizes(), p[i].options()));
-    call.parameters[i] = p[i].const_data_ptr<float>(), call.gradients[i] = gradients[i].mutable_data_ptr<float>();
+    call.parameters[i] = p[i].const_data_ptr(), call.gradients[i] = gradients[i].mutable_data_ptr();
   }
   call.batch = batch, call.classes = classes;
   call.slice_images = cuda::lenet_backward_slice_images(batch);
-  call.grad_output = grad.const_data_ptr<float>(), call.input = images.const_data_ptr<float>();
-  call.pooled1 = a.pooled1.const_data_ptr<float>(), call.indices1 = a.indices1.const_data_ptr<uint8_t>();
-  call.pooled2 = a.pooled2.const_data_ptr<float>(), call.indices2 = a.indices2.const_data_ptr<uint8_t>();
-  call.hidden1 = a.hidden1.const_data_ptr<float>(), call.hidden2 = a.hidden2.const_data_ptr<float>();
+  call.grad_output = grad.const_data_ptr(), call.input = images.const_data_ptr();
+  call.pooled1 = a.pooled1.const_data_ptr(), call.indices1 = a.indices1.const_data_ptr<uint8_t>();
+  call.pooled2 = a.pooled2.const_data_ptr(), call.indices2 = a.indices2.const_data_ptr<uint8_t>();
+  call.hidden1 = a.hidden1.const_data_ptr(), call.hidden2 = a.hidden2.const_data_ptr();
   const Tensor grad_pooled1 = input_gradient ? at::empty({batch, 6, 14, 14}, input.options()) : Tensor();
-  if (input_gradient) call.grad_pooled1 = grad_pooled1.mutable_data_ptr<float>();
+  if (input_gradient) call.grad_pooled1 = grad_pooled1.mutable_data_ptr();
   const int64_t bytes = cuda::lenet_backward_workspace(batch, call.slice_images);
   const Tensor workspace = at::empty({bytes}, input.options().dtype(at::kByte));
   call.workspace = workspace.mutable_data_ptr();
-  check_launch(op, cuda::launch_lenet_backward(call, scope.stream), input);
+  check_launch(op, cuda::launch_lenet_backward(cuda_dtype(op, input), call, scope.stream), input);
   if (!input_gradient) return {at::empty({0}, input.options()), std::move(gradients)};
   // Training has no use for the gradient of the images; who wants it pays a third launch.
   Tensor grad_input = std::get<0>(conv_relu_max_pool2d_backward_cuda(op, grad_pooled1, a.indices1, input, p[0],

@@ -22,8 +22,9 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // The cost rule, predicted and not yet measured. With few rows a product is all latency: one launch of ours, which
-// adds the bias and applies ReLU (or its mask) on the way, against the vendor's two or three. With many, nothing beats
-// the vendor's GEMM.
+// adds the bias and applies ReLU (or its mask) on the way, against the vendor's two or three. On the ordinary units in
+// every dtype: fetching the weights takes longer than multiplying them, so tensor cores would wait just the same. With
+// many rows, nothing beats the vendor's GEMM.
 Algorithm linear_algorithm_cuda(const LinearShape& s) {
   const bool small = s.rows <= 64 && s.in_features * s.out_features <= 1 << 20;
   return choose_algorithm(small ? Algorithm::Direct : Algorithm::Vendor);

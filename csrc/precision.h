@@ -5,13 +5,18 @@
 
 namespace lenet_ext {
 
-// Whether both convolutions and matrix products may round their operands to TF32: torch.backends.cudnn.allow_tf32
-// (torch's default is yes) and torch.backends.cuda.matmul.allow_tf32 (no), or their fp32_precision. Asked by operation,
-// because asking without one fails in torch 2.9 and later if the user set convolutions and RNNs apart.
-inline bool allows_tf32() {
-  const at::Context& context = at::globalContext();
-  return context.allowTF32CuDNN(at::Float32Op::CONV) && !at::NoTF32Guard::should_disable_tf32() &&
-         context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
+// Whether convolutions may round their operands to TF32: torch.backends.cudnn.allow_tf32 (torch's default is yes), or
+// its fp32_precision. Asked by operation, because asking without one fails in torch 2.9 and later if the user set
+// convolutions and RNNs apart.
+inline bool allows_tf32_convolutions() {
+  return at::globalContext().allowTF32CuDNN(at::Float32Op::CONV) && !at::NoTF32Guard::should_disable_tf32();
+}
+
+// Whether matrix products may: torch.backends.cuda.matmul.allow_tf32 (torch's default is no), or its fp32_precision.
+inline bool allows_tf32_products() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+             at::Float32Precision::TF32 &&
+         !at::NoTF32Guard::should_disable_tf32();
 }
 
 }  // namespace lenet_ext

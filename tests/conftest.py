@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 import pytest
@@ -43,13 +42,13 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _repeatable():
-    """A fixed seed, the number of threads as it was, and a stock convolution in float32 that means float32.
+    """A fixed seed, the number of threads as it was, and convolutions in float32 that mean float32.
 
-    TF32 (cuDNN's default) would make stock the less exact of the two on a GPU.
+    By default they may be TF32: stock's and ours on a GPU, and ours of test_cuda_on_cpu.py.
     """
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if "cuda" in DEVICES else contextlib.nullcontext():
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)

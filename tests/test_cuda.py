@@ -6,6 +6,8 @@ code without a GPU in test_cuda_on_cpu.py.
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -102,18 +104,20 @@ def test_training_step_in_a_graph(batch):
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "vendor"])
-def test_bitwise_the_same_in_20_runs(name):
-    function, tensors = operands(name, 61)
+def test_bitwise_the_same_in_20_runs(name, dtype):
+    function, tensors = operands(name, 61, dtype=dtype)
     first = forward_and_backward(function, tensors)
     for _ in range(19):
         for one, other in zip(forward_and_backward(function, tensors), first, strict=True):
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["conv1", "conv2"])
-def test_an_image_does_not_depend_on_its_batch(name):
-    function, tensors = operands(name, 300)
+def test_an_image_does_not_depend_on_its_batch(name, dtype):
+    function, tensors = operands(name, 300, dtype=dtype)
     whole = function(*tensors)
     for begin, end in [(0, 1), (7, 20), (299, 300)]:
         assert torch.equal(function(tensors[0][begin:end], *tensors[1:]), whole[begin:end])
@@ -139,18 +143,52 @@ def test_tensors_on_two_devices_are_refused(name):
         function(x, w.cpu(), b)
 
 
+@contextlib.contextmanager
+def tf32_allowed(convolutions, products):
+    """Sets what torch.backends says of TF32; elsewhere in these tests it is not allowed."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
 @pytest.mark.parametrize("name", ["conv1", "conv2", "fc1"])
-def test_own_kernels_are_strict_float32(name):
-    """Flags that allow TF32 concern the vendor's kernels; the error of ours stays that of float32."""
+def test_float32_is_tf32_only_where_stocks_convolution_may_be(name):
+    """Of our kernels for a layer, those of the convolutions have a TF32 variant; otherwise the error is float32's."""
     function, tensors = operands(name, 32)
     expected = function(*[t.double() for t in tensors])
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    try:
+
+    def error(output):
+        return float((output - expected).abs().max() / expected.abs().max())
+
+    strict = function(*tensors)
+    assert error(strict) < 1e-5
+    with tf32_allowed(False, True):
+        assert torch.equal(function(*tensors), strict)
+    with tf32_allowed(True, False):
         got = function(*tensors)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+    rounds = name != "fc1" and torch.cuda.get_device_capability() >= (8, 0)
+    assert torch.equal(got, strict) == (not rounds)
+    assert error(got) < (2e-3 if rounds else 1e-5)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="no tensor cores for these"
+)
+@pytest.mark.parametrize("precision", ["tf32", "float16", "bfloat16"])
+def test_a_layer_on_the_tensor_cores_is_as_in_the_whole_network(precision):
+    """Bit by bit, wherever in its batch an image lies."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
+    parameters = [p.detach() for p in Net(device="cuda", dtype=dtype).parameters()]
+    x = torch.randn(300, 1, 32, 32, device="cuda", dtype=dtype)
+    with torch.no_grad(), tf32_allowed(True, precision == "tf32"):
+        pooled1, _, pooled2, *_ = torch.ops.lenet_ext.lenet_with_activations(x, parameters)[1:]
+        for begin, end in [(0, 300), (7, 20), (299, 300)]:
+            assert torch.equal(conv_relu_max_pool2d(x[begin:end], *parameters[:2]), pooled1[begin:end])
+            assert torch.equal(conv_relu_max_pool2d(pooled1[begin:end], *parameters[2:4]), pooled2[begin:end])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -231,11 +269,37 @@ def test_the_whole_networks_gradients(batch):
         assert float((one - other).norm()) <= 1e-2 * float(other.norm())
 
 
-@pytest.mark.parametrize("input_gradient", [False, True])
-def test_the_whole_networks_backward_is_two_kernels(input_gradient):
+@pytest.mark.parametrize("batch", [1, 300, 1000])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_whole_networks_gradients_in_16_bits(batch, dtype):
+    """Bitwise the same in 20 runs, and those of float64 for the same activations, rounded once."""
     torch.manual_seed(0)
-    net, x = Net(device="cuda"), torch.randn(64, 1, 32, 32, device="cuda", requires_grad=input_gradient)
-    output, g = net(x), torch.randn(64, 10, device="cuda")
+    parameters = [p.detach() for p in Net(device="cuda", dtype=dtype).parameters()]
+    x, g = (torch.randn(s, device="cuda", dtype=dtype) for s in [(batch, 1, 32, 32), (batch, 10)])
+    activations = torch.ops.lenet_ext.lenet_with_activations(x, parameters)[1:]
+    _, first = torch.ops.lenet_ext.lenet_backward(g, x, parameters, *activations, False)
+    for _ in range(19):
+        _, again = torch.ops.lenet_ext.lenet_backward(g, x, parameters, *activations, False)
+        for one, other in zip(again, first, strict=True):
+            assert torch.equal(one, other)
+
+    def exact(tensor):
+        return tensor.cpu() if tensor.dtype == torch.uint8 else tensor.cpu().double()
+
+    operands = exact(g), exact(x), [exact(p) for p in parameters], *[exact(a) for a in activations]
+    _, expected = torch.ops.lenet_ext.lenet_backward(*operands, False)
+    for one, other in zip(first, expected, strict=True):
+        atol = 1e-5 * float(other.abs().max()) + 1e-7
+        torch.testing.assert_close(exact(one), other, rtol=torch.finfo(dtype).eps / 2, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("input_gradient", [False, True])
+def test_the_whole_networks_backward_is_two_kernels(input_gradient, dtype):
+    torch.manual_seed(0)
+    make = {"device": "cuda", "dtype": dtype}
+    net, x = Net(**make), torch.randn(64, 1, 32, 32, **make, requires_grad=input_gradient)
+    output, g = net(x), torch.randn(64, 10, **make)
     leaves = [*net.parameters(), *([x] if input_gradient else [])]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -22,6 +22,8 @@ HOT = {
     "lenet_backward_data_kernel": 128,
     "lenet_backward_weight_kernel": 128,
     "lenet_tensor_core_kernel": 128,
+    "lenet_tensor_core_conv1_kernel": 128,
+    "lenet_tensor_core_conv2_kernel": 128,
     "lenet_conv_forward_kernel": 128,
     "lenet_grad_input_kernel": 128,
     "lenet_conv1_grad_weight_kernel": 128,

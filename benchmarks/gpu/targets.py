@@ -97,6 +97,8 @@ TARGETS = [
     Target("batch 65536, TF32: million images/s", 80, 120, False, _millions_a_second("tf32")),
     Target("batch 65536, bfloat16: million images/s", 150, 250, False, _millions_a_second("bfloat16")),
     Target("conv1 forward: over stock", 5, 12, False, _ratio("layers float32", "conv1 forward batch 65536")),
+    Target("conv1 forward, TF32: over stock", 5, 12, False, _ratio("layers tf32", "conv1 forward batch 65536")),
+    Target("conv2 forward, TF32: over stock", 3, 4.8, False, _ratio("layers tf32", "conv2 forward batch 65536")),
     Target(
         "conv1 forward + backward: over stock",
         6,

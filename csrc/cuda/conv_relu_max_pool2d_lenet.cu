@@ -1,7 +1,8 @@
 // conv_relu_max_pool2d for LeNet's layers (1 -> 6 channels at 32 x 32, 6 -> 16 at 14 x 14, kernel 5, pool 2), in
-// float32 arithmetic on the ordinary units. Sizes are compile-time constants, the convolution's output and its gradient
-// stay in registers or shared memory. The header comment of each kernel says what a thread computes and what it costs;
-// register counts are from ptxas 13.0, tests/test_cuda_build.py watches that nothing spills.
+// float32 arithmetic on the ordinary units; the forward pass has a second way, through the tensor cores, in
+// conv_relu_max_pool2d_lenet_tensor_core.cu. Sizes are compile-time constants, the convolution's output and its
+// gradient stay in registers or shared memory. The header comment of each kernel says what a thread computes and what
+// it costs; register counts are from ptxas 13.0, tests/test_cuda_build.py watches that nothing spills.
 #include <algorithm>
 
 #include "conv_relu_max_pool2d_lenet.cuh"
@@ -213,17 +214,6 @@ LaunchResult grad_weight_partials(const ConvPoolBackward& c, cudaStream_t stream
              static_cast<float*>(c.workspace));
   return result;
 }
-
-// As LX_DISPATCH, without float64, which has_lenet_kernels excludes.
-#define LENET_DISPATCH(dtype, function, ...)  \
-  switch (dtype) {                            \
-    case DType::kFloat32:                     \
-      return function<float>(__VA_ARGS__);    \
-    case DType::kFloat16:                     \
-      return function<lx::f16>(__VA_ARGS__);  \
-    default:                                  \
-      return function<lx::bf16>(__VA_ARGS__); \
-  }
 
 }  // namespace
 

@@ -136,32 +136,36 @@ using LenetForward = LenetForwardOf<float>;
 bool has_lenet_forward(DType dtype, int64_t channels, int64_t classes);
 LaunchResult launch_lenet_forward(const LenetForward& call, cudaStream_t stream);
 
-// Its backward in two launches, from what the forward pass kept. All tensors are contiguous, weights, pooled2 and the
-// hidden layers 16-byte aligned.
-struct LenetBackward {
+// Its backward in two launches, from what the forward pass kept, in float32 arithmetic: results are rounded once. All
+// tensors are contiguous, weights, pooled2 and the hidden layers 16-byte aligned.
+template <typename T>
+struct LenetBackwardOf {
   int64_t batch, classes;
-  int64_t slice_images;      // of a block: lenet_backward_slice_images(batch), the tests use others
-  const float* grad_output;  // [batch, classes]
-  const float* input;
-  const float* parameters[10];
-  const float* pooled1;
+  int64_t slice_images;  // of a block: lenet_backward_slice_images(batch), the tests use others
+  const T* grad_output;  // [batch, classes]
+  const T* input;
+  const T* parameters[10];
+  const T* pooled1;
   const uint8_t* indices1;
-  const float* pooled2;
+  const T* pooled2;
   const uint8_t* indices2;
-  const float* hidden1;
-  const float* hidden2;
-  float* gradients[10];  // of the parameters
-  float* grad_pooled1;   // [batch, 6, 14, 14], null: not wanted; the gradient of the input follows from it
-  void* workspace;       // of lenet_backward_workspace() bytes, 16-byte aligned; its contents are overwritten
+  const T* hidden1;
+  const T* hidden2;
+  T* gradients[10];  // of the parameters
+  T* grad_pooled1;   // [batch, 6, 14, 14], null: not wanted; the gradient of the input follows from it
+  void* workspace;   // of lenet_backward_workspace() bytes, 16-byte aligned; its contents are overwritten
 };
 bool has_lenet_backward(DType dtype, int64_t channels, int64_t classes);
 int64_t lenet_backward_slice_images(int64_t batch);
 int64_t lenet_backward_workspace(int64_t batch, int64_t slice_images);
-LaunchResult launch_lenet_backward(const LenetBackward& call, cudaStream_t stream);
+LaunchResult launch_lenet_backward(DType dtype, const LenetBackwardOf<void>& call, cudaStream_t stream);
 
 // On the tensor cores, which round what they multiply to the storage type, or to TF32 for float32, and accumulate in
-// float32. The current device must have them.
+// float32. The current device must have them. The whole network, and its two convolutions one by one, contiguous
+// tensors all: their values are bit by bit the same.
 bool has_lenet_tensor_core_forward(DType dtype, int64_t channels, int64_t classes);
 LaunchResult launch_lenet_tensor_core_forward(DType dtype, const LenetForwardOf<void>& call, cudaStream_t stream);
+bool has_lenet_tensor_core_layer(DType dtype, const ConvPoolShape& shape);
+LaunchResult launch_lenet_tensor_core_layer(DType dtype, const ConvPoolForward& call, cudaStream_t stream);
 
 }  // namespace lenet_ext::cuda

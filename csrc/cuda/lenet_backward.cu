@@ -1,6 +1,7 @@
 // The gradients of LeNet's parameters in two launches, in float32 arithmetic on the ordinary units: first image by
 // image down to conv1, with the convolutions' weight gradients on the way, then the linear layers' weight gradients,
-// which are sums over the whole batch. No sum depends on the GPU or on the order of blocks.
+// which are sums over the whole batch. No sum depends on the GPU or on the order of blocks. What passes from layer to
+// layer and from launch to launch is float32 whatever the storage type.
 #include "lenet_grad_tiles.cuh"
 #include "slice_sums.cuh"
 
@@ -70,11 +71,10 @@ struct Pass {
 //
 // thread -> 4 inputs of all images and a part of the outputs. The weights come straight from L2, 16 bytes of a row at a
 // time, neighbouring threads next to each other. The parts are added in order, through `partial` (shared).
-template <int kImages>
+template <int kImages, typename T>
 __device__ __forceinline__ void linear_grad_images(const float* grad_output, int present, int outputs,
-                                                   const float* __restrict__ weight, int inputs,
-                                                   const float* __restrict__ mask, float* partial, float* grad_input,
-                                                   float* __restrict__ result) {
+                                                   const T* __restrict__ weight, int inputs, const T* __restrict__ mask,
+                                                   float* partial, float* grad_input, float* __restrict__ result) {
   const int packs = inputs / 4, parts = static_cast<int>(kThreads) / packs;
   const int pack = static_cast<int>(threadIdx.x) % packs, part = static_cast<int>(threadIdx.x) / packs;
   if (part < parts) {
@@ -83,12 +83,12 @@ __device__ __forceinline__ void linear_grad_images(const float* grad_output, int
     float sums[kImages][4] = {};
 #pragma unroll 8
     for (int o = part * share; o < end; ++o) {
-      const lx::Pack<float, 4> w = lx::load_pack<4>(weight + o * inputs + pack * 4);
+      const lx::Pack<T, 4> w = lx::load_pack<4>(weight + o * inputs + pack * 4);
 #pragma unroll
       for (int image = 0; image < kImages; ++image) {
         const float gradient = grad_output[image * outputs + o];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) sums[image][k] += gradient * w[k];
+        for (int k = 0; k < 4; ++k) sums[image][k] += gradient * lx::widen(w[k]);
       }
     }
 #pragma unroll
@@ -102,7 +102,7 @@ __device__ __forceinline__ void linear_grad_images(const float* grad_output, int
     float value = 0;
     if (i < present * inputs) {
       for (int p = 0; p < parts; ++p) value += partial[p * kImages * inputs + i];
-      if (mask != nullptr && mask[i] <= 0) value = 0;
+      if (mask != nullptr && lx::widen(mask[i]) <= 0) value = 0;
       if (result != nullptr) result[i] = value;
     }
     grad_input[i] = value;
@@ -115,8 +115,9 @@ __device__ __forceinline__ void linear_grad_images(const float* grad_output, int
 // its input, conv1's weight gradient. After each pass the weight gradients are added to the slice's partial sums in
 // global memory, each by the thread that wrote it before: together they would not fit the registers, and a pass costs
 // some 30,000 cycles. Shared memory: 93 KB with 4 images, 40 KB with one; two blocks per multiprocessor.
-template <int kImages>
-__global__ void __launch_bounds__(kThreads, 2) lenet_backward_data_kernel(LenetBackward call, Workspace workspace) {
+template <typename T, int kImages>
+__global__ void __launch_bounds__(kThreads, 2)
+    lenet_backward_data_kernel(LenetBackwardOf<T> call, Workspace workspace) {
   using P = Pass<kImages>;
   LX_SMEM(shared);
   float* weights2 = lx::take<float>(shared, Conv2::kOut * Conv2::kWeights);  // turned
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_backward_data_kernel(LenetB
       float* gradient = region;
       float* partial = region + P::kLinearGradients;
       for (int i = thread; i < kImages * classes; i += kThreads) {
-        gradient[i] = i < present * classes ? call.grad_output[first * classes + i] : 0.0f;
+        gradient[i] = i < present * classes ? lx::widen(call.grad_output[first * classes + i]) : 0.0f;
       }
       lx::copy_to_shared(pixels, call.input + first * Conv1::kImage, present * Conv1::kImage);
       lx::copy_to_shared(pooled1, call.pooled1 + first * Conv1::kPooled, present * Conv1::kPooled);
@@ -149,8 +150,8 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_backward_data_kernel(LenetB
       for (int layer = 2; layer >= 0; --layer) {
         const int outputs = layer == 2 ? classes : layer == 1 ? kHidden2 : kHidden1;
         const int inputs = layer == 2 ? kHidden2 : layer == 1 ? kHidden1 : kFeatures;
-        const float* weight = layer == 2 ? call.parameters[8] : layer == 1 ? call.parameters[6] : call.parameters[4];
-        const float* mask = layer == 2 ? call.hidden2 : layer == 1 ? call.hidden1 : nullptr;
+        const T* weight = layer == 2 ? call.parameters[8] : layer == 1 ? call.parameters[6] : call.parameters[4];
+        const T* mask = layer == 2 ? call.hidden2 : layer == 1 ? call.hidden1 : nullptr;
         float* result = layer == 2 ? workspace.grad_hidden2 : layer == 1 ? workspace.grad_hidden1 : nullptr;
         float* next = layer == 0 ? grad_features : gradient + kImages * (layer == 2 ? kMostClasses : kHidden2);
         linear_grad_images<kImages>(gradient, present, outputs, weight, inputs,
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_backward_data_kernel(LenetB
 #pragma unroll
         for (int p = 0; p < P::kParts; ++p) value += region[p * kImages * Conv2::kImage + i];
         pooled1[i] = value;
-        if (call.grad_pooled1 != nullptr) call.grad_pooled1[first * Conv1::kPooled + i] = value;
+        if (call.grad_pooled1 != nullptr) call.grad_pooled1[first * Conv1::kPooled + i] = lx::narrow<T>(value);
       }
     }
     __syncthreads();
@@ -224,20 +225,24 @@ constexpr int kRowPacks = kDepth * kRows / 4 / kThreads,
               kColumnPacks = kDepth * kColumns / 4 / kThreads;  // of a thread
 
 // A linear layer: grad_weight[i][j] = sum over n of grad[n][i] * input[n][j], grad_bias[i] = sum over n of grad[n][i].
+// The last layer's `grad` comes from outside, as T; the others' from the first launch.
+template <typename G, typename T>
 struct LinearSums {
-  const float *grad, *input;  // [batch, rows], [batch, columns]
+  const G* grad;   // [batch, rows]
+  const T* input;  // [batch, columns]
   int rows, columns;
-  float *grad_weight, *grad_bias;
+  T *grad_weight, *grad_bias;
 
   LX_DEVICE int column_tiles() const { return lx::divide_up(columns, kColumns); }
   LX_DEVICE int tiles() const { return lx::divide_up(rows, kRows) * column_tiles(); }
 };
 
 // The sums over the slices of a convolution, [channel][taps, bias].
+template <typename T>
 struct ConvolutionSums {
   const float* partials;
   int sums, taps;
-  float *grad_weight, *grad_bias;
+  T *grad_weight, *grad_bias;
 
   LX_DEVICE int blocks() const { return lx::divide_up(sums, kSumsOfBlock); }
 };
@@ -250,11 +255,11 @@ constexpr int64_t weight_shared_bytes() {
 
 // A thread's share of rows [first, first + kDepth) and columns [column, column + kWidth) of a matrix: kPacks packs of
 // four, 0 outside of the matrix. Between fetch and put lies the product of the rows before.
-template <int kWidth, int kPacks>
+template <typename T, int kWidth, int kPacks>
 struct Tile {
-  lx::Pack<float, 4> packs[kPacks];
+  lx::Pack<T, 4> packs[kPacks];
 
-  LX_DEVICE void fetch(const float* __restrict__ matrix, int64_t first, int64_t rows, int column, int columns) {
+  LX_DEVICE void fetch(const T* __restrict__ matrix, int64_t first, int64_t rows, int column, int columns) {
     const bool whole = columns % 4 == 0 && lx::aligned_for_packs(matrix);
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
@@ -267,14 +272,15 @@ struct Tile {
         packs[i] = lx::load_pack<4>(matrix + row * columns + from);
       } else {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) packs[i].values[k] = from + k < columns ? matrix[row * columns + from + k] : 0.0f;
+        for (int k = 0; k < 4; ++k) packs[i].values[k] = from + k < columns ? matrix[row * columns + from + k] : T{};
       }
     }
   }
   LX_DEVICE void put(float* tile) const {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      *reinterpret_cast<lx::Pack<float, 4>*>(tile + (threadIdx.x + i * kThreads) * 4) = packs[i];
+      *reinterpret_cast<lx::Pack<float, 4>*>(tile + (threadIdx.x + i * kThreads) * 4) = {
+          {lx::widen(packs[i][0]), lx::widen(packs[i][1]), lx::widen(packs[i][2]), lx::widen(packs[i][3])}};
     }
   }
 };
@@ -282,7 +288,9 @@ struct Tile {
 // The block computes tile `tile` of a linear layer's weight gradient. Warp w takes every eighth image; the warps' sums
 // are added in order. lane -> 4 x 4 outputs, 2 loads of 16 bytes for 16 multiply-adds. The next 128 images are on
 // their way from L2 while these are multiplied.
-__device__ __forceinline__ void linear_sums(const LinearSums& job, int64_t batch, int block, unsigned char* shared) {
+template <typename G, typename T>
+__device__ __forceinline__ void linear_sums(const LinearSums<G, T>& job, int64_t batch, int block,
+                                            unsigned char* shared) {
   unsigned char* const begin = shared;
   float* row_tile = lx::take<float>(shared, kDepth * kRows);  // [image][row]
   float* column_tile = lx::take<float>(shared, kDepth * kColumns);
@@ -294,8 +302,8 @@ __device__ __forceinline__ void linear_sums(const LinearSums& job, int64_t batch
   const int row = block / job.column_tiles() * kRows, column = block % job.column_tiles() * kColumns;
   const bool bias = column == 0;
   float sums[4][4] = {}, bias_sum = 0;
-  Tile<kRows, kRowPacks> rows;
-  Tile<kColumns, kColumnPacks> columns;
+  Tile<G, kRows, kRowPacks> rows;
+  Tile<T, kColumns, kColumnPacks> columns;
   rows.fetch(job.grad, 0, batch, row, job.rows);
   columns.fetch(job.input, 0, batch, column, job.columns);
 #pragma unroll 1
@@ -335,54 +343,99 @@ __device__ __forceinline__ void linear_sums(const LinearSums& job, int64_t batch
     if (r >= job.rows || c >= job.columns) continue;
     float value = 0;
     for (int w = 0; w < kWarps; ++w) value += partial[w * kRows * kColumns + i];
-    job.grad_weight[r * job.columns + c] = value;
+    job.grad_weight[r * job.columns + c] = lx::narrow<T>(value);
   }
   const int bias_row = row + static_cast<int>(threadIdx.x);
   if (bias && threadIdx.x < kRows && bias_row < job.rows) {
     float value = 0;
     for (int w = 0; w < kWarps; ++w) value += partial_bias[w * kRows + threadIdx.x];
-    job.grad_bias[bias_row] = value;
+    job.grad_bias[bias_row] = lx::narrow<T>(value);
   }
 }
 
+template <typename T>
 struct Jobs {
-  LinearSums linear[3];
-  ConvolutionSums convolution[2];
+  LinearSums<float, T> hidden[2];
+  LinearSums<T, T> last;
+  ConvolutionSums<T> convolution[2];
 };
 
 // block -> a tile of a linear layer's weight gradient, or 32 sums of a convolution's. Shared memory: 24 KB.
-__global__ void __launch_bounds__(kThreads, 2) lenet_backward_weight_kernel(int64_t batch, int64_t slices, Jobs jobs) {
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2)
+    lenet_backward_weight_kernel(int64_t batch, int64_t slices, Jobs<T> jobs) {
   LX_SMEM(shared);
   const int block = static_cast<int>(blockIdx.x);
-  const int end0 = jobs.linear[0].tiles(), end1 = end0 + jobs.linear[1].tiles(), end2 = end1 + jobs.linear[2].tiles();
+  const int end0 = jobs.hidden[0].tiles(), end1 = end0 + jobs.hidden[1].tiles(), end2 = end1 + jobs.last.tiles();
   const int end3 = end2 + jobs.convolution[0].blocks();
-  if (block < end2) {
-    const int layer = block < end0 ? 0 : block < end1 ? 1 : 2;
-    const LinearSums& job = layer == 0 ? jobs.linear[0] : layer == 1 ? jobs.linear[1] : jobs.linear[2];
-    linear_sums(job, batch, block - (layer == 0 ? 0 : layer == 1 ? end0 : end1), shared);
+  if (block < end1) {
+    const bool first = block < end0;
+    linear_sums(first ? jobs.hidden[0] : jobs.hidden[1], batch, block - (first ? 0 : end0), shared);
+  } else if (block < end2) {
+    linear_sums(jobs.last, batch, block - end1, shared);
   } else {
-    const ConvolutionSums& job = block < end3 ? jobs.convolution[0] : jobs.convolution[1];
+    const ConvolutionSums<T>& job = block < end3 ? jobs.convolution[0] : jobs.convolution[1];
     const int first = (block - (block < end3 ? end2 : end3)) * kSumsOfBlock;
     sum_slices(job.partials, slices, job.sums, first, lx::take<float>(shared, kThreads), [&](int64_t at, float sum) {
       const int channel = static_cast<int>(at) / (job.taps + 1), tap = static_cast<int>(at) % (job.taps + 1);
-      *(tap < job.taps ? job.grad_weight + channel * job.taps + tap : job.grad_bias + channel) = sum;
+      *(tap < job.taps ? job.grad_weight + channel * job.taps + tap : job.grad_bias + channel) = lx::narrow<T>(sum);
     });
   }
 }
 
 // ---------------------------------------------------------------------------------------------------------- launchers
 
-template <int kImages>
-void launch_data(LaunchResult& result, const LenetBackward& call, const Workspace& workspace, int64_t slices,
-                 cudaStream_t stream) {
-  lx::launch(result, "lenet_backward_data_kernel", lenet_backward_data_kernel<kImages>, static_cast<unsigned>(slices),
-             kThreads, Pass<kImages>::shared_bytes(), stream, call, workspace);
+template <typename T>
+LenetBackwardOf<T> typed(const LenetBackwardOf<void>& call) {
+  LenetBackwardOf<T> of{};
+  of.batch = call.batch, of.classes = call.classes, of.slice_images = call.slice_images;
+  of.grad_output = static_cast<const T*>(call.grad_output), of.input = static_cast<const T*>(call.input);
+  of.pooled1 = static_cast<const T*>(call.pooled1), of.indices1 = call.indices1;
+  of.pooled2 = static_cast<const T*>(call.pooled2), of.indices2 = call.indices2;
+  of.hidden1 = static_cast<const T*>(call.hidden1), of.hidden2 = static_cast<const T*>(call.hidden2);
+  for (int i = 0; i < 10; ++i) {
+    of.parameters[i] = static_cast<const T*>(call.parameters[i]), of.gradients[i] = static_cast<T*>(call.gradients[i]);
+  }
+  of.grad_pooled1 = static_cast<T*>(call.grad_pooled1), of.workspace = call.workspace;
+  return of;
+}
+
+template <typename T>
+LaunchResult backward(const LenetBackwardOf<void>& untyped, cudaStream_t stream) {
+  LaunchResult result;
+  if (untyped.batch == 0) return result;
+  const LenetBackwardOf<T> call = typed<T>(untyped);
+  const int64_t slices = lx::divide_up(call.batch, call.slice_images);
+  const Workspace w(call.workspace, call.batch, slices);
+  const int64_t images = call.slice_images;
+  lx::launch(result, "lenet_backward_data_kernel",
+             images == 1   ? lenet_backward_data_kernel<T, 1>
+             : images == 2 ? lenet_backward_data_kernel<T, 2>
+                           : lenet_backward_data_kernel<T, 4>,
+             static_cast<unsigned>(slices), kThreads,
+             images == 1   ? Pass<1>::shared_bytes()
+             : images == 2 ? Pass<2>::shared_bytes()
+                           : Pass<4>::shared_bytes(),
+             stream, call, w);
+
+  const int classes = static_cast<int>(call.classes);
+  T* const* g = call.gradients;
+  const Jobs<T> jobs = {
+      {{w.grad_hidden1, call.pooled2, kHidden1, kFeatures, g[4], g[5]},
+       {w.grad_hidden2, call.hidden1, kHidden2, kHidden1, g[6], g[7]}},
+      {call.grad_output, call.hidden2, classes, kHidden2, g[8], g[9]},
+      {{w.partials2, kSums2, Conv2::kWeights, g[2], g[3]}, {w.partials1, kSums1, Conv1::kWeights, g[0], g[1]}}};
+  const int blocks = jobs.hidden[0].tiles() + jobs.hidden[1].tiles() + jobs.last.tiles() +
+                     jobs.convolution[0].blocks() + jobs.convolution[1].blocks();
+  lx::launch(result, "lenet_backward_weight_kernel", lenet_backward_weight_kernel<T>, static_cast<unsigned>(blocks),
+             kThreads, weight_shared_bytes(), stream, call.batch, slices, jobs);
+  return result;
 }
 
 }  // namespace
 
 bool has_lenet_backward(DType dtype, int64_t channels, int64_t classes) {
-  return dtype == DType::kFloat32 && channels == Conv1::kIn && classes >= 1 && classes <= kMostClasses;
+  return dtype != DType::kFloat64 && channels == Conv1::kIn && classes >= 1 && classes <= kMostClasses;
 }
 
 int64_t lenet_backward_slice_images(int64_t batch) { return Slices(batch).images; }
@@ -391,32 +444,8 @@ int64_t lenet_backward_workspace(int64_t batch, int64_t slice_images) {
   return Workspace(nullptr, batch, batch == 0 ? 0 : lx::divide_up(batch, slice_images)).bytes;
 }
 
-LaunchResult launch_lenet_backward(const LenetBackward& call, cudaStream_t stream) {
-  LaunchResult result;
-  if (call.batch == 0) return result;
-  const int64_t slices = lx::divide_up(call.batch, call.slice_images);
-  const Workspace w(call.workspace, call.batch, slices);
-  if (call.slice_images == 1) {
-    launch_data<1>(result, call, w, slices, stream);
-  } else if (call.slice_images == 2) {
-    launch_data<2>(result, call, w, slices, stream);
-  } else {
-    launch_data<4>(result, call, w, slices, stream);
-  }
-
-  const int classes = static_cast<int>(call.classes);
-  float* const* g = call.gradients;
-  const Jobs jobs = {
-      {{w.grad_hidden1, call.pooled2, kHidden1, kFeatures, g[4], g[5]},
-       {w.grad_hidden2, call.hidden1, kHidden2, kHidden1, g[6], g[7]},
-       {call.grad_output, call.hidden2, classes, kHidden2, g[8], g[9]}},
-      {{w.partials2, kSums2, Conv2::kWeights, g[2], g[3]}, {w.partials1, kSums1, Conv1::kWeights, g[0], g[1]}}};
-  int blocks = 0;
-  for (const LinearSums& job : jobs.linear) blocks += job.tiles();
-  for (const ConvolutionSums& job : jobs.convolution) blocks += job.blocks();
-  lx::launch(result, "lenet_backward_weight_kernel", lenet_backward_weight_kernel, static_cast<unsigned>(blocks),
-             kThreads, weight_shared_bytes(), stream, call.batch, slices, jobs);
-  return result;
+LaunchResult launch_lenet_backward(DType dtype, const LenetBackwardOf<void>& call, cudaStream_t stream) {
+  LENET_DISPATCH(dtype, backward, call, stream)
 }
 
 }  // namespace lenet_ext::cuda

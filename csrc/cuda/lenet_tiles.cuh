@@ -152,3 +152,14 @@ LX_DEVICE void expand_window(float (&gradient)[4], float value, int code) {
 }
 
 }  // namespace lenet_ext::cuda
+
+// As LX_DISPATCH, without float64, which these kernels do not have.
+#define LENET_DISPATCH(dtype, function, ...)    \
+  switch (dtype) {                              \
+    case ::lenet_ext::cuda::DType::kFloat32:    \
+      return function<float>(__VA_ARGS__);      \
+    case ::lenet_ext::cuda::DType::kFloat16:    \
+      return function<::lx::f16>(__VA_ARGS__);  \
+    default:                                    \
+      return function<::lx::bf16>(__VA_ARGS__); \
+  }
