@@ -97,7 +97,9 @@ def join_processes(device: str) -> Iterator[Processes]:
     if use_gpus:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if use_gpus else "gloo")
-    try:
-        yield Processes(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    # After an error there is no leaving in order: the others wait for this process, until torchrun ends them.
+    yield Processes(dist.get_rank(), dist.get_world_size())
+    # A thread of gloo's lets go of a tensor only after the collective is over, and takes Python's lock for it. Without
+    # a last wait, which gives it that lock, this process may already be ending then, and is aborted.
+    dist.barrier()
+    dist.destroy_process_group()
