@@ -19,6 +19,7 @@ from cuda_toolkit import DEFAULT_ARCHITECTURES, find_cuda_toolkit  # noqa: E402
 # threads on a multiprocessor. float64 is left out; nobody runs LeNet in it for speed.
 HOT = {
     "lenet_forward_kernel": 128,
+    "lenet_forward_cluster_kernel": 128,
     "lenet_backward_data_kernel": 128,
     "lenet_backward_weight_kernel": 128,
     "lenet_tensor_core_kernel": 128,

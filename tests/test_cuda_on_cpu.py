@@ -239,12 +239,17 @@ def tf32_allowed(convolutions, products):
 
 
 @contextlib.contextmanager
-def without_tensor_cores(control):
-    control.cuda_on_cpu_set_capability(75)
+def capability(control, value):
+    """Of the GPU that stands there, times 10."""
+    control.cuda_on_cpu_set_capability(value)
     try:
         yield
     finally:
         control.cuda_on_cpu_set_capability(90)
+
+
+def without_tensor_cores(control):
+    return capability(control, 75)
 
 
 def dtype_of(precision):
@@ -575,6 +580,24 @@ def test_the_whole_network_with_nan_and_views(ops, training):
     assert torch.equal(broken[keep], output[keep])
 
 
+@pytest.mark.parametrize("classes", [10, 1, 128])
+def test_an_image_is_the_same_in_a_batch_of_any_size(ops, control, classes):
+    """Whether eight blocks, four or two compute it together or one block computes many, with or without gradients."""
+    _, parameters = reference_net(1, classes, torch.float32)
+    x = torch.randn(131, 1, 32, 32)
+    x[3, 0, 9, 14], x[50, 0, 31, 0] = float("nan"), float("inf")
+    odd = torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    with capability(control, 80):  # no clusters
+        expected = ops.lenet_with_activations(x, parameters)
+    for begin, end in [(0, 1), (2, 18), (40, 72), (0, 64), (66, 131), (3, 131), (0, 131)]:
+        for images in (x, odd):
+            got = ops.lenet_with_activations(images[begin:end], parameters)
+            for one, other in zip(got, expected, strict=True):
+                torch.testing.assert_close(one, other[begin:end], rtol=0, atol=0, equal_nan=True)
+            output = ops.lenet(images[begin:end], parameters)
+            torch.testing.assert_close(output, got[0], rtol=0, atol=0, equal_nan=True)
+
+
 def gradients(ops, g, x, parameters, activations, input_gradient=False):
     """What lenet_backward returns, in the order of the parameters, then the input."""
     grad_input, grads = ops.lenet_backward(g, x, parameters, *activations, input_gradient)
@@ -757,6 +780,11 @@ def test_driver_under_the_sanitizers():
         ("overrun", "outside of the block's shared memory"),
         ("too_much_shared", "invalid argument"),
         ("no_threads", "limits"),
+        ("odd_cluster", "the cluster .*, or does not divide the grid"),
+        (
+            "early_block",
+            "thread 0 of block 0 waits at the cluster barrier .*, but thread 0 of block 1 has returned",
+        ),
     ],
 )
 def test_the_stand_in_finds_mistakes(kernel, says):
@@ -775,3 +803,7 @@ def test_the_stand_in_shows_races_and_unwritten_memory():
     assert all("nan" in row for row in rows("missing_barrier"))
     assert len({*map(tuple, rows("missing_barrier"))}) == 3
     assert rows("unwritten") == [["nan"] * 64] * 3
+    assert rows("cluster") == [["2"] * 64] * 3
+    assert len({*map(tuple, rows("missing_cluster_barrier"))}) > 1
+    assert rows("copies") == [["1"] * 64] * 3
+    assert rows("unfinished_copies") == [["1", "nan"] * 32] * 3

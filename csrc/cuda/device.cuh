@@ -181,10 +181,24 @@ inline unsigned grid_for(int64_t total, int64_t per_block) {
 
 constexpr int64_t kDefaultSharedBytes = 48 * 1024;
 
-// Launches, unless an earlier launch of the chain failed, and says which kernel it was.
+// The compute capability, times 10, that the version of this kernel was compiled for which the current device runs; 0
+// if there is none, which the launch of an ordinary kernel will report.
+template <typename... Parameters>
+int compiled_capability(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess) {
+    return attributes.ptxVersion;
+  }
+  cudaGetLastError();
+  return 0;
+}
+
+// Launches clusters of `cluster` blocks (cluster.cuh), unless an earlier launch of the chain failed, and says which
+// kernel it was.
 template <typename... Parameters, typename... Arguments>
-void launch(lenet_ext::cuda::LaunchResult& result, const char* name, void (*kernel)(Parameters...), unsigned grid,
-            unsigned block, int64_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+void launch_clusters(lenet_ext::cuda::LaunchResult& result, const char* name, void (*kernel)(Parameters...),
+                     unsigned grid, unsigned cluster, unsigned block, int64_t shared_bytes, cudaStream_t stream,
+                     const Arguments&... arguments) {
   if (result.error != cudaSuccess) return;
   result.kernel = name;
   if (shared_bytes > kDefaultSharedBytes) {
@@ -192,8 +206,20 @@ void launch(lenet_ext::cuda::LaunchResult& result, const char* name, void (*kern
                                         cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (result.error != cudaSuccess) return;
   }
-  const cudaLaunchConfig_t config = {dim3(grid), dim3(block), static_cast<size_t>(shared_bytes), stream, nullptr, 0};
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  const unsigned attributes = cluster > 1 ? 1 : 0;  // GPUs without clusters know no such attribute
+  const cudaLaunchConfig_t config = {dim3(grid), dim3(block), static_cast<size_t>(shared_bytes), stream, &attribute,
+                                     attributes};
   result.error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+// Launches single blocks.
+template <typename... Parameters, typename... Arguments>
+void launch(lenet_ext::cuda::LaunchResult& result, const char* name, void (*kernel)(Parameters...), unsigned grid,
+            unsigned block, int64_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+  launch_clusters(result, name, kernel, grid, 1, block, shared_bytes, stream, arguments...);
 }
 
 }  // namespace lx

@@ -44,11 +44,17 @@ __device__ __forceinline__ void linear_images(const float* in, int images, int p
       rows[j] = weight + (column < outputs ? column : outputs - 1) * depth;
     }
     float sums[kRows][kColumns] = {};
+    lx::Pack<float, 4> next[kColumns];
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) next[j] = lx::load_pack<4>(rows[j] + part * share);
 #pragma unroll 1
     for (int k = part * share; k < end; k += 4) {
       lx::Pack<float, 4> w[kColumns];
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) w[j] = lx::load_pack<4>(rows[j] + k);
+      for (int j = 0; j < kColumns; ++j) {
+        w[j] = next[j];
+        if (k + 4 < end) next[j] = lx::load_pack<4>(rows[j] + k + 4);  // on their way while these are multiplied
+      }
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const int image = first_image + 2 * i;

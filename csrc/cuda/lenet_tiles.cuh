@@ -62,7 +62,7 @@ LX_DEVICE void add_plane(float (&sums)[kImages][4][kChannels], const float* cons
     for (int image = 0; image < kImages; ++image) load_row(bottom[image], planes[image] + (i + 1) * pitch);
 #pragma unroll
     for (int j = 0; j < kTap; ++j) {
-      constexpr int kWide = kChannels % 4 == 0 && kPitch % 4 == 0 ? 4 : 2;
+      constexpr int kWide = kChannels % 4 == 0 && kPitch % 4 == 0 ? 4 : kChannels % 2 == 0 && kPitch % 2 == 0 ? 2 : 1;
       float weight[kChannels];
 #pragma unroll
       for (int c = 0; c < kChannels; c += kWide) {

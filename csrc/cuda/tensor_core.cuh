@@ -107,12 +107,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const uint32
 // Whether the current device runs a version of this kernel that was compiled for compute capability 8.0 or above.
 template <typename... Parameters>
 bool has_tensor_cores(void (*kernel)(Parameters...)) {
-  cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess) {
-    return attributes.ptxVersion >= 80;
-  }
-  cudaGetLastError();  // there is no version for this device, which the ordinary kernel's launch will report
-  return false;
+  return compiled_capability(kernel) >= 80;
 }
 
 }  // namespace lx

@@ -2,14 +2,17 @@
 //
 //   g++ -x c++ -std=c++17 -DLX_HOST_SHIM -I tests/cuda_on_cpu file.cu
 //
-// It is a test tool, made to find mistakes: blocks run one after another, in shuffled order; the threads of a block are
-// fibers, run in an order that the test chooses (`lx_shim::state().schedule`). What it reports, by a launch that
-// returns cudaErrorLaunchFailure and a sentence in lx_shim::state().failure:
-//   - a barrier or shuffle that some threads of the block or warp do not reach, or that they reach at different lines;
+// It is a test tool, made to find mistakes: clusters of blocks, most of them of one block, run one after another, in
+// shuffled order; the threads of a cluster are fibers, run in an order that the test chooses
+// (`lx_shim::state().schedule`). What it reports, by a launch that returns cudaErrorLaunchFailure and a sentence in
+// lx_shim::state().failure:
+//   - a barrier or shuffle that some threads of the cluster, block or warp do not reach, or that they reach at different
+//     lines;
 //   - shared memory written outside of the launched size (AddressSanitizer also sees reads);
 //   - sizes beyond the limits of a launch.
 // Shared memory and cudaMalloc'ed memory start out as NaN, whatever the type, so an element that is read before it was
-// written shows in the result; results that depend on the schedule show a missing barrier.
+// written shows in the result; results that depend on the schedule show a missing barrier. Asynchronous copies are made
+// when the thread waits for them.
 // It cannot see bank conflicts, occupancy or the memory order of a real GPU; compute-sanitizer and Nsight can.
 #pragma once
 
@@ -63,7 +66,13 @@ struct cudaFuncAttributes {
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 using cudaStream_t = struct CUstream_st*;
-struct cudaLaunchAttribute {};
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    uint3 clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
@@ -79,6 +88,8 @@ constexpr size_t kMaxSharedBytes = 227 * 1024, kDefaultSharedBytes = 48 * 1024;
 constexpr unsigned kWarp = 32;
 constexpr uint16_t kPoison = 0x7ff4;  // twice a float's NaN, four times a double's, as 16 bits a NaN of both kinds
 
+constexpr unsigned kMaxCluster = 8;  // blocks
+
 enum class Schedule { kForward, kReverse, kShuffled };  // of warps and their threads, or of all threads
 
 // A stack with its machine state; it runs the code of one thread after another.
@@ -88,10 +99,26 @@ struct Fiber {
   void* fake_stack = nullptr;  // AddressSanitizer's
 };
 
-struct Thread {
-  enum State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
+// A block of the cluster that runs.
+struct Block {
   uint3 index;
-  unsigned linear;
+  unsigned first_thread;  // in State::threads
+  std::unique_ptr<unsigned char, void (*)(void*)> memory{nullptr, free};  // shared memory between guards
+  unsigned char* shared = nullptr;
+};
+
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  unsigned group;
+};
+
+struct Thread {
+  enum State { kReady, kAtClusterBarrier, kAtBlockBarrier, kAtWarpBarrier, kDone };
+  uint3 index;
+  unsigned linear;  // in its block
+  Block* block = nullptr;
   State state = kReady;
   Fiber* fiber = nullptr;
   const char* file = "";  // of the barrier it waits at
@@ -99,6 +126,8 @@ struct Thread {
   unsigned shuffles = 0;
   // What it offers to the lanes of its warp; two, so that one barrier a shuffle is enough.
   alignas(16) unsigned char deposit[2][32];
+  std::vector<AsyncCopy> copies;  // that nobody has waited for
+  unsigned copy_groups = 0;       // that are complete
 };
 
 struct State {
@@ -108,12 +137,12 @@ struct State {
   int64_t launches = 0;
   int compute_capability = 90;
 
-  // The block that runs.
+  // The cluster that runs.
   dim3 grid, block;
-  uint3 block_index;
-  std::vector<Thread> threads;
+  size_t shared_bytes = 0;
+  std::vector<Block> blocks;
+  std::vector<Thread> threads;  // block by block
   Thread* current = nullptr;
-  unsigned char* shared = nullptr;
   void (*run_thread)(void*) = nullptr;
   void* run_argument = nullptr;
 
@@ -136,7 +165,39 @@ inline void poison(void* memory, size_t bytes) {
   for (size_t i = 0; i < bytes; ++i) static_cast<unsigned char*>(memory)[i] = poison_byte(i);
 }
 
-inline unsigned char* shared_memory() { return state().shared; }
+inline unsigned char* shared_memory() { return state().current->block->shared; }
+
+// What hardware takes for granted.
+inline void require(bool ok, const char* what) {
+  if (ok) return;
+  fprintf(stderr, "%s\n", what);
+  abort();
+}
+
+// The place in block `rank` of the cluster that `mine` is in the current thread's block.
+inline void* shared_memory_of(const void* mine, unsigned rank, size_t bytes) {
+  State& s = state();
+  const size_t offset = static_cast<size_t>(static_cast<const unsigned char*>(mine) - shared_memory());
+  require(rank < s.blocks.size(), "no block of the cluster has this rank");
+  require(offset + bytes <= s.shared_bytes, "an address in another block's shared memory is outside of it");
+  return s.blocks[rank].shared + offset;
+}
+
+inline void copy_later(void* to, const void* from, size_t bytes) {
+  require(reinterpret_cast<uintptr_t>(to) % bytes == 0 && reinterpret_cast<uintptr_t>(from) % bytes == 0,
+          "an asynchronous copy is misaligned");
+  Thread& thread = *state().current;
+  thread.copies.push_back({to, from, bytes, thread.copy_groups});
+}
+inline void end_copy_group() { ++state().current->copy_groups; }
+inline void finish_copies(unsigned groups_left) {
+  Thread& thread = *state().current;
+  auto copy = thread.copies.begin();
+  for (; copy != thread.copies.end() && copy->group + groups_left < thread.copy_groups; ++copy) {
+    memcpy(copy->to, copy->from, copy->bytes);
+  }
+  thread.copies.erase(thread.copies.begin(), copy);
+}
 
 // ------------------------------------------------------------------------------------------------------- fibers
 
@@ -217,15 +278,26 @@ inline bool release(unsigned begin, unsigned end, Thread::State kind) {
 
 inline std::string describe(const Thread& thread) {
   std::string text = "thread " + std::to_string(thread.linear);
+  if (state().blocks.size() > 1) text += " of block " + std::to_string(thread.block - state().blocks.data());
   if (thread.state == Thread::kDone) return text + " has returned";
-  return text + " waits at " + (thread.state == Thread::kAtBlockBarrier ? "the block barrier " : "the warp barrier ") +
-         thread.file + ":" + std::to_string(thread.line);
+  const char* barrier = thread.state == Thread::kAtClusterBarrier ? "cluster"
+                        : thread.state == Thread::kAtBlockBarrier ? "block"
+                                                                  : "warp";
+  return text + " waits at the " + barrier + " barrier " + thread.file + ":" + std::to_string(thread.line);
 }
 
-// Runs the block's threads; false: some of them wait for ever.
-inline bool run_block(std::mt19937& random) {
+// Runs the cluster's threads; false: some of them wait for ever.
+inline bool run_cluster(std::mt19937& random) {
   State& s = state();
   const unsigned count = static_cast<unsigned>(s.threads.size());
+  const unsigned of_block = s.block.x * s.block.y * s.block.z;
+  const unsigned blocks = count / of_block, warps = (of_block + kWarp - 1) / kWarp;
+  const bool reverse = s.schedule == Schedule::kReverse;
+  // The threads of a warp.
+  auto begin_of = [&](unsigned block, unsigned warp) { return block * of_block + warp * kWarp; };
+  auto end_of = [&](unsigned block, unsigned warp) {
+    return std::min(begin_of(block, warp) + kWarp, (block + 1) * of_block);
+  };
   std::vector<unsigned> order(count);
   for (unsigned i = 0; i < count; ++i) order[i] = i;
   for (;;) {
@@ -234,29 +306,36 @@ inline bool run_block(std::mt19937& random) {
       std::shuffle(order.begin(), order.end(), random);
       for (unsigned i : order) run(s.threads[i]);
     } else {
-      // Each warp goes as far as it can, so that it is ahead of the others by whole shuffles.
-      const unsigned warps = (count + kWarp - 1) / kWarp;
-      const bool reverse = s.schedule == Schedule::kReverse;
-      for (unsigned w = 0; w < warps; ++w) {
-        const unsigned begin = (reverse ? warps - 1 - w : w) * kWarp, end = std::min(begin + kWarp, count);
+      // Each warp goes as far as it can, so that it is ahead of the others by whole shuffles, and so does each block.
+      for (unsigned k = 0; k < blocks; ++k) {
+        const unsigned block = reverse ? blocks - 1 - k : k;
         do {
-          for (unsigned i = begin; i < end; ++i) run(s.threads[reverse ? begin + end - 1 - i : i]);
-        } while (release(begin, end, Thread::kAtWarpBarrier));
+          for (unsigned w = 0; w < warps; ++w) {
+            const unsigned warp = reverse ? warps - 1 - w : w, begin = begin_of(block, warp), end = end_of(block, warp);
+            do {
+              for (unsigned i = begin; i < end; ++i) run(s.threads[reverse ? begin + end - 1 - i : i]);
+            } while (release(begin, end, Thread::kAtWarpBarrier));
+          }
+        } while (release(begin_of(block, 0), end_of(block, warps - 1), Thread::kAtBlockBarrier));
       }
     }
-    if (release(0, count, Thread::kAtBlockBarrier)) released = true;
-    bool done = true;
-    for (unsigned begin = 0; begin < count; begin += kWarp) {
-      if (release(begin, std::min(begin + kWarp, count), Thread::kAtWarpBarrier)) released = true;
+    if (release(0, count, Thread::kAtClusterBarrier)) released = true;
+    for (unsigned block = 0; block < blocks; ++block) {
+      if (release(begin_of(block, 0), end_of(block, warps - 1), Thread::kAtBlockBarrier)) released = true;
+      for (unsigned warp = 0; warp < warps; ++warp) {
+        if (release(begin_of(block, warp), end_of(block, warp), Thread::kAtWarpBarrier)) released = true;
+      }
     }
+    bool done = true;
     for (const Thread& thread : s.threads) done = done && thread.state == Thread::kDone;
     if (done) return true;
     if (!released) break;
   }
-  // Name a waiting thread and one that is elsewhere: of its warp for a warp barrier, else of the block.
+  // Name a waiting thread and one that is elsewhere: of its warp for a warp barrier, of its block for a block barrier.
   for (const Thread& thread : s.threads) {
     if (thread.state == Thread::kDone) continue;
     for (const Thread& other : s.threads) {
+      if (thread.state != Thread::kAtClusterBarrier && other.block != thread.block) continue;
       if (thread.state == Thread::kAtWarpBarrier && other.linear / kWarp != thread.linear / kWarp) continue;
       if (other.state == thread.state && other.line == thread.line) continue;
       s.failure = describe(thread) + ", but " + describe(other);
@@ -287,38 +366,62 @@ cudaError_t run_grid(const cudaLaunchConfig_t& config, const void* function, Ker
     s.failure = "more dynamic shared memory than cudaFuncSetAttribute allowed";
     return cudaErrorInvalidValue;
   }
+  unsigned cluster = 1;  // along x; no kernel has other ones
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) cluster = attribute.val.clusterDim.x;
+  }
+  if (cluster == 0 || cluster > kMaxCluster || grid.x % cluster != 0) {
+    s.failure = "the cluster is outside of CUDA's limits, or does not divide the grid";
+    return cudaErrorInvalidConfiguration;
+  }
 
   s.grid = grid;
   s.block = block;
+  s.shared_bytes = config.dynamicSmemBytes;
   s.run_thread = [](void* argument) { (*static_cast<Kernel*>(argument))(); };
   s.run_argument = &kernel;
   std::mt19937 random(s.seed);
-  std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
-  for (uint64_t i = 0; i < blocks.size(); ++i) blocks[i] = i;
-  std::shuffle(blocks.begin(), blocks.end(), random);
+  std::vector<uint64_t> clusters(uint64_t{grid.x} * grid.y * grid.z / cluster);
+  for (uint64_t i = 0; i < clusters.size(); ++i) clusters[i] = i;
+  std::shuffle(clusters.begin(), clusters.end(), random);
 
   // With AddressSanitizer the allocation has exactly the launched size, and its own guards.
-  const size_t guard = LX_SHIM_ASAN ? 0 : kGuardBytes, bytes = config.dynamicSmemBytes + 2 * guard;
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 16, std::max<size_t>(bytes, 1)) != 0) return cudaErrorMemoryAllocation;
-  std::unique_ptr<unsigned char, void (*)(void*)> owner(static_cast<unsigned char*>(memory), free);
-  s.shared = owner.get() + guard;
+  const size_t guard = LX_SHIM_ASAN ? 0 : kGuardBytes, bytes = s.shared_bytes + 2 * guard;
+  s.blocks.clear();
+  s.blocks.resize(cluster);
+  for (Block& one : s.blocks) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 16, std::max<size_t>(bytes, 1)) != 0) return cudaErrorMemoryAllocation;
+    one.memory.reset(static_cast<unsigned char*>(memory));
+    one.shared = one.memory.get() + guard;
+  }
 
-  for (uint64_t b : blocks) {
-    poison(memory, bytes);
-    s.block_index = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-                     static_cast<unsigned>(b / grid.x / grid.y)};
-    s.threads.assign(threads, Thread{});
-    for (unsigned i = 0; i < threads; ++i) {
-      s.threads[i].index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
-      s.threads[i].linear = i;
+  for (uint64_t c : clusters) {
+    s.threads.assign(threads * cluster, Thread{});
+    for (unsigned k = 0; k < cluster; ++k) {
+      Block& one = s.blocks[k];
+      const uint64_t b = c * cluster + k;
+      one.index = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                   static_cast<unsigned>(b / grid.x / grid.y)};
+      one.first_thread = static_cast<unsigned>(k * threads);
+      poison(one.memory.get(), bytes);
+      for (unsigned i = 0; i < threads; ++i) {
+        Thread& thread = s.threads[one.first_thread + i];
+        thread.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+        thread.linear = i;
+        thread.block = &one;
+      }
     }
-    if (!run_block(random)) return cudaErrorLaunchFailure;
-    for (size_t i = 0; i < guard; ++i) {
-      const size_t behind = bytes - guard + i;
-      if (owner.get()[i] != poison_byte(i) || owner.get()[behind] != poison_byte(behind)) {
-        s.failure = "a thread wrote outside of the block's shared memory";
-        return cudaErrorLaunchFailure;
+    if (!run_cluster(random)) return cudaErrorLaunchFailure;
+    for (const Block& one : s.blocks) {
+      const unsigned char* memory = one.memory.get();
+      for (size_t i = 0; i < guard; ++i) {
+        const size_t behind = bytes - guard + i;
+        if (memory[i] != poison_byte(i) || memory[behind] != poison_byte(behind)) {
+          s.failure = "a thread wrote outside of the block's shared memory";
+          return cudaErrorLaunchFailure;
+        }
       }
     }
   }
@@ -329,11 +432,12 @@ template <typename T>
 T exchange(T value, unsigned from_lane, const char* file, int line) {
   static_assert(sizeof(T) <= sizeof(Thread::deposit[0]), "too large to shuffle");
   Thread& me = *state().current;
-  const unsigned slot = me.shuffles++ % 2, warp = me.linear / kWarp * kWarp;
+  const unsigned slot = me.shuffles++ % 2, begin = me.linear / kWarp * kWarp;
   memcpy(me.deposit[slot], &value, sizeof value);
   wait(Thread::kAtWarpBarrier, file, line);
-  if (warp + from_lane < state().threads.size()) {
-    memcpy(&value, state().threads[warp + from_lane].deposit[slot], sizeof value);
+  const dim3 block = state().block;
+  if (begin + from_lane < block.x * block.y * block.z) {
+    memcpy(&value, state().threads[me.block->first_thread + begin + from_lane].deposit[slot], sizeof value);
   }
   return value;
 }
@@ -353,22 +457,15 @@ template <typename T>
 Lanes<T> exchange_all(T value, const char* file, int line) {
   static_assert(sizeof(T) <= sizeof(Thread::deposit[0]), "too large to exchange");
   Thread& me = *state().current;
-  const unsigned warp = me.linear / kWarp * kWarp, slot = me.shuffles % 2;
+  const unsigned begin = me.linear / kWarp * kWarp, slot = me.shuffles % 2;
   exchange(value, 0, file, line);
-  return {&state().threads[warp], slot};
-}
-
-// What hardware takes for granted.
-inline void require(bool ok, const char* what) {
-  if (ok) return;
-  fprintf(stderr, "%s\n", what);
-  abort();
+  return {&state().threads[me.block->first_thread + begin], slot};
 }
 
 }  // namespace lx_shim
 
 #define threadIdx (::lx_shim::state().current->index)
-#define blockIdx (::lx_shim::state().block_index)
+#define blockIdx (::lx_shim::state().current->block->index)
 #define blockDim (::lx_shim::state().block)
 #define gridDim (::lx_shim::state().grid)
 

@@ -582,6 +582,7 @@ struct LenetCase {
   bool training;
   bool integers = false;   // small ones: sums are exact in every dtype, and full of ties
   bool irregular = false;  // the second image has a NaN pixel, the third an infinite one
+  int cluster = 0;         // blocks that compute an image together, 0: see `tensor_cores`
 };
 
 // On the tensor cores where `tensor_cores`; float32 is then TF32.
@@ -589,6 +590,7 @@ void test_lenet(DType dtype, bool tensor_cores, const LenetCase& c) {
   const int64_t batch = c.batch, classes = c.classes;
   const std::string name = std::string(tensor_cores ? "tensor core" : "") + " lenet dtype " +
                            std::to_string(static_cast<int>(dtype)) + " batch " + std::to_string(batch) +
+                           " cluster " + std::to_string(c.cluster) +
                            (c.integers ? " integers" : "") + (c.irregular ? " irregular" : "");
   const ConvPoolShape s1 = plain(batch, 1, 32, 6, 5), s2 = plain(batch, 6, 14, 16, 5);
   const int64_t sizes[] = {150, 6, 2400, 16, 48000, 120, 120 * 84, 84, 84 * classes, classes};
@@ -657,7 +659,9 @@ void test_lenet(DType dtype, bool tensor_cores, const LenetCase& c) {
       name,
       [&] {
         for (auto& each : results) each->reset();
-        return tensor_cores ? launch_lenet_tensor_core_forward(dtype, call, {}) : launch_lenet_forward(strict, {});
+        return tensor_cores   ? launch_lenet_tensor_core_forward(dtype, call, {})
+               : c.cluster != 0 ? launch_lenet_cluster_forward(strict, c.cluster, {})
+                                : launch_lenet_forward(strict, {});
       },
       [&] {
         for (int i = c.training ? 0 : 4; i < 5; ++i) {
@@ -816,6 +820,16 @@ int main(int argc, char** argv) {
   }
   test_lenet(DType::kFloat32, false, {1, 10, false});
   test_lenet(DType::kFloat32, false, {5, 128, true});
+  const LenetForward none{};
+  const bool clusters = lenet_cluster_blocks(1) != 0;  // of this GPU
+  for (const int cluster : {2, 4, 8}) {
+    if (!clusters) break;
+    expect(launch_lenet_cluster_forward(none, cluster, {}).error == cudaSuccess, "no image");
+    test_lenet(DType::kFloat32, false, {1, 10, false, false, false, cluster});
+    test_lenet(DType::kFloat32, false, {3, 128, true, true, false, cluster});
+    test_lenet(DType::kFloat32, false, {3, 1, true, false, true, cluster});
+  }
+  if (clusters) test_lenet(DType::kFloat32, false, {17, 7, false, false, false, 8});  // clusters with two images
   test_rounding_to_tf32();
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
     test_small_product(dtype);

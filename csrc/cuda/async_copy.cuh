@@ -1,0 +1,56 @@
+// Copies from global to shared memory that go on while the thread computes. They need compute capability 8.0; code for
+// older GPUs traps.
+#pragma once
+
+#include "device.cuh"
+
+namespace lx {
+
+// Begins to copy 4 or 16 bytes; both addresses are multiples of that.
+template <int kBytes>
+LX_DEVICE void copy_async(void* to, const void* from) {
+  static_assert(kBytes == 4 || kBytes == 16);
+#ifdef LX_HOST_SHIM
+  lx_shim::copy_later(to, from, kBytes);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  // 16 bytes go past the L1 cache, which has no use for what is read once.
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
+  }
+#elif defined(__CUDA_ARCH__)
+  __trap();
+#endif
+}
+
+// The copies that this thread has begun since the last call are a group.
+LX_DEVICE void end_copy_group() {
+#ifdef LX_HOST_SHIM
+  lx_shim::end_copy_group();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until all of this thread's groups but the last kLeft are there. A barrier makes them visible to others.
+template <int kLeft>
+LX_DEVICE void wait_for_copies() {
+#ifdef LX_HOST_SHIM
+  lx_shim::finish_copies(kLeft);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
+// The block begins to copy `count` floats, a multiple of 4, to a 16-byte aligned address.
+LX_DEVICE void copy_floats_async(float* to, const float* from, int count) {
+  if (aligned_for_packs(from)) {
+    for (int i = threadIdx.x * 4; i < count; i += blockDim.x * 4) copy_async<16>(to + i, from + i);
+  } else {
+    for (int i = threadIdx.x; i < count; i += blockDim.x) copy_async<4>(to + i, from + i);
+  }
+}
+
+}  // namespace lx

@@ -1,0 +1,255 @@
+// LeNet from the image to the logits in one launch, for few images: a cluster of blocks computes each of them together,
+// in float32 arithmetic on the ordinary units.
+//
+// With one block an image most of the GPU is idle, and the block waits: 240 KB of weights pass through one
+// multiprocessor, and a thread of conv2 does 9,600 multiply-adds one after the other. Here each block takes some rows
+// of conv1's output, some channels of conv2's and some outputs of each linear layer, with the weights of those alone,
+// and writes what it has computed into the shared memory of all blocks. Every sum has the order of lenet.cu, so that an
+// image's logits are bit by bit the same in a batch of any size.
+#include "async_copy.cuh"
+#include "cluster.cuh"
+#include "lenet_tiles.cuh"
+
+namespace lenet_ext::cuda {
+namespace {
+
+constexpr unsigned kThreads = 256;
+constexpr int kParts = 4;     // into which the sum over a linear layer's inputs is cut
+constexpr int kColumns = 64;  // outputs of a linear layer that a block computes at most
+constexpr int kFeatures = Conv2::kPooled, kHidden1 = 120, kHidden2 = 84;
+static_assert(kParts * kColumns == static_cast<int>(kThreads), "a thread for each part of an output");
+
+// From row to row of a linear layer's weights in shared memory: an odd number of 16-byte units, so that the eight rows
+// which a quarter of a warp reads at once lie in different banks.
+constexpr int pitch_of(int depth) { return depth / 4 % 2 == 1 ? depth : depth + 4; }
+
+// The part of `total` things that a block of the cluster has.
+template <int kBlocks>
+struct Share {
+  int begin, count;
+  LX_DEVICE Share(int total, int rank)
+      : begin(total * rank / kBlocks), count(total * (rank + 1) / kBlocks - total * rank / kBlocks) {}
+  static LX_DEVICE constexpr int most(int total) { return (total + kBlocks - 1) / kBlocks; }
+};
+
+// A block's part of a linear layer in shared memory.
+template <int kBlocks, int kDepth>
+struct LinearPart {
+  static constexpr int kPitch = pitch_of(kDepth);
+  Share<kBlocks> outputs;
+  float *weights, *biases;
+
+  static int64_t shared_bytes(int outputs) {
+    const int most = Share<kBlocks>::most(outputs);
+    return lx::taken<float>(most * kPitch) + lx::taken<float>(most);
+  }
+
+  LX_DEVICE LinearPart(int total, int rank, unsigned char*& shared)
+      : outputs(total, rank),
+        weights(lx::take<float>(shared, Share<kBlocks>::most(total) * kPitch)),
+        biases(lx::take<float>(shared, Share<kBlocks>::most(total))) {}
+
+  LX_DEVICE void load(const float* weight, const float* bias) {
+    constexpr int kPacks = kDepth / 4;
+    weight += outputs.begin * kDepth;
+    for (int i = threadIdx.x; i < outputs.count * kPacks; i += kThreads) {
+      lx::copy_async<16>(weights + i / kPacks * kPitch + i % kPacks * 4, weight + i * 4);
+    }
+    for (int i = threadIdx.x; i < outputs.count; i += kThreads) {
+      lx::copy_async<4>(biases + i, bias + outputs.begin + i);
+    }
+  }
+
+  // Hands each of the block's outputs to store(output, value), in one thread. in: [kDepth]; partial: [kThreads]; both
+  // shared. thread -> a quarter of the sum of one output.
+  template <typename Store>
+  __device__ __forceinline__ void compute(const float* in, float* partial, Store store) const {
+    constexpr int kShare = (kDepth + 4 * kParts - 1) / (4 * kParts) * 4;
+    const int column = static_cast<int>(threadIdx.x) % kColumns, part = static_cast<int>(threadIdx.x) / kColumns;
+    if (column < outputs.count) {
+      const float* row = weights + column * kPitch;
+      const int end = (part + 1) * kShare < kDepth ? (part + 1) * kShare : kDepth;
+      float sum = 0;
+#pragma unroll 4
+      for (int k = part * kShare; k < end; k += 4) {
+        const lx::Pack<float, 4> w = lx::load_pack<4>(row + k), a = lx::load_pack<4>(in + k);
+#pragma unroll
+        for (int step = 0; step < 4; ++step) sum += a[step] * w[step];
+      }
+      partial[threadIdx.x] = sum;
+    }
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < outputs.count) {
+      float value = biases[column];
+#pragma unroll
+      for (int p = 0; p < kParts; ++p) value += partial[p * kColumns + column];
+      store(outputs.begin + column, value);
+    }
+  }
+};
+
+template <int kBlocks>
+struct ClusterShared {
+  static constexpr int kRows = Share<kBlocks>::most(Conv1::kPool);      // of conv1's pooled output
+  static constexpr int kPixels = (2 * kRows + kTap - 1) * Conv1::kSize;  // under them
+  static constexpr int kChannels = Conv2::kOut / kBlocks;               // of conv2's output
+
+  static int64_t bytes(int classes) {
+    return lx::taken<float>(Conv1::kOut * Conv1::kWeights) + lx::taken<float>(Conv1::kOut) +
+           lx::taken<float>(kChannels * Conv2::kWeights) + lx::taken<float>(kChannels) + lx::taken<float>(kPixels) +
+           lx::taken<float>(Conv1::kPooled) + lx::taken<float>(kFeatures) + lx::taken<float>(kHidden1) +
+           lx::taken<float>(kHidden2) + lx::taken<float>(kThreads) +
+           LinearPart<kBlocks, kFeatures>::shared_bytes(kHidden1) +
+           LinearPart<kBlocks, kHidden1>::shared_bytes(kHidden2) +
+           LinearPart<kBlocks, kHidden2>::shared_bytes(classes);
+  }
+};
+
+// cluster -> one image at a time, until the batch is done. What the threads do: conv1, a window and two channels; conv2,
+// a window and a channel. All that is read from global memory is asked for at the beginning, the linear layers' weights
+// last: they arrive while the convolutions compute. Shared memory: 42 KB with 8 blocks and 10 classes, 145 KB with 2.
+template <int kBlocks>
+__global__ void __launch_bounds__(kThreads) lenet_forward_cluster_kernel(LenetForward call) {
+  using Shared = ClusterShared<kBlocks>;
+  constexpr int kChannels = Shared::kChannels;
+  const int rank = static_cast<int>(blockIdx.x % kBlocks), thread = static_cast<int>(threadIdx.x);
+  const Share<kBlocks> rows(Conv1::kPool, rank);
+  const int first_channel = rank * kChannels;
+
+  LX_SMEM(shared);
+  float* weights1 = lx::take<float>(shared, Conv1::kOut * Conv1::kWeights);  // [tap][out]
+  float* biases1 = lx::take<float>(shared, Conv1::kOut);
+  float* weights2 = lx::take<float>(shared, kChannels * Conv2::kWeights);  // [in][tap][out], the block's part
+  float* biases2 = lx::take<float>(shared, kChannels);
+  float* pixels = lx::take<float>(shared, Shared::kPixels);  // the rows under the block's part
+  float* pooled1 = lx::take<float>(shared, Conv1::kPooled);  // from here to hidden2 the same in all blocks
+  float* features = lx::take<float>(shared, kFeatures);
+  float* hidden1 = lx::take<float>(shared, kHidden1);
+  float* hidden2 = lx::take<float>(shared, kHidden2);
+  float* partial = lx::take<float>(shared, kThreads);
+  LinearPart<kBlocks, kFeatures> fc1(kHidden1, rank, shared);
+  LinearPart<kBlocks, kHidden1> fc2(kHidden2, rank, shared);
+  LinearPart<kBlocks, kHidden2> fc3(static_cast<int>(call.classes), rank, shared);
+
+  auto load_pixels = [&](int64_t image) {
+    lx::copy_floats_async(pixels, call.input + image * Conv1::kImage + 2 * rows.begin * Conv1::kSize,
+                          (2 * rows.count + kTap - 1) * Conv1::kSize);
+  };
+  auto store_everywhere = [](float* to, float value) {
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) lx::cluster_store(to, block, value);
+  };
+
+  const int64_t first = blockIdx.x / kBlocks, stride = gridDim.x / kBlocks;
+  load_pixels(first);
+  for (int i = thread; i < Conv1::kOut * Conv1::kWeights; i += kThreads) {
+    lx::copy_async<4>(weights1 + i, call.parameters[0] + i % Conv1::kOut * Conv1::kWeights + i / Conv1::kOut);
+  }
+  for (int i = thread; i < kChannels * Conv2::kWeights; i += kThreads) {
+    lx::copy_async<4>(weights2 + i,
+                      call.parameters[2] + (first_channel + i % kChannels) * Conv2::kWeights + i / kChannels);
+  }
+  if (thread < Conv1::kOut) lx::copy_async<4>(biases1 + thread, call.parameters[1] + thread);
+  if (thread < kChannels) lx::copy_async<4>(biases2 + thread, call.parameters[3] + first_channel + thread);
+  lx::end_copy_group();
+  fc1.load(call.parameters[4], call.parameters[5]);
+  fc2.load(call.parameters[6], call.parameters[7]);
+  fc3.load(call.parameters[8], call.parameters[9]);
+  lx::end_copy_group();
+  lx::wait_for_copies<1>();
+  lx::cluster_barrier();
+
+#pragma unroll 1
+  for (int64_t image = first; image < call.batch; image += stride) {
+    constexpr int kPairs = Conv1::kOut / 2;
+    const int windows = rows.count * Conv1::kPool;
+    for (int item = thread; item < windows * kPairs; item += kThreads) {
+      const int window = item % windows, channel = item / windows * 2;
+      const float* const corner[1] = {pixels + window / Conv1::kPool * 2 * Conv1::kSize + window % Conv1::kPool * 2};
+      float sums[1][4][2];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[0][i / 2][i % 2] = biases1[channel + i % 2];
+      add_plane<1, 2, Conv1::kOut>(sums, corner, Conv1::kSize, weights1 + channel);
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const Winner<float> winner = winner_of(sums[0], c);
+        const int at = (channel + c) * Conv1::kWindows + rows.begin * Conv1::kPool + window;
+        store_everywhere(pooled1 + at, winner.pooled());
+        if (call.pooled1 == nullptr) continue;
+        call.pooled1[image * Conv1::kPooled + at] = winner.pooled();
+        call.indices1[image * Conv1::kPooled + at] = winner.code();
+      }
+    }
+    lx::cluster_barrier();
+
+    if (image + stride < call.batch) load_pixels(image + stride);
+    lx::end_copy_group();
+    if (thread < kChannels * Conv2::kWindows) {
+      const int window = thread % Conv2::kWindows, channel = thread / Conv2::kWindows;
+      const float* corner = pooled1 + window / Conv2::kPool * 2 * Conv2::kSize + window % Conv2::kPool * 2;
+      float sums[1][4][1];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[0][i][0] = biases2[channel];
+#pragma unroll 1
+      for (int c = 0; c < Conv2::kIn; ++c) {
+        const float* const plane[1] = {corner + c * Conv2::kSize * Conv2::kSize};
+        add_plane<1, 1, kChannels>(sums, plane, Conv2::kSize, weights2 + c * kTaps * kChannels + channel);
+      }
+      const Winner<float> winner = winner_of(sums[0], 0);
+      const int at = (first_channel + channel) * Conv2::kWindows + window;
+      store_everywhere(features + at, winner.pooled());
+      if (call.pooled2 != nullptr) {
+        call.pooled2[image * Conv2::kPooled + at] = winner.pooled();
+        call.indices2[image * Conv2::kPooled + at] = winner.code();
+      }
+    }
+    lx::wait_for_copies<0>();
+    lx::cluster_barrier();
+
+    fc1.compute(features, partial, [&](int output, float value) {
+      if (value <= 0) value = 0;  // NaN passes
+      store_everywhere(hidden1 + output, value);
+      if (call.hidden1 != nullptr) call.hidden1[image * kHidden1 + output] = value;
+    });
+    lx::cluster_barrier();
+    fc2.compute(hidden1, partial, [&](int output, float value) {
+      if (value <= 0) value = 0;
+      store_everywhere(hidden2 + output, value);
+      if (call.hidden2 != nullptr) call.hidden2[image * kHidden2 + output] = value;
+    });
+    lx::cluster_barrier();
+    fc3.compute(hidden2, partial,
+                [&](int output, float value) { call.output[image * call.classes + output] = value; });
+  }
+}
+
+// As many clusters as find a place at once on the largest GPU, with a block for each multiprocessor.
+constexpr int kMostBlocks = 128;
+
+template <int kBlocks>
+LaunchResult launch_with(const LenetForward& call, cudaStream_t stream) {
+  LaunchResult result;
+  if (call.batch == 0) return result;
+  const int64_t rounds = lx::divide_up<int64_t>(call.batch, kMostBlocks / kBlocks);
+  const int64_t clusters = lx::divide_up(call.batch, rounds);
+  lx::launch_clusters(result, "lenet_forward_cluster_kernel", lenet_forward_cluster_kernel<kBlocks>,
+                      static_cast<unsigned>(clusters * kBlocks), kBlocks, kThreads,
+                      ClusterShared<kBlocks>::bytes(static_cast<int>(call.classes)), stream, call);
+  return result;
+}
+
+}  // namespace
+
+int lenet_cluster_blocks(int64_t batch) {
+  // Predicted, not yet measured: two rounds of clusters of two take 9 us, one block for two images 12 us.
+  if (batch > kMostBlocks || !lx::has_clusters(lenet_forward_cluster_kernel<2>)) return 0;
+  return batch <= kMostBlocks / 8 ? 8 : batch <= kMostBlocks / 4 ? 4 : 2;
+}
+
+LaunchResult launch_lenet_cluster_forward(const LenetForward& call, int blocks, cudaStream_t stream) {
+  return blocks == 8   ? launch_with<8>(call, stream)
+         : blocks == 4 ? launch_with<4>(call, stream)
+                       : launch_with<2>(call, stream);
+}
+
+}  // namespace lenet_ext::cuda
