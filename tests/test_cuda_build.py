@@ -27,6 +27,7 @@ HOT = {
     "lenet_tensor_core_conv2_kernel": 128,
     "lenet_conv_forward_kernel": 128,
     "lenet_grad_input_kernel": 128,
+    "lenet_grad_input_small_kernel": 128,
     "lenet_conv1_grad_weight_kernel": 128,
     "lenet_conv2_grad_weight_kernel": 128,
     "small_matrix_product_kernel": 128,

@@ -24,7 +24,7 @@ int64_t forward_shared_bytes(int images) {
 
 // block -> `images` images; thread as convolve_images says. With 10 images: conv1 5 x 196 = 980 items for 256 threads,
 // 42 KB; conv2 5 x 25 x 2 = 250 items, 57 KB. By registers two blocks fit a multiprocessor.
-template <typename T, typename L>
+template <typename T, typename L, ThreadTile kTile>
 __global__ void __launch_bounds__(kThreads, 2)
     lenet_conv_forward_kernel(int64_t batch, int images, const T* __restrict__ input, const T* __restrict__ weight,
                               const T* __restrict__ bias, T* __restrict__ output, uint8_t* __restrict__ indices) {
@@ -41,12 +41,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     lx::copy_to_shared(pixels, input + first * L::kImage, present * L::kImage);
     lx::fill_shared(pixels + present * L::kImage, (images - present) * L::kImage, 0.0f);
     __syncthreads();
-    convolve_images<L>(pixels, weights, biases, images, present,
-                       [&](int image, int channel, int window, const Winner<float>& winner) {
-                         const int64_t to = (first + image) * L::kPooled + channel * L::kWindows + window;
-                         output[to] = lx::narrow<T>(winner.pooled());
-                         if (indices != nullptr) indices[to] = winner.code();
-                       });
+    convolve_images<L, kTile>(pixels, weights, biases, images, present,
+                              [&](int image, int channel, int window, const Winner<float>& winner) {
+                                const int64_t to = (first + image) * L::kPooled + channel * L::kWindows + window;
+                                output[to] = lx::narrow<T>(winner.pooled());
+                                if (indices != nullptr) indices[to] = winner.code();
+                              });
   }
 }
 
@@ -55,8 +55,28 @@ __global__ void __launch_bounds__(kThreads, 2)
 constexpr int kGradInputImages = 10;  // 5 pairs x 49 tiles = 245 of the 256 threads
 constexpr int kChunk = 4;             // output channels whose gradients are in shared memory at once
 
+template <int kImages>
+int64_t grad_input_small_shared_bytes() {
+  return lx::taken<float>(GradInput<kImages>::kFloats) + lx::taken<float>(Conv2::kOut * Conv2::kWeights);
+}
 int64_t grad_input_shared_bytes(int images) {
   return lx::taken<float>(images * kChunk * kHaloedMap) + lx::taken<float>(Conv2::kOut * Conv2::kWeights);
+}
+
+// For a block with one image or two: thread as GradInput says. Shared memory: 30 KB for an image.
+template <typename T, int kImages>
+__global__ void __launch_bounds__(kThreads, 2)
+    lenet_grad_input_small_kernel(int64_t batch, const T* __restrict__ grad_output, const uint8_t* __restrict__ indices,
+                                  const T* __restrict__ weight, T* __restrict__ grad_input) {
+  using L = Conv2;
+  LX_SMEM(shared);
+  float* region = lx::take<float>(shared, GradInput<kImages>::kFloats);
+  float* weights = lx::take<float>(shared, L::kOut * L::kWeights);
+  turn_weights(weights, weight);
+  const int64_t first = int64_t{blockIdx.x} * kImages;
+  const int present = static_cast<int>(batch - first < kImages ? batch - first : kImages);
+  GradInput<kImages>::compute(region, grad_output + first * L::kPooled, indices + first * L::kPooled, present, weights,
+                              [&](int at, float value) { grad_input[first * L::kImage + at] = lx::narrow<T>(value); });
 }
 
 // block -> `images` images. The gradient of the convolution's output, with a border of zeros, passes through shared
@@ -179,9 +199,14 @@ template <typename L, typename T>
 LaunchResult forward_layer(const ConvPoolForward& c, cudaStream_t stream) {
   LaunchResult result;
   const int images = images_per_block(c.shape.batch, kForwardImages);
-  lx::launch(result, "lenet_conv_forward_kernel", lenet_conv_forward_kernel<T, L>, lx::grid_for(c.shape.batch, images),
-             kThreads, forward_shared_bytes<L>(images), stream, c.shape.batch, images, static_cast<const T*>(c.input),
-             static_cast<const T*>(c.weight), static_cast<const T*>(c.bias), static_cast<T*>(c.output), c.indices);
+  const ThreadTile tile = tile_for(images);
+  lx::launch(result, "lenet_conv_forward_kernel",
+             tile == ThreadTile::kSingle ? lenet_conv_forward_kernel<T, L, ThreadTile::kSingle>
+             : tile == ThreadTile::kPair ? lenet_conv_forward_kernel<T, L, ThreadTile::kPair>
+                                         : lenet_conv_forward_kernel<T, L, ThreadTile::kLarge>,
+             lx::grid_for(c.shape.batch, images), kThreads, forward_shared_bytes<L>(images), stream, c.shape.batch,
+             images, static_cast<const T*>(c.input), static_cast<const T*>(c.weight), static_cast<const T*>(c.bias),
+             static_cast<T*>(c.output), c.indices);
   return result;
 }
 
@@ -194,6 +219,16 @@ template <typename T>
 LaunchResult grad_input(const ConvPoolBackward& c, cudaStream_t stream) {
   LaunchResult result;
   const int images = images_per_block(c.shape.batch, kGradInputImages);
+  if (images <= 2) {
+    const bool one = images == 1;
+    lx::launch(result, "lenet_grad_input_small_kernel",
+               one ? lenet_grad_input_small_kernel<T, 1> : lenet_grad_input_small_kernel<T, 2>,
+               lx::grid_for(c.shape.batch, images), kThreads,
+               one ? grad_input_small_shared_bytes<1>() : grad_input_small_shared_bytes<2>(), stream, c.shape.batch,
+               static_cast<const T*>(c.grad_output), c.indices, static_cast<const T*>(c.weight),
+               static_cast<T*>(c.grad_input));
+    return result;
+  }
   lx::launch(result, "lenet_grad_input_kernel", lenet_grad_input_kernel<T>, lx::grid_for(c.shape.batch, images),
              kThreads, grad_input_shared_bytes(images), stream, c.shape.batch, images,
              static_cast<const T*>(c.grad_output), c.indices, static_cast<const T*>(c.weight),

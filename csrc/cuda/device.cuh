@@ -210,8 +210,8 @@ void launch_clusters(lenet_ext::cuda::LaunchResult& result, const char* name, vo
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {cluster, 1, 1};
   const unsigned attributes = cluster > 1 ? 1 : 0;  // GPUs without clusters know no such attribute
-  const cudaLaunchConfig_t config = {dim3(grid), dim3(block), static_cast<size_t>(shared_bytes), stream, &attribute,
-                                     attributes};
+  const cudaLaunchConfig_t config = {dim3(grid), dim3(block), static_cast<size_t>(shared_bytes),
+                                     stream,     &attribute,  attributes};
   result.error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 

@@ -91,6 +91,7 @@ __device__ __forceinline__ void linear_images(const float* in, int images, int p
 // in the place of one that is no longer needed. Shared memory: 98 KB with 10 images, two blocks per multiprocessor.
 // The convolutions' weights are in shared memory for the block's life; those of the linear layers are read from L2 in
 // each pass, 24 KB an image.
+template <ThreadTile kTile>
 __global__ void __launch_bounds__(kThreads, 2) lenet_forward_kernel(LenetForward call, int images) {
   LX_SMEM(shared);
   float* pixels = lx::take<float>(shared, images * Conv1::kImage);
@@ -112,23 +113,23 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_forward_kernel(LenetForward
     lx::copy_to_shared(pixels, call.input + first * Conv1::kImage, present * Conv1::kImage);
     lx::fill_shared(pixels + present * Conv1::kImage, (images - present) * Conv1::kImage, 0.0f);
     __syncthreads();
-    convolve_images<Conv1>(pixels, weights1, biases1, images, present,
-                           [&](int image, int channel, int window, const Winner<float>& winner) {
-                             const int at = image * Conv1::kPooled + channel * Conv1::kWindows + window;
-                             pooled1[at] = winner.pooled();
-                             if (call.pooled1 == nullptr) return;
-                             call.pooled1[first * Conv1::kPooled + at] = winner.pooled();
-                             call.indices1[first * Conv1::kPooled + at] = winner.code();
-                           });
+    convolve_images<Conv1, kTile>(pixels, weights1, biases1, images, present,
+                                  [&](int image, int channel, int window, const Winner<float>& winner) {
+                                    const int at = image * Conv1::kPooled + channel * Conv1::kWindows + window;
+                                    pooled1[at] = winner.pooled();
+                                    if (call.pooled1 == nullptr) return;
+                                    call.pooled1[first * Conv1::kPooled + at] = winner.pooled();
+                                    call.indices1[first * Conv1::kPooled + at] = winner.code();
+                                  });
     __syncthreads();
-    convolve_images<Conv2>(pooled1, weights2, biases2, images, present,
-                           [&](int image, int channel, int window, const Winner<float>& winner) {
-                             const int at = image * Conv2::kPooled + channel * Conv2::kWindows + window;
-                             features[at] = winner.pooled();
-                             if (call.pooled2 == nullptr) return;
-                             call.pooled2[first * Conv2::kPooled + at] = winner.pooled();
-                             call.indices2[first * Conv2::kPooled + at] = winner.code();
-                           });
+    convolve_images<Conv2, kTile>(pooled1, weights2, biases2, images, present,
+                                  [&](int image, int channel, int window, const Winner<float>& winner) {
+                                    const int at = image * Conv2::kPooled + channel * Conv2::kWindows + window;
+                                    features[at] = winner.pooled();
+                                    if (call.pooled2 == nullptr) return;
+                                    call.pooled2[first * Conv2::kPooled + at] = winner.pooled();
+                                    call.indices2[first * Conv2::kPooled + at] = winner.code();
+                                  });
     __syncthreads();
     // One copy of the code for the three layers: with three, what the compiler prepares for each outside of the loop
     // over the passes does not fit the registers.
@@ -165,8 +166,12 @@ LaunchResult launch_lenet_forward(const LenetForward& call, cudaStream_t stream)
     result.error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   const unsigned grid = std::min(lx::grid_for(call.batch, images), static_cast<unsigned>(2 * multiprocessors));
-  lx::launch(result, "lenet_forward_kernel", lenet_forward_kernel, grid, kThreads, shared_bytes(images), stream, call,
-             images);
+  const ThreadTile tile = tile_for(images);
+  lx::launch(result, "lenet_forward_kernel",
+             tile == ThreadTile::kSingle ? lenet_forward_kernel<ThreadTile::kSingle>
+             : tile == ThreadTile::kPair ? lenet_forward_kernel<ThreadTile::kPair>
+                                         : lenet_forward_kernel<ThreadTile::kLarge>,
+             grid, kThreads, shared_bytes(images), stream, call, images);
   return result;
 }
 

@@ -33,31 +33,19 @@ struct Workspace {
 
 constexpr int largest(int a, int b, int c = 0) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
 
-// What depends on how many images are in shared memory at once. The gradient of conv2's input is cut into 196 shares
-// in any case: 49 tiles in 1 or 2 pairs of images (a single image is a tile of its own, with half as many sums), times
-// 4 or 2 parts of the output channels.
+// The shared memory of a pass over `kImages` images.
 template <int kImages>
 struct Pass {
-  static constexpr int kTileImages = kImages == 1 ? 1 : 2;
-  static constexpr int kParts = kImages == 4 ? 2 : 4;
-  static constexpr int kPartChannels = 4;  // output channels of a part that are in shared memory at once
-  static constexpr int kChunk = kParts * kPartChannels;
-  static constexpr int kPartThreads = kImages / kTileImages * kPixelTiles;
-  static_assert(kParts * kPartThreads <= static_cast<int>(kThreads), "a thread for each share");
-
   // One region of shared memory holds, one after the other:
   // - the gradients of the linear layers' outputs, and partial sums [parts][images][inputs] of those of their inputs;
   static constexpr int kLinearGradients = kImages * (kMostClasses + kHidden2 + kHidden1);
   static constexpr int kLinearFloats = kLinearGradients + kImages * 4 * static_cast<int>(kThreads);
   // - the gradients of conv2's outputs for its weights;
   static constexpr int kWeightFloats = kImages * Conv2::kMap + Conv2GradWeight::kOtherFloats;
-  // - the same with borders, for its input;
-  static constexpr int kMapFloats = kImages * kChunk * kHaloedMap;
-  // - the parts of the gradient of its input;
-  static constexpr int kPartFloats = kParts * kImages * Conv2::kImage;
+  // - what the gradient of its input needs;
   // - the sums of conv1's weight gradient.
   static constexpr int kRegionFloats =
-      largest(largest(kLinearFloats, kWeightFloats), largest(kMapFloats, kPartFloats), Conv1GradWeight::kReducedFloats);
+      largest(largest(kLinearFloats, kWeightFloats), GradInput<kImages>::kFloats, Conv1GradWeight::kReducedFloats);
   static constexpr int64_t shared_bytes() {
     return lx::taken<float>(Conv2::kOut * Conv2::kWeights) + lx::taken<float>(kImages * Conv1::kImage) +
            lx::taken<float>(kImages * Conv1::kPooled) + lx::taken<float>(kImages * kFeatures) +
@@ -173,38 +161,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     __syncthreads();
 
-    {  // conv2's input
-      const int part = thread / P::kPartThreads, tile = thread % kPixelTiles;
-      const int image = thread % P::kPartThreads / kPixelTiles * P::kTileImages;
-      float sums[P::kTileImages][4][Conv2::kIn] = {};
-      lx::fill_shared(region, P::kMapFloats, 0.0f);  // the borders stay so
-#pragma unroll 1
-      for (int chunk = 0; chunk < Conv2::kOut; chunk += P::kChunk) {
-        __syncthreads();
-        expand_haloed<P::kChunk>(region, grad_features, indices2, kImages, present, chunk);
-        __syncthreads();
-        if (part >= P::kParts) continue;
-        const int channel = part * P::kPartChannels;
-        add_haloed<P::kTileImages, P::kPartChannels>(sums, region + (image * P::kChunk + channel) * kHaloedMap,
-                                                     P::kChunk * kHaloedMap, tile,
-                                                     weights2 + (chunk + channel) * Conv2::kWeights);
-      }
-      __syncthreads();
-      if (part < P::kParts) {
-#pragma unroll
-        for (int i = 0; i < P::kTileImages; ++i) {
-          store_pixels(region + (part * kImages + image + i) * Conv2::kImage, tile, sums[i]);
-        }
-      }
-      __syncthreads();
-      for (int i = thread; i < present * Conv2::kImage; i += kThreads) {
-        float value = 0;
-#pragma unroll
-        for (int p = 0; p < P::kParts; ++p) value += region[p * kImages * Conv2::kImage + i];
-        pooled1[i] = value;
-        if (call.grad_pooled1 != nullptr) call.grad_pooled1[first * Conv1::kPooled + i] = lx::narrow<T>(value);
-      }
-    }
+    GradInput<kImages>::compute(region, grad_features, indices2, present, weights2, [&](int at, float value) {
+      pooled1[at] = value;
+      if (call.grad_pooled1 != nullptr) call.grad_pooled1[first * Conv1::kPooled + at] = lx::narrow<T>(value);
+    });
     __syncthreads();
 
     {  // conv1's weights

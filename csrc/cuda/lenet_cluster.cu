@@ -90,9 +90,9 @@ struct LinearPart {
 
 template <int kBlocks>
 struct ClusterShared {
-  static constexpr int kRows = Share<kBlocks>::most(Conv1::kPool);      // of conv1's pooled output
+  static constexpr int kRows = Share<kBlocks>::most(Conv1::kPool);       // of conv1's pooled output
   static constexpr int kPixels = (2 * kRows + kTap - 1) * Conv1::kSize;  // under them
-  static constexpr int kChannels = Conv2::kOut / kBlocks;               // of conv2's output
+  static constexpr int kChannels = Conv2::kOut / kBlocks;                // of conv2's output
 
   static int64_t bytes(int classes) {
     return lx::taken<float>(Conv1::kOut * Conv1::kWeights) + lx::taken<float>(Conv1::kOut) +
@@ -100,14 +100,14 @@ struct ClusterShared {
            lx::taken<float>(Conv1::kPooled) + lx::taken<float>(kFeatures) + lx::taken<float>(kHidden1) +
            lx::taken<float>(kHidden2) + lx::taken<float>(kThreads) +
            LinearPart<kBlocks, kFeatures>::shared_bytes(kHidden1) +
-           LinearPart<kBlocks, kHidden1>::shared_bytes(kHidden2) +
-           LinearPart<kBlocks, kHidden2>::shared_bytes(classes);
+           LinearPart<kBlocks, kHidden1>::shared_bytes(kHidden2) + LinearPart<kBlocks, kHidden2>::shared_bytes(classes);
   }
 };
 
-// cluster -> one image at a time, until the batch is done. What the threads do: conv1, a window and two channels; conv2,
-// a window and a channel. All that is read from global memory is asked for at the beginning, the linear layers' weights
-// last: they arrive while the convolutions compute. Shared memory: 42 KB with 8 blocks and 10 classes, 145 KB with 2.
+// cluster -> one image at a time, until the batch is done. What the threads do: conv1, a window and two channels;
+// conv2, a window and a channel. All that is read from global memory is asked for at the beginning, the linear layers'
+// weights last: they arrive while the convolutions compute. Shared memory: 42 KB with 8 blocks and 10 classes, 145 KB
+// with 2.
 template <int kBlocks>
 __global__ void __launch_bounds__(kThreads) lenet_forward_cluster_kernel(LenetForward call) {
   using Shared = ClusterShared<kBlocks>;
@@ -218,8 +218,7 @@ __global__ void __launch_bounds__(kThreads) lenet_forward_cluster_kernel(LenetFo
       if (call.hidden2 != nullptr) call.hidden2[image * kHidden2 + output] = value;
     });
     lx::cluster_barrier();
-    fc3.compute(hidden2, partial,
-                [&](int output, float value) { call.output[image * call.classes + output] = value; });
+    fc3.compute(hidden2, partial, [&](int output, float value) { call.output[image * call.classes + output] = value; });
   }
 }
 

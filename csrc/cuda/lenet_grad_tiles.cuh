@@ -86,6 +86,62 @@ LX_DEVICE void store_pixels(T* image, int tile, const float (&sums)[4][Conv2::kI
   }
 }
 
+// The gradient of conv2's input in 1, 2 or 4 images by one block, cut into 196 shares in any case: 49 tiles in 1 or 2
+// pairs of images (a single image is a tile of its own, with half as many sums), times 4 or 2 parts of the output
+// channels, whose sums are added at the end, in order.
+template <int kImages>
+struct GradInput {
+  using L = Conv2;
+  static constexpr int kTileImages = kImages == 1 ? 1 : 2;
+  static constexpr int kParts = kImages == 4 ? 2 : 4;
+  static constexpr int kPartChannels = 4;  // output channels of a part that are in shared memory at once
+  static constexpr int kChunk = kParts * kPartChannels;
+  static constexpr int kPartThreads = kImages / kTileImages * kPixelTiles;
+  static_assert(kParts * kPartThreads <= static_cast<int>(kGradThreads), "a thread for each share");
+  // Gradients of conv2's outputs with borders, and after the last of them the parts' sums.
+  static constexpr int kMapFloats = kImages * kChunk * kHaloedMap;
+  static constexpr int kPartFloats = kParts * kImages * L::kImage;
+  static constexpr int kFloats = kMapFloats > kPartFloats ? kMapFloats : kPartFloats;
+
+  // Hands the gradient of each pixel of the `present` first images to store(position, value), in one thread. `region`:
+  // shared, kFloats, free as soon as the whole block is here. `weights`: shared, turned; a barrier follows before they
+  // are read.
+  template <typename T, typename Store>
+  static __device__ __forceinline__ void compute(float* region, const T* grad_output, const uint8_t* indices,
+                                                 int present, const float* weights, Store store) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int part = thread / kPartThreads, tile = thread % kPixelTiles;
+    const int image = thread % kPartThreads / kPixelTiles * kTileImages;
+    float sums[kTileImages][4][L::kIn] = {};
+    lx::fill_shared(region, kMapFloats, 0.0f);  // the borders stay so
+#pragma unroll 1
+    for (int chunk = 0; chunk < L::kOut; chunk += kChunk) {
+      __syncthreads();
+      expand_haloed<kChunk>(region, grad_output, indices, kImages, present, chunk);
+      __syncthreads();
+      if (part >= kParts) continue;
+      const int channel = part * kPartChannels;
+      add_haloed<kTileImages, kPartChannels>(sums, region + (image * kChunk + channel) * kHaloedMap,
+                                             kChunk * kHaloedMap, tile, weights + (chunk + channel) * L::kWeights);
+    }
+    __syncthreads();
+    if (part < kParts) {
+#pragma unroll
+      for (int i = 0; i < kTileImages; ++i) {
+        store_pixels(region + (part * kImages + image + i) * L::kImage, tile, sums[i]);
+      }
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = thread; i < present * L::kImage; i += static_cast<int>(kGradThreads)) {
+      float value = 0;
+#pragma unroll
+      for (int p = 0; p < kParts; ++p) value += region[p * kImages * L::kImage + i];
+      store(i, value);
+    }
+  }
+};
+
 // ------------------------------------------------------------------------------- gradients of the weights and biases
 
 // Sums over images, in the order [out channel][taps of all input channels, bias].

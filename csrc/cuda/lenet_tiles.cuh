@@ -9,18 +9,17 @@ namespace lenet_ext::cuda {
 
 constexpr int kTap = 5, kTaps = kTap * kTap;  // both kernels are 5 x 5, both pools 2 x 2
 
-// kChannels: output channels that a thread computes at once.
-template <int kInChannels, int kOutChannels, int kInputSize, int kChannelsOfThread>
+template <int kInChannels, int kOutChannels, int kInputSize>
 struct LeNetLayer {
-  static constexpr int kIn = kInChannels, kOut = kOutChannels, kSize = kInputSize, kChannels = kChannelsOfThread;
+  static constexpr int kIn = kInChannels, kOut = kOutChannels, kSize = kInputSize;
   static constexpr int kConv = kSize - kTap + 1, kPool = kConv / 2, kWindows = kPool * kPool;
   static constexpr int kImage = kIn * kSize * kSize;  // elements of an input image
   static constexpr int kMap = kOut * kConv * kConv;   // of a convolution output
   static constexpr int kPooled = kOut * kWindows;     // of an output image
   static constexpr int kWeights = kIn * kTaps;        // of one output channel
 };
-using Conv1 = LeNetLayer<1, 6, 32, 6>;
-using Conv2 = LeNetLayer<6, 16, 14, 8>;
+using Conv1 = LeNetLayer<1, 6, 32>;
+using Conv2 = LeNetLayer<6, 16, 14>;
 
 template <typename L>
 bool is_layer(const ConvPoolShape& s) {
@@ -106,43 +105,58 @@ LX_DEVICE void transpose_weights(float* to, const T* weight) {
   }
 }
 
-// The block computes a layer of `images` images (an even number) in shared memory, of which the last may be missing,
-// and hands each pooled output to store(image, channel, window, winner). thread -> one pooling window in two images,
-// kChannels channels: 2 x 4 x kChannels sums. Two images rather than two windows, because the second layer has an odd
-// number of windows.
-template <typename L, typename Store>
+// What a thread computes at once: one pooling window in one image or two, and some output channels. Two images rather
+// than two windows, because the second layer has an odd number of windows. In a block with two images or one, tiles are
+// small, or most of the 256 threads would have none.
+enum class ThreadTile { kSingle, kPair, kLarge };
+LX_DEVICE constexpr int images_of(ThreadTile tile) { return tile == ThreadTile::kSingle ? 1 : 2; }
+template <typename L>
+LX_DEVICE constexpr int channels_of(ThreadTile tile) {
+  return L::kOut == Conv1::kOut ? 6 : tile == ThreadTile::kLarge ? 8 : 2;
+}
+inline ThreadTile tile_for(int images_of_block) {
+  return images_of_block == 1 ? ThreadTile::kSingle : images_of_block == 2 ? ThreadTile::kPair : ThreadTile::kLarge;
+}
+
+// The block computes a layer of `images` images in shared memory, one or an even number, of which the last may be
+// missing, and hands each pooled output to store(image, channel, window, winner). thread -> a tile: images x 4 x
+// channels sums, each of them in the same order whatever the tile.
+template <typename L, ThreadTile kTile, typename Store>
 LX_DEVICE void convolve_images(const float* pixels, const float* weights, const float* biases, int images, int present,
                                Store store) {
-  const int per_group = images / 2 * L::kWindows;
-  for (int item = threadIdx.x; item < per_group * (L::kOut / L::kChannels); item += blockDim.x) {
-    const int first_channel = item / per_group * L::kChannels, rest = item % per_group;
-    const int image = rest / L::kWindows * 2, window = rest % L::kWindows;
+  constexpr int kImages = images_of(kTile), kChannels = channels_of<L>(kTile);
+  const int per_group = images / kImages * L::kWindows;
+  for (int item = threadIdx.x; item < per_group * (L::kOut / kChannels); item += blockDim.x) {
+    const int first_channel = item / per_group * kChannels, rest = item % per_group;
+    const int image = rest / L::kWindows * kImages, window = rest % L::kWindows;
     const float* corner = pixels + image * L::kImage + window / L::kPool * 2 * L::kSize + window % L::kPool * 2;
-    float sums[2][4][L::kChannels];
+    float sums[kImages][4][kChannels];
 #pragma unroll
-    for (int c = 0; c < L::kChannels; ++c) {
+    for (int c = 0; c < kChannels; ++c) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sums[i / 4][i % 4][c] = biases[first_channel + c];
+      for (int i = 0; i < 4 * kImages; ++i) sums[i / 4][i % 4][c] = biases[first_channel + c];
     }
 #pragma unroll 1
     for (int c = 0; c < L::kIn; ++c) {
-      const float* const planes[2] = {corner + c * L::kSize * L::kSize, corner + c * L::kSize * L::kSize + L::kImage};
-      add_plane<2, L::kChannels, L::kOut>(sums, planes, L::kSize, weights + c * kTaps * L::kOut + first_channel);
+      const float* planes[kImages];
+#pragma unroll
+      for (int i = 0; i < kImages; ++i) planes[i] = corner + c * L::kSize * L::kSize + i * L::kImage;
+      add_plane<kImages, kChannels, L::kOut>(sums, planes, L::kSize, weights + c * kTaps * L::kOut + first_channel);
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kImages; ++i) {
       if (image + i >= present) break;
 #pragma unroll
-      for (int c = 0; c < L::kChannels; ++c) store(image + i, first_channel + c, window, winner_of(sums[i], c));
+      for (int c = 0; c < kChannels; ++c) store(image + i, first_channel + c, window, winner_of(sums[i], c));
     }
   }
 }
 
-// Images of a block: an even number up to `most`, but no more than leave work for every multiprocessor of a large GPU.
-// Results do not depend on it.
+// Images of a block: one, or an even number up to `most`, but no more than leave work for every multiprocessor of a
+// large GPU. Results of a forward pass do not depend on it.
 inline int images_per_block(int64_t batch, int most) {
   const int64_t share = lx::divide_up<int64_t>(batch, 128);
-  return static_cast<int>(std::clamp<int64_t>((share + 1) / 2 * 2, 2, most));
+  return static_cast<int>(std::clamp<int64_t>(share == 1 ? 1 : (share + 1) / 2 * 2, 1, most));
 }
 
 // Four gradients, row-major, of a window's positions in the convolution's output: zero but for the winner's.

@@ -23,29 +23,60 @@ constexpr int64_t shared_bytes() {
   return tiles > sums ? tiles : sums;
 }
 
-// Copies rows [row, row + kTile) at depth [depth, depth + kDepth) into a tile, 0 outside of the matrix. Consecutive
-// threads follow the direction in which the matrix is contiguous.
+// A thread's share of rows [row, row + kTile) at depth [depth, depth + kDepth) of a matrix, 0 outside of it.
+// Consecutive threads follow the direction in which the matrix is contiguous. All loads are on their way before the
+// first value is needed.
 template <typename T, int kTile>
-LX_DEVICE void fill_tile(lx::Accumulator<T>* tile, const T* matrix, const T* mask, int64_t row, int64_t rows,
-                         int64_t row_stride, int64_t depth, int64_t depths, int64_t depth_stride) {
+struct TileShare {
   using A = lx::Accumulator<T>;
-  for (int i = threadIdx.x; i < kTile * kDepth<A>; i += kThreads) {
-    const int r = depth_stride == 1 ? i / kDepth<A> : i % kTile, k = depth_stride == 1 ? i % kDepth<A> : i / kTile;
-    A value = 0;
-    if (row + r < rows && depth + k < depths) {
-      const int64_t at = (row + r) * row_stride + (depth + k) * depth_stride;
-      if (mask == nullptr || !(lx::widen(mask[at]) <= 0)) value = lx::widen(matrix[at]);
+  static constexpr int kBlock = static_cast<int>(kThreads), kCount = kTile * kDepth<A> / kBlock;
+  static_assert(kBlock % kDepth<A> == 0 && kBlock % kTile == 0, "from value to value only one coordinate changes");
+  A values[kCount];
+
+  // Where in the tile a thread's first value lies, and how far the next one is.
+  struct Place {
+    int row, depth, next_row, next_depth;
+    explicit LX_DEVICE Place(bool along_depth) {
+      const int thread = static_cast<int>(threadIdx.x);
+      row = along_depth ? thread / kDepth<A> : thread % kTile;
+      depth = along_depth ? thread % kDepth<A> : thread / kTile;
+      next_row = along_depth ? kBlock / kDepth<A> : 0;
+      next_depth = along_depth ? 0 : kBlock / kTile;
     }
-    tile[r * kPitch<A> + k] = value;
+  };
+
+  // `mask`: null, or as `matrix`, which counts as 0 where the mask is not above 0.
+  LX_DEVICE void fetch(const T* __restrict__ matrix, const T* __restrict__ mask, int64_t row, int64_t rows,
+                       int64_t row_stride, int64_t depth, int64_t depths, int64_t depth_stride) {
+    const Place place(depth_stride == 1);
+    const int64_t step = place.next_row * row_stride + place.next_depth * depth_stride;
+    int64_t at = (row + place.row) * row_stride + (depth + place.depth) * depth_stride;
+    // What is left of the matrix from the tile's corner on; more than a tile is as good as a tile.
+    const int rows_left = static_cast<int>(rows - row < kTile ? rows - row : kTile);
+    const int depths_left = static_cast<int>(depths - depth < kDepth<A> ? depths - depth : kDepth<A>);
+#pragma unroll
+    for (int n = 0; n < kCount; ++n, at += step) {
+      values[n] = 0;
+      if (place.row + n * place.next_row >= rows_left || place.depth + n * place.next_depth >= depths_left) continue;
+      values[n] = lx::widen(matrix[at]);
+      if (mask != nullptr && lx::widen(mask[at]) <= 0) values[n] = 0;
+    }
   }
-}
+  LX_DEVICE void put(A* tile, bool along_depth) const {
+    const Place place(along_depth);
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      tile[(place.row + n * place.next_row) * kPitch<A> + place.depth + n * place.next_depth] = values[n];
+    }
+  }
+};
 
 // block -> 16 x 32 outputs. The depth is cut among the 8 warps, because with few outputs there is not enough to do
 // otherwise; the warps' sums are then added in order. lane -> 4 x 4 outputs: rows 4 (l / 8) + i, columns l % 8 + 8 j,
 // so that a step of 4 in depth costs 8 loads of 16 bytes for 64 multiply-adds. Shared memory: 25 KB (float), 34 KB
 // (double). Any size: blocks loop over the tiles.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) small_matrix_product_kernel(SmallMatrixProduct p) {
+__global__ void __launch_bounds__(kThreads, 2) small_matrix_product_kernel(SmallMatrixProduct p) {
   using A = lx::Accumulator<T>;
   LX_SMEM(shared);
   unsigned char* const begin = shared;
@@ -64,11 +95,15 @@ __global__ void __launch_bounds__(kThreads) small_matrix_product_kernel(SmallMat
     const bool sums_rows = p.a_row_sums != nullptr && column == 0;
     A sum[4][4] = {}, row_sum = 0;
     for (int64_t depth = 0; depth < p.depth; depth += kDepth<A>) {
+      TileShare<T, kRows> a_share;
+      TileShare<T, kColumns> b_share;
+      a_share.fetch(static_cast<const T*>(p.a), static_cast<const T*>(p.a_mask), row, p.rows, p.a_row_stride, depth,
+                    p.depth, p.a_depth_stride);
+      b_share.fetch(static_cast<const T*>(p.b), nullptr, column, p.columns, p.b_row_stride, depth, p.depth,
+                    p.b_depth_stride);
       __syncthreads();  // the last readers of the shared memory are done
-      fill_tile<T, kRows>(a_tile, static_cast<const T*>(p.a), static_cast<const T*>(p.a_mask), row, p.rows,
-                          p.a_row_stride, depth, p.depth, p.a_depth_stride);
-      fill_tile<T, kColumns>(b_tile, static_cast<const T*>(p.b), nullptr, column, p.columns, p.b_row_stride, depth,
-                             p.depth, p.b_depth_stride);
+      a_share.put(a_tile, p.a_depth_stride == 1);
+      b_share.put(b_tile, p.b_depth_stride == 1);
       __syncthreads();
       constexpr int kShare = kDepth<A> / kWarps;
 #pragma unroll

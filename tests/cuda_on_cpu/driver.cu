@@ -820,6 +820,13 @@ int main(int argc, char** argv) {
   }
   test_lenet(DType::kFloat32, false, {1, 10, false});
   test_lenet(DType::kFloat32, false, {5, 128, true});
+  // Two images of a block and four, the last of them missing.
+  for (const int64_t batch : {129, 257}) {
+    const std::string suffix = " batch " + std::to_string(batch);
+    test_convolution("conv1" + suffix, DType::kFloat32, plain(batch, 1, 32, 6, 5));
+    test_convolution("conv2" + suffix, DType::kFloat32, plain(batch, 6, 14, 16, 5));
+    test_lenet(DType::kFloat32, false, {batch, 10, true});
+  }
   const LenetForward none{};
   const bool clusters = lenet_cluster_blocks(1) != 0;  // of this GPU
   for (const int cluster : {2, 4, 8}) {
