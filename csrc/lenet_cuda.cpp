@@ -80,7 +80,7 @@ Layers run(const char* op, const Tensor& input, TensorList parameters, bool trai
     a.pooled2 = at::empty({batch, 16, 5, 5}, options), a.indices2 = at::empty({batch, 16, 5, 5}, codes);
     a.hidden1 = at::empty({batch, 120}, options), a.hidden2 = at::empty({batch, 84}, options);
   }
-  const int cluster = tensor_cores ? 0 : cuda::lenet_cluster_blocks(batch);
+  const int cluster = tensor_cores ? 0 : cuda::lenet_cluster_blocks(batch, classes);
   const cuda::LaunchResult result =
       tensor_cores   ? cuda::launch_lenet_tensor_core_forward(dtype, forward_of<void>(images, p, a), scope.stream)
       : cluster != 0 ? cuda::launch_lenet_cluster_forward(forward_of<float>(images, p, a), cluster, scope.stream)

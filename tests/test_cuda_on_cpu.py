@@ -677,6 +677,44 @@ def test_the_whole_networks_backward_with_views_and_the_inputs_gradient(ops, con
         assert all(gradient.is_contiguous() for gradient in got)
 
 
+@contextlib.contextmanager
+def shared_memory(control, kilobytes):
+    """What a block can have: on real GPUs 64 KB (7.5), 99 KB (8.6, 8.9, 12.0), 163 KB (8.0) or 227 KB (9.0, 10.0)."""
+    control.cuda_on_cpu_set_shared_memory(kilobytes * 1024)
+    try:
+        yield
+    finally:
+        control.cuda_on_cpu_set_shared_memory(227 * 1024)
+
+
+# 100 images: clusters of two blocks. 520, 1,290: blocks with more images than fit, 6 and 10.
+@pytest.mark.parametrize(
+    ("precision", "batch", "kilobytes"),
+    [("float32", 100, 99), ("float32", 1290, 64), ("float32", 1290, 99), ("tf32", 520, 64), ("float16", 520, 50)],
+)
+def test_the_whole_network_with_less_shared_memory(ops, control, precision, batch, kilobytes):
+    """Fewer images pass through a block at once, with the same result."""
+    dtype = dtype_of(precision)
+    _, parameters = reference_net(1, 10, dtype)
+    x = torch.randn(batch, 1, 32, 32, dtype=dtype)
+    with tf32_allowed(precision == "tf32", precision == "tf32"):
+        expected = ops.lenet(x, parameters)
+        with shared_memory(control, kilobytes):
+            assert torch.equal(ops.lenet(x, parameters), expected)
+
+
+@pytest.mark.parametrize("kilobytes", [64, 80])
+def test_the_whole_networks_backward_with_less_shared_memory(ops, control, kilobytes):
+    """Slices of three images pass one by one or by twos instead of together."""
+    _, parameters = reference_net(1, 10, torch.float32)
+    x, g = torch.randn(513, 1, 32, 32), torch.randn(513, 10)
+    activations = ops.lenet_with_activations(x, parameters)[1:]
+    expected = gradients(ops, g, x, parameters, activations)
+    with shared_memory(control, kilobytes):
+        got = gradients(ops, g, x, parameters, activations)
+    assert_gradients_close(got, [gradient.double() for gradient in expected])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_whole_networks_backward_passes_nan_on(ops, control, dtype):
     """NaN in one image, or in the gradient of its output, reaches what it reaches layer by layer."""

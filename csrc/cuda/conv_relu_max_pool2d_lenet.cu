@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <typename L, typename T>
 LaunchResult forward_layer(const ConvPoolForward& c, cudaStream_t stream) {
   LaunchResult result;
-  const int images = images_per_block(c.shape.batch, kForwardImages);
+  const int images = images_per_block(c.shape.batch, kForwardImages, forward_shared_bytes<L>);
   const ThreadTile tile = tile_for(images);
   lx::launch(result, "lenet_conv_forward_kernel",
              tile == ThreadTile::kSingle ? lenet_conv_forward_kernel<T, L, ThreadTile::kSingle>
@@ -218,7 +218,7 @@ LaunchResult forward(const ConvPoolForward& c, cudaStream_t stream) {
 template <typename T>
 LaunchResult grad_input(const ConvPoolBackward& c, cudaStream_t stream) {
   LaunchResult result;
-  const int images = images_per_block(c.shape.batch, kGradInputImages);
+  const int images = images_per_block(c.shape.batch, kGradInputImages, grad_input_shared_bytes);
   if (images <= 2) {
     const bool one = images == 1;
     lx::launch(result, "lenet_grad_input_small_kernel",

@@ -100,12 +100,13 @@ template <typename T>
 LaunchResult forward(const ConvPoolForward& call, cudaStream_t stream) {
   LaunchResult result;
   if (call.shape.batch == 0) return result;
-  const int images = images_per_block(call.shape.batch, ConvolutionLayout<T>::kImages);
-  const unsigned grid = blocks_at_once(result, call.shape.batch, images);
   const bool first = is_layer<Conv1>(call.shape);
+  const auto shared_bytes = first ? conv1_shared_bytes<T> : conv2_shared_bytes<T>;
+  const int images = images_per_block(call.shape.batch, ConvolutionLayout<T>::kImages, shared_bytes);
+  const unsigned grid = blocks_at_once(result, call.shape.batch, images);
   lx::launch(result, first ? "lenet_tensor_core_conv1_kernel" : "lenet_tensor_core_conv2_kernel",
              first ? lenet_tensor_core_conv1_kernel<T> : lenet_tensor_core_conv2_kernel<T>, grid, kTensorCoreThreads,
-             first ? conv1_shared_bytes<T>(images) : conv2_shared_bytes<T>(images), stream, Layer<T>(call), images);
+             shared_bytes(images), stream, Layer<T>(call), images);
   return result;
 }
 

@@ -181,6 +181,20 @@ inline unsigned grid_for(int64_t total, int64_t per_block) {
 
 constexpr int64_t kDefaultSharedBytes = 48 * 1024;
 
+// The most shared memory that a block can have on the current device: 64 KB (7.5), 99 KB (8.6, 8.9, 12.0), 163 KB
+// (8.0), 227 KB (9.0, 10.0).
+inline int64_t most_shared_bytes() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess) {
+    return bytes;
+  }
+  cudaGetLastError();  // the launch will report it
+  return kDefaultSharedBytes;
+}
+
+inline bool fits_shared_memory(int64_t bytes) { return bytes <= kDefaultSharedBytes || bytes <= most_shared_bytes(); }
+
 // The compute capability, times 10, that the version of this kernel was compiled for which the current device runs; 0
 // if there is none, which the launch of an ordinary kernel will report.
 template <typename... Parameters>

@@ -137,8 +137,8 @@ bool has_lenet_forward(DType dtype, int64_t channels, int64_t classes);
 LaunchResult launch_lenet_forward(const LenetForward& call, cudaStream_t stream);
 
 // The same for few images, each of which a cluster of blocks computes together; bit by bit the same values. How many
-// blocks: 2, 4 or 8; 0 for a larger batch, or where the current device has no clusters.
-int lenet_cluster_blocks(int64_t batch);
+// blocks: 2, 4 or 8; 0 for a larger batch, or where the current device cannot.
+int lenet_cluster_blocks(int64_t batch, int64_t classes);
 LaunchResult launch_lenet_cluster_forward(const LenetForward& call, int blocks, cudaStream_t stream);
 
 // Its backward in two launches, from what the forward pass kept, in float32 arithmetic: results are rounded once. All

@@ -158,7 +158,7 @@ bool has_lenet_forward(DType dtype, int64_t channels, int64_t classes) {
 LaunchResult launch_lenet_forward(const LenetForward& call, cudaStream_t stream) {
   LaunchResult result;
   if (call.batch == 0) return result;
-  const int images = images_per_block(call.batch, kImages);
+  const int images = images_per_block(call.batch, kImages, shared_bytes);
   // Blocks that stay need the convolutions' weights once. How many there are does not change any result.
   int device = 0, multiprocessors = 0;
   result.error = cudaGetDevice(&device);

@@ -367,7 +367,10 @@ LaunchResult backward(const LenetBackwardOf<void>& untyped, cudaStream_t stream)
   const LenetBackwardOf<T> call = typed<T>(untyped);
   const int64_t slices = lx::divide_up(call.batch, call.slice_images);
   const Workspace w(call.workspace, call.batch, slices);
-  const int64_t images = call.slice_images;
+  // Of a pass: as many as the slice has and as fit.
+  const int images = call.slice_images > 2 && lx::fits_shared_memory(Pass<4>::shared_bytes())   ? 4
+                     : call.slice_images > 1 && lx::fits_shared_memory(Pass<2>::shared_bytes()) ? 2
+                                                                                                : 1;
   lx::launch(result, "lenet_backward_data_kernel",
              images == 1   ? lenet_backward_data_kernel<T, 1>
              : images == 2 ? lenet_backward_data_kernel<T, 2>

@@ -106,7 +106,7 @@ struct ClusterShared {
 
 // cluster -> one image at a time, until the batch is done. What the threads do: conv1, a window and two channels;
 // conv2, a window and a channel. All that is read from global memory is asked for at the beginning, the linear layers'
-// weights last: they arrive while the convolutions compute. Shared memory: 42 KB with 8 blocks and 10 classes, 145 KB
+// weights last: they arrive while the convolutions compute. Shared memory: 41 KB with 8 blocks and 10 classes, 133 KB
 // with 2.
 template <int kBlocks>
 __global__ void __launch_bounds__(kThreads) lenet_forward_cluster_kernel(LenetForward call) {
@@ -239,10 +239,12 @@ LaunchResult launch_with(const LenetForward& call, cudaStream_t stream) {
 
 }  // namespace
 
-int lenet_cluster_blocks(int64_t batch) {
-  // Predicted, not yet measured: two rounds of clusters of two take 9 us, one block for two images 12 us.
+int lenet_cluster_blocks(int64_t batch, int64_t classes) {
+  // Predicted, not yet measured: two rounds of clusters of two take 9 us, single blocks 11 us.
   if (batch > kMostBlocks || !lx::has_clusters(lenet_forward_cluster_kernel<2>)) return 0;
-  return batch <= kMostBlocks / 8 ? 8 : batch <= kMostBlocks / 4 ? 4 : 2;
+  if (batch <= kMostBlocks / 8) return 8;
+  if (batch <= kMostBlocks / 4) return 4;
+  return lx::fits_shared_memory(ClusterShared<2>::bytes(static_cast<int>(classes))) ? 2 : 0;
 }
 
 LaunchResult launch_lenet_cluster_forward(const LenetForward& call, int blocks, cudaStream_t stream) {

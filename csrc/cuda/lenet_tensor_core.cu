@@ -187,7 +187,7 @@ template <typename T>
 LaunchResult forward(const LenetForwardOf<void>& call, cudaStream_t stream) {
   LaunchResult result;
   if (call.batch == 0) return result;
-  const int images = images_per_block(call.batch, Layout<T>::kImages);
+  const int images = images_per_block(call.batch, Layout<T>::kImages, Layout<T>::shared_bytes);
   const unsigned grid = blocks_at_once(result, call.batch, images);
   lx::launch(result, "lenet_tensor_core_kernel", lenet_tensor_core_kernel<T>, grid, kThreads,
              Layout<T>::shared_bytes(images), stream, typed<T>(call), images);

@@ -153,10 +153,14 @@ LX_DEVICE void convolve_images(const float* pixels, const float* weights, const 
 }
 
 // Images of a block: one, or an even number up to `most`, but no more than leave work for every multiprocessor of a
-// large GPU. Results of a forward pass do not depend on it.
-inline int images_per_block(int64_t batch, int most) {
+// large GPU, and no more than fit the shared memory, of which they take shared_bytes(images). Results of a forward pass
+// do not depend on it.
+template <typename SharedBytes>
+int images_per_block(int64_t batch, int most, SharedBytes shared_bytes) {
   const int64_t share = lx::divide_up<int64_t>(batch, 128);
-  return static_cast<int>(std::clamp<int64_t>(share == 1 ? 1 : (share + 1) / 2 * 2, 1, most));
+  int images = static_cast<int>(std::clamp<int64_t>(share == 1 ? 1 : (share + 1) / 2 * 2, 1, most));
+  while (images > 2 && !lx::fits_shared_memory(shared_bytes(images))) images -= 2;
+  return images;
 }
 
 // Four gradients, row-major, of a window's positions in the convolution's output: zero but for the winner's.

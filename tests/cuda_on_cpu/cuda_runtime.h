@@ -6,7 +6,8 @@
 // shuffled order; the threads of a cluster are fibers, run in an order that the test chooses
 // (`lx_shim::state().schedule`). What it reports, by a launch that returns cudaErrorLaunchFailure and a sentence in
 // lx_shim::state().failure:
-//   - a barrier or shuffle that some threads of the cluster, block or warp do not reach, or that they reach at different
+//   - a barrier or shuffle that some threads of the cluster, block or warp do not reach, or that they reach at
+//   different
 //     lines;
 //   - shared memory written outside of the launched size (AddressSanitizer also sees reads);
 //   - sizes beyond the limits of a launch.
@@ -59,7 +60,7 @@ enum cudaError_t {
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorLaunchFailure = 719,
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 struct cudaFuncAttributes {
   int ptxVersion;  // compute capability that the kernel was compiled for, times 10
 };
@@ -102,7 +103,7 @@ struct Fiber {
 // A block of the cluster that runs.
 struct Block {
   uint3 index;
-  unsigned first_thread;  // in State::threads
+  unsigned first_thread;                                                  // in State::threads
   std::unique_ptr<unsigned char, void (*)(void*)> memory{nullptr, free};  // shared memory between guards
   unsigned char* shared = nullptr;
 };
@@ -136,6 +137,7 @@ struct State {
   std::string failure;  // of the last launch that failed
   int64_t launches = 0;
   int compute_capability = 90;
+  size_t most_shared_bytes = kMaxSharedBytes;
 
   // The cluster that runs.
   dim3 grid, block;
@@ -484,7 +486,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 }
 
 inline cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int value) {
-  if (value < 0 || static_cast<size_t>(value) > lx_shim::kMaxSharedBytes) return cudaErrorInvalidValue;
+  if (value < 0 || static_cast<size_t>(value) > lx_shim::state().most_shared_bytes) return cudaErrorInvalidValue;
   lx_shim::state().shared_limit[function] = static_cast<size_t>(value);
   return cudaSuccess;
 }
@@ -505,8 +507,8 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 // Few multiprocessors, so that blocks which stay until the batch is done make several rounds.
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 1;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : static_cast<int>(lx_shim::state().most_shared_bytes);
   return cudaSuccess;
 }
 

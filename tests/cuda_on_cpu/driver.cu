@@ -589,9 +589,9 @@ struct LenetCase {
 void test_lenet(DType dtype, bool tensor_cores, const LenetCase& c) {
   const int64_t batch = c.batch, classes = c.classes;
   const std::string name = std::string(tensor_cores ? "tensor core" : "") + " lenet dtype " +
-                           std::to_string(static_cast<int>(dtype)) + " batch " + std::to_string(batch) +
-                           " cluster " + std::to_string(c.cluster) +
-                           (c.integers ? " integers" : "") + (c.irregular ? " irregular" : "");
+                           std::to_string(static_cast<int>(dtype)) + " batch " + std::to_string(batch) + " cluster " +
+                           std::to_string(c.cluster) + (c.integers ? " integers" : "") +
+                           (c.irregular ? " irregular" : "");
   const ConvPoolShape s1 = plain(batch, 1, 32, 6, 5), s2 = plain(batch, 6, 14, 16, 5);
   const int64_t sizes[] = {150, 6, 2400, 16, 48000, 120, 120 * 84, 84, 84 * classes, classes};
   const double scales[] = {0.2, 0.2, 0.08, 0.08, 0.05, 0.05, 0.09, 0.09, 0.1, 0.1};
@@ -659,7 +659,7 @@ void test_lenet(DType dtype, bool tensor_cores, const LenetCase& c) {
       name,
       [&] {
         for (auto& each : results) each->reset();
-        return tensor_cores   ? launch_lenet_tensor_core_forward(dtype, call, {})
+        return tensor_cores     ? launch_lenet_tensor_core_forward(dtype, call, {})
                : c.cluster != 0 ? launch_lenet_cluster_forward(strict, c.cluster, {})
                                 : launch_lenet_forward(strict, {});
       },
@@ -828,7 +828,7 @@ int main(int argc, char** argv) {
     test_lenet(DType::kFloat32, false, {batch, 10, true});
   }
   const LenetForward none{};
-  const bool clusters = lenet_cluster_blocks(1) != 0;  // of this GPU
+  const bool clusters = lenet_cluster_blocks(1, 1) != 0;  // of this GPU
   for (const int cluster : {2, 4, 8}) {
     if (!clusters) break;
     expect(launch_lenet_cluster_forward(none, cluster, {}).error == cudaSuccess, "no image");

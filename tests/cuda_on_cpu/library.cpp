@@ -28,4 +28,9 @@ extern "C" void cuda_on_cpu_configure(int algorithm, int schedule, unsigned seed
 }
 // Of the GPU that stands there: 90 at first.
 extern "C" void cuda_on_cpu_set_capability(int capability) { lx_shim::state().compute_capability = capability; }
+// That a block of its can have: 227 KB at first.
+extern "C" void cuda_on_cpu_set_shared_memory(int64_t bytes) {
+  lx_shim::state().most_shared_bytes = static_cast<size_t>(bytes);
+  lx_shim::state().shared_limit.clear();
+}
 extern "C" int64_t cuda_on_cpu_launches() { return lx_shim::state().launches; }
