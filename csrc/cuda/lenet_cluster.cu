@@ -1,11 +1,10 @@
 // LeNet from the image to the logits in one launch, for few images: a cluster of blocks computes each of them together,
 // in float32 arithmetic on the ordinary units.
 //
-// With one block an image most of the GPU is idle, and the block waits: 240 KB of weights pass through one
-// multiprocessor, and a thread of conv2 does 9,600 multiply-adds one after the other. Here each block takes some rows
-// of conv1's output, some channels of conv2's and some outputs of each linear layer, with the weights of those alone,
-// and writes what it has computed into the shared memory of all blocks. Every sum has the order of lenet.cu, so that an
-// image's logits are bit by bit the same in a batch of any size.
+// With one block an image most of the GPU is idle, and all 240 KB of weights pass through one multiprocessor. Here each
+// block takes some rows of conv1's output, some channels of conv2's and some outputs of each linear layer, with the
+// weights of those alone, and writes what it has computed into the shared memory of all blocks. Every sum has the order
+// of lenet.cu, so that an image's logits are bit by bit the same in a batch of any size.
 #include "async_copy.cuh"
 #include "cluster.cuh"
 #include "lenet_tiles.cuh"
@@ -241,7 +240,8 @@ LaunchResult launch_with(const LenetForward& call, cudaStream_t stream) {
 
 int lenet_cluster_blocks(int64_t batch, int64_t classes) {
   // Predicted, not yet measured: two rounds of clusters of two take 9 us, single blocks 11 us.
-  if (batch > kMostBlocks || !lx::has_clusters(lenet_forward_cluster_kernel<2>)) return 0;
+  constexpr int64_t kMostImages = 128;
+  if (batch > kMostImages || !lx::has_clusters(lenet_forward_cluster_kernel<2>)) return 0;
   if (batch <= kMostBlocks / 8) return 8;
   if (batch <= kMostBlocks / 4) return 4;
   return lx::fits_shared_memory(ClusterShared<2>::bytes(static_cast<int>(classes))) ? 2 : 0;

@@ -132,6 +132,7 @@ struct GradInput {
       }
     }
     __syncthreads();
+    // Not unrolled: with compute capability 7.5 the whole network's backward pass would spill.
 #pragma unroll 1
     for (int i = thread; i < present * L::kImage; i += static_cast<int>(kGradThreads)) {
       float value = 0;

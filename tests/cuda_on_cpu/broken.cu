@@ -84,7 +84,7 @@ __global__ void early_block_kernel(float* out) {
   out[threadIdx.x] = 0;
 }
 
-// The first group is waited for, the second is not.
+// Two groups of copies, of which the last kLeft are not waited for.
 template <int kLeft>
 __global__ void copies_kernel(float* out) {
   LX_SMEM(shared);

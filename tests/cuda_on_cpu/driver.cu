@@ -820,7 +820,7 @@ int main(int argc, char** argv) {
   }
   test_lenet(DType::kFloat32, false, {1, 10, false});
   test_lenet(DType::kFloat32, false, {5, 128, true});
-  // Two images of a block and four, the last of them missing.
+  // Blocks of two images and of four; the last block is not full.
   for (const int64_t batch : {129, 257}) {
     const std::string suffix = " batch " + std::to_string(batch);
     test_convolution("conv1" + suffix, DType::kFloat32, plain(batch, 1, 32, 6, 5));
