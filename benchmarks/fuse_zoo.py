@@ -22,7 +22,7 @@ from lenet_ext.bench.report import figures
 from lenet_ext.bench.results import merge, read_results, section_to_dict
 from lenet_ext.bench.timing import Effort, ratio, time_interleaved
 from lenet_ext.bench.zoo import ZOO
-from lenet_ext.files import write_json
+from lenet_ext.environment.files import write_json
 
 LAYOUTS = {"": torch.contiguous_format, ", channels last": torch.channels_last}
 

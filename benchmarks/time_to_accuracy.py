@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from lenet_ext import data
 from lenet_ext.bench.results import merge, read_results, section_to_dict
-from lenet_ext.config import MODELS, TrainConfig
-from lenet_ext.files import write_json
-from lenet_ext.train import Trainer
+from lenet_ext.environment.files import write_json
+from lenet_ext.training import datasets
+from lenet_ext.training.config import MODELS, TrainConfig
+from lenet_ext.training.trainer import Trainer
 
 
 def measure(model: str, seed: int, arguments: argparse.Namespace, images: tuple[Any, Any]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    images = data.load("mnist", arguments.root)
+    images = datasets.load("mnist", arguments.root)
     runs = []
     for seed in range(arguments.seeds):
         for model in MODELS if seed % 2 == 0 else reversed(MODELS):

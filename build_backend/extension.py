@@ -64,9 +64,10 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
         print(f"  no CUDA: {cuda_reason}", flush=True)
 
     csrc = root / "csrc"
-    sources = sorted([*csrc.glob("*.cpp"), *(csrc / "cpu").glob("*.cpp")])
+    # The host side: one folder for each operator, and what they share. The kernels are compiled apart, below.
+    sources = sorted(path for path in csrc.rglob("*.cpp") if path.parent != csrc / "cpu")
     # -g0: Python's own flags, which come first, may ask for debug information.
-    flags = [*(debug or ["-O2", "-g0"]), "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags = [*(debug or ["-O2", "-g0"]), "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-I", str(csrc)]
     flags += [f"-DLENET_EXT_HAVE_{name.upper()}" for name in capabilities if name != "default"]
     for path in cpp_extension.include_paths():
         flags += ["-isystem", path]  # as system headers torch's own do not warn
@@ -75,7 +76,7 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
         flags += ["-DLENET_EXT_WITH_CUDA", "-isystem", str(toolkit.include)]
         link_flags += [f"-L{toolkit.libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     else:
-        sources = [path for path in sources if not path.stem.endswith("_cuda")]
+        sources = [path for path in sources if path.name != "cuda.cpp"]
 
     class BuildExtension(cpp_extension.BuildExtension):
         def finalize_options(self) -> None:
@@ -96,7 +97,7 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
         def build_extensions(self) -> None:
             folder = Path(self.build_temp).resolve() / "lenet_ext"
             self._write_config(folder)
-            objects = cpu_objects(compiler, capabilities, csrc / "cpu" / "kernels", folder, debug)
+            objects = cpu_objects(compiler, capabilities, csrc / "cpu", folder, debug)
             if cuda_reason is None:
                 objects += cuda_objects(toolkit, compiler, csrc / "cuda", folder, debug)
             compile_objects(objects, folder, jobs)

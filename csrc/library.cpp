@@ -1,11 +1,11 @@
 // Every operator's schema, in one place, and the Python module. The kernels register themselves for their
-// device where they are defined (csrc/<op>.cpp for the CPU, csrc/<op>_cuda.cpp for CUDA), the fake
+// device where they are defined (csrc/<op>/cpu.cpp for the CPU, csrc/<op>/cuda.cpp for CUDA), the fake
 // implementations in lenet_ext/ops.py.
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
-#include "build_info.h"
-#include "call_path.h"
+#include "common/build_info.h"
+#include "common/call_path.h"
 
 // `padding` is (top, bottom, left, right): padding="same" with an even kernel is not symmetric.
 #define CONV_POOL_OPTIONS                                        \

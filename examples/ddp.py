@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 import lenet_ext
-from lenet_ext.data import load_digits
+from lenet_ext.training.datasets import load_digits
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 import lenet_ext
-from lenet_ext.data import load_digits
+from lenet_ext.training.datasets import load_digits
 
 
 def main() -> None:

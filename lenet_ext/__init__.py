@@ -8,7 +8,7 @@ from lenet_ext._version import __version__
 check_build()
 
 from lenet_ext import autograd, functional, nn  # noqa: E402  only after the check
-from lenet_ext.fuse import fuse  # noqa: E402
+from lenet_ext.fusion.fuse import fuse  # noqa: E402
 from lenet_ext.net import Net, ReferenceNet  # noqa: E402
 
 __all__ = ["Net", "ReferenceNet", "__version__", "autograd", "build_info", "functional", "fuse", "nn"]

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import lenet_ext
-from lenet_ext import data, functional
+from lenet_ext import functional
+from lenet_ext.training import datasets
 
 # The tests run everything here on the CPU, where there are neither events nor graphs, at sizes of their own.
 DEVICE = "cuda"
@@ -191,7 +192,7 @@ def measure_layers(save: Callable[[Any], Any], precision: str) -> None:
 
 
 def measure_sweep(save: Callable[[Any], Any], algorithm: str) -> None:
-    """Our kernels or the vendor's (LENET_EXT_ALGORITHM), for the cost rules of csrc/*_cuda.cpp; a process for each."""
+    """Our kernels or the vendor's (LENET_EXT_ALGORITHM), for the cost rules of each cuda.cpp; a process for each."""
     dtype = set_precision("float32")
     rows: list[dict[str, Any]] = []
     for batch in SWEEP_BATCHES:
@@ -325,7 +326,7 @@ def measure_facts(save: Callable[[Any], Any]) -> None:
     x, w = torch.full((256, 64), float("nan"), device=DEVICE), torch.ones(64, 64, device=DEVICE)
     b = torch.zeros(64, device=DEVICE)
     fused = torch._addmm_activation(b, x, w, use_gelu=False)
-    # True: csrc/linear_cuda.cpp may use it, and save one kernel.
+    # True: csrc/linear/cuda.cpp may use it, and save one kernel.
     facts: dict[str, Any] = {"addmm_activation_lets_nan_pass": bool(fused.isnan().all())}
     images, labels = torch.randn(64, 1, 32, 32, device=DEVICE), torch.zeros(64, dtype=torch.long, device=DEVICE)
     for name, kind in (("ours", lenet_ext.Net), ("stock", lenet_ext.ReferenceNet)):
@@ -342,7 +343,7 @@ def measure_facts(save: Callable[[Any], Any]) -> None:
 
 def measure_mnist(save: Callable[[Any], Any], root: str) -> None:
     """Seconds of training until 99% of the test pictures are right: data on the GPU, a step as a graph, no schedule."""
-    train, test = (part.to(DEVICE) for part in data.load("mnist", root))
+    train, test = (part.to(DEVICE) for part in datasets.load("mnist", root))
     pictures = test.normalization(test.images)
     runs: list[dict[str, Any]] = []
     for seed in range(MNIST_SEEDS):

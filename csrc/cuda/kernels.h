@@ -1,13 +1,13 @@
-// The CUDA side as its host files (csrc/*_cuda.cpp) and the tests without a GPU see it: raw pointers, sizes, a stream.
-// No torch in here. Launchers allocate nothing and synchronise nothing, so they may be captured in a CUDA graph; the
-// caller has made the pointers' device current. Nothing is launched for an empty batch.
+// The CUDA side as its host files (csrc/<op>/cuda.cpp) and the tests without a GPU see it: raw pointers, sizes, a
+// stream. No torch in here. Launchers allocate nothing and synchronise nothing, so they may be captured in a CUDA
+// graph; the caller has made the pointers' device current. Nothing is launched for an empty batch.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-#include "../conv_pool_shape.h"
+#include "../common/conv_pool_shape.h"
 
 namespace lenet_ext::cuda {
 

@@ -1,5 +1,5 @@
 // Matrix products with few rows: the linear layers of a small batch, where a vendor GEMM is all latency, and their
-// gradients. Large products go to the vendor (csrc/linear_cuda.cpp).
+// gradients. Large products go to the vendor (csrc/linear/cuda.cpp).
 #include "device.cuh"
 
 namespace lenet_ext::cuda {

@@ -21,7 +21,7 @@ import torch
 from lenet_ext.bench.cases import CASES, MODES, Workload
 from lenet_ext.bench.providers import PROVIDERS, Program
 from lenet_ext.bench.timing import Effort, percentile, ratio, time_interleaved
-from lenet_ext.system import cpu_count
+from lenet_ext.environment.system import cpu_count
 
 __all__ = ["measure_neighbour", "neighbour_unavailable"]
 

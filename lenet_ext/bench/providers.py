@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lenet_ext.bench.cases import MODES, FunctionCall, Workload
 from lenet_ext.bench.peak import cxx_compiler
-from lenet_ext.device import resolve_device
+from lenet_ext.environment.device import resolve_device
 
 __all__ = ["PROVIDERS", "Program", "Provider"]
 

@@ -185,12 +185,12 @@ def plot_results(content: dict[str, Any], path: str | Path, cases: Sequence[str]
         cases: which; by default all that were measured but the tiny problems, whose times mean nothing to the eye.
 
     Raises:
-        lenet_ext.extras.MissingExtraError: matplotlib is not installed.
+        lenet_ext.environment.extras.MissingExtraError: matplotlib is not installed.
         OSError: the file cannot be written.
         ValueError: there is nothing to draw.
     """
-    from lenet_ext.extras import require
-    from lenet_ext.plots import COLORS, new_figure, save_figure, tidy
+    from lenet_ext.environment.extras import require
+    from lenet_ext.training.plots import COLORS, new_figure, save_figure, tidy
 
     ticker = require("matplotlib.ticker", "pictures", extra="bench")
     rows = [

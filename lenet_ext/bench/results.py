@@ -26,8 +26,8 @@ import lenet_ext
 from lenet_ext.bench.cases import CASES
 from lenet_ext.bench.runner import Report
 from lenet_ext.bench.timing import percentile
-from lenet_ext.files import atomic_path
-from lenet_ext.system import cpu_count, cpu_flags, cpu_governor, cpu_model, git_commit
+from lenet_ext.environment.files import atomic_path
+from lenet_ext.environment.system import cpu_count, cpu_flags, cpu_governor, cpu_model, git_commit
 
 __all__ = ["facts", "measured", "merge", "read_results", "report_to_dict", "section_to_dict", "write_csv"]
 

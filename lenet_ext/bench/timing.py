@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lenet_ext.device import synchronize
+from lenet_ext.environment.device import synchronize
 
 __all__ = ["Effort", "Samples", "percentile", "ratio", "time_interleaved"]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import lenet_ext
 from lenet_ext.cli import bench, check, evaluate, info, predict, train
 from lenet_ext.cli.common import Parser, UsageError, error_line
-from lenet_ext.distributed import rank_of_environment
+from lenet_ext.training.distributed import rank_of_environment
 
 __all__ = ["main"]
 

@@ -58,9 +58,9 @@ def run(args: argparse.Namespace) -> int:
 
     from lenet_ext.bench import merge, plot_results, print_results, read_results, report_to_dict, run_benchmarks
     from lenet_ext.bench.results import facts, measured, write_csv
-    from lenet_ext.device import resolve_device
-    from lenet_ext.extras import require
-    from lenet_ext.files import write_json
+    from lenet_ext.environment.device import resolve_device
+    from lenet_ext.environment.extras import require
+    from lenet_ext.environment.files import write_json
 
     if args.plot is not None:
         require("matplotlib", "--plot", extra="bench")

@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     import lenet_ext
-    from lenet_ext.check import run_checks
-    from lenet_ext.device import resolve_device
+    from lenet_ext.environment.device import resolve_device
+    from lenet_ext.selftest import run_checks
 
     device = resolve_device(args.device or "auto")
     if args.threads is not None:

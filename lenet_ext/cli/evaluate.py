@@ -31,11 +31,11 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand."""
     from rich.table import Table
 
-    from lenet_ext import data as data_sets
-    from lenet_ext.evaluate import evaluate
+    from lenet_ext.training import datasets
+    from lenet_ext.training.evaluate import evaluate
 
     model, data, device = load_model(args)
-    _, test_data = data_sets.load(data, args.root, log=say)
+    _, test_data = datasets.load(data, args.root, log=say)
     result = evaluate(model, test_data.to(device))
     right, total = int(result.confusion.diagonal().sum()), int(result.confusion.sum())
     say(f"data      {data}, {total} test pictures")
@@ -61,9 +61,9 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, str, torch.device]:
     """Checkpoint -> network in eval mode on its device, name of its data set, the device."""
     import torch
 
-    from lenet_ext.checkpoint import load_weights
-    from lenet_ext.device import resolve_device
-    from lenet_ext.train import build_model
+    from lenet_ext.environment.device import resolve_device
+    from lenet_ext.training.checkpoint import load_weights
+    from lenet_ext.training.trainer import build_model
 
     device = resolve_device(args.device or "auto", fused=args.model == "fused")
     if args.threads is not None:

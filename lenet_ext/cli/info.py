@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand."""
-    from lenet_ext.system import describe
+    from lenet_ext.environment.system import describe
 
     rows = describe()
     left, right = max(len(name) for name, _ in rows), max(len(value) for _, value in rows)

@@ -32,8 +32,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand."""
-    from lenet_ext.extras import MissingExtraError, require
-    from lenet_ext.predict import frame_ink, load_ink, predict
+    from lenet_ext.environment.extras import MissingExtraError, require
+    from lenet_ext.training.predict import frame_ink, load_ink, predict
 
     require("PIL", "reading pictures", package="pillow")
     model, data, device = load_model(args)

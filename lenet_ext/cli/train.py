@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lenet_ext.cli.common import UsageError, add_device, add_threads, integer, learning_rate, make_console, say
 
 if TYPE_CHECKING:
-    from lenet_ext.config import TrainConfig
-    from lenet_ext.distributed import Processes
-    from lenet_ext.train import Trainer
+    from lenet_ext.training.config import TrainConfig
+    from lenet_ext.training.distributed import Processes
+    from lenet_ext.training.trainer import Trainer
 
 _DESCRIPTION = """\
 Train LeNet on handwritten digits, evaluate after each epoch, and write to --out:
@@ -58,7 +58,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand."""
-    from lenet_ext.extras import require
+    from lenet_ext.environment.extras import require
 
     # Missing extras are told now, not when an hour of training is to be written.
     require("safetensors", "checkpoints")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or _default_out(args, state, config)
     out.mkdir(parents=True, exist_ok=True)
 
-    from lenet_ext.distributed import join_processes
+    from lenet_ext.training.distributed import join_processes
 
     with join_processes(config.device) as processes:
         _run(args, config, state, weights, out, processes)
@@ -83,12 +83,12 @@ def _run(
     out: Path,
     processes: Processes,
 ) -> None:
-    from lenet_ext import data
-    from lenet_ext.train import Trainer
+    from lenet_ext.training import datasets
+    from lenet_ext.training.trainer import Trainer
 
     tell = say if processes.is_first else _say_nothing
     with processes.first_goes_ahead():
-        train_data, test_data = data.load(config.data, config.root, log=tell)
+        train_data, test_data = datasets.load(config.data, config.root, log=tell)
     trainer = Trainer(config, train_data, test_data, processes)
     if state is not None:
         trainer.load_state_dict(state)
@@ -117,8 +117,8 @@ def _say_nothing(line: str) -> None:
 
 def _prepare(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str, Any] | None, TrainConfig]:
     """Command line and checkpoint -> state to continue from, weights to start from, configuration."""
-    from lenet_ext import checkpoint
-    from lenet_ext.config import TrainConfig
+    from lenet_ext.training import checkpoint
+    from lenet_ext.training.config import TrainConfig
 
     names = ("data", "model", "epochs", "batch_size", "lr", "optimizer", "seed", "device", "threads", "root")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -209,7 +209,7 @@ def _epoch_line(line: dict[str, Any], epochs: int) -> str:
 
 def _finish(trainer: Trainer, out: Path) -> None:
     """Writes everything and says how the run ended."""
-    from lenet_ext.plots import plot_confusion, plot_curves
+    from lenet_ext.training.plots import plot_confusion, plot_curves
 
     result = trainer.evaluate()
     trainer.save(out)

@@ -19,7 +19,16 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 NAMESPACE = "lenet_ext_cuda_on_cpu"
-SHIM_FLAGS = ["-std=c++20", "-DLX_HOST_SHIM", f"-I{HERE}", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+SHIM_FLAGS = [
+    "-std=c++20",
+    "-DLX_HOST_SHIM",
+    f"-I{HERE}",
+    f"-I{CSRC}",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 

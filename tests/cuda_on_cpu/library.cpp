@@ -1,20 +1,21 @@
 // The host side of the CUDA operators, and with it their kernels, for CPU tensors: built by tests/cuda_on_cpu/build.py
 // against the stand-in for CUDA beside this file, and registered as torch.ops.lenet_ext_cuda_on_cpu.* (the build
 // defines lenet_ext to be that name). One file, because torch's headers take most of the time.
-#include "../../csrc/checks.cpp"
-#include "../../csrc/conv_relu_max_pool2d_cuda.cpp"
-#include "../../csrc/conv_relu_max_pool2d_shape.cpp"
-#include "../../csrc/lenet_cuda.cpp"
-#include "../../csrc/lenet_shape.cpp"
-#include "../../csrc/linear_cuda.cpp"
-#include "../../csrc/linear_shape.cpp"
+#include "common/checks.cpp"
+#include "conv_relu_max_pool2d/cuda.cpp"
+#include "conv_relu_max_pool2d/shape.cpp"
+#include "lenet/cuda.cpp"
+#include "lenet/layers.cpp"
+#include "lenet/shape.cpp"
+#include "linear/cuda.cpp"
+#include "linear/shape.cpp"
 
 namespace {
 int forced_algorithm = -1;
 }
 
 namespace lenet_ext {
-// In place of csrc/algorithm.cpp, which reads the environment once: here each test chooses.
+// In place of csrc/common/algorithm.cpp, which reads the environment once: here each test chooses.
 Algorithm choose_algorithm(Algorithm preferred) {
   return forced_algorithm < 0 ? preferred : forced_algorithm == 0 ? Algorithm::Direct : Algorithm::Vendor;
 }

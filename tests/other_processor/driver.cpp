@@ -6,9 +6,9 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/kernels/conv_pool_kernels.h"
-#include "cpu/kernels/gemm_kernels.h"
-#include "cpu/kernels/lenet_kernels.h"
+#include "cpu/conv_pool_kernels.h"
+#include "cpu/gemm_kernels.h"
+#include "cpu/lenet_kernels.h"
 
 namespace lenet_ext::cpu::default_ {
 extern const ConvPoolKernels conv_pool_kernels;

@@ -1,0 +1,201 @@
+// What the Python side asks before it calls an operator: is this an ordinary call, and is a derivative wanted? Asked in
+// Python, attribute by attribute, the answer takes longer than a small layer. Whatever is not ordinary takes the
+// general way, in Python, which also says what is wrong. Nothing is computed here and nothing is decided that Python
+// does not decide as well.
+#include "common/call_path.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/utils/object_ptr.h>
+
+#include <array>
+
+namespace lenet_ext {
+namespace {
+
+// lenet_ext/functional.py and net.py know these numbers.
+enum Path : long {
+  kGeneral = 0,
+  kOperator = 1,  // no derivative is wanted
+  kFunction = 2,  // through the torch.autograd.Function
+};
+
+PyObject* answer(Path path) { return PyLong_FromLong(path); }
+
+// Neither torch.func nor forward-mode AD, neither a mode that sees Python calls nor autocast.
+bool ordinary_context(const at::Tensor& input) {
+  using c10::DispatchKey;
+  const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
+  return !included.has(DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+         !included.has(DispatchKey::FuncTorchDynamicLayerBackMode) &&
+         at::impl::PythonTorchFunctionTLS::stack_len() == 0 &&
+         torch::autograd::ForwardADLevel::try_get_by_idx(0) == nullptr &&
+         !at::autocast::is_autocast_enabled(input.device().type());
+}
+
+bool has_kernels(const at::Tensor& input) {
+  if (input.layout() != at::kStrided) return false;
+  const at::ScalarType dtype = input.scalar_type();
+  const bool on_cpu_too = dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16;
+#ifdef LENET_EXT_WITH_CUDA
+  if (input.is_cuda()) return on_cpu_too || dtype == at::kHalf;
+#endif
+  return input.is_cpu() && on_cpu_too;
+}
+
+// call_path(input, weight, bias) -> Path. Ordinary are tensors and parameters, no subclasses, with a kernel for their
+// device, layout and dtype; an image or more with a 4-D weight, any rows with a 2-D one; a bias for each output.
+PyObject* call_path(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 3 || !THPVariable_CheckExact(arguments[0]) || !THPVariable_CheckExact(arguments[1]) ||
+      !(Py_IsNone(arguments[2]) || THPVariable_CheckExact(arguments[2]))) {
+    return answer(kGeneral);
+  }
+  const at::Tensor &input = THPVariable_Unpack(arguments[0]), &weight = THPVariable_Unpack(arguments[1]);
+  if (!has_kernels(input) || !(weight.dim() == 2 || (weight.dim() == 4 && input.dim() == 4))) return answer(kGeneral);
+  bool derivative = input.requires_grad() || weight.requires_grad();
+  if (!Py_IsNone(arguments[2])) {
+    const at::Tensor& bias = THPVariable_Unpack(arguments[2]);
+    if (bias.dim() != 1 || bias.size(0) != weight.size(0)) return answer(kGeneral);
+    derivative = derivative || bias.requires_grad();
+  }
+  if (!ordinary_context(input)) return answer(kGeneral);
+  return answer(derivative && at::GradMode::is_enabled() ? kFunction : kOperator);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+// dictionary[name] is an empty dictionary or None.
+bool is_empty(PyObject* dictionary, PyObject* name) {
+  PyObject* value = PyDict_GetItemWithError(dictionary, name);
+  return value != nullptr && (Py_IsNone(value) || (PyDict_Check(value) && PyDict_Size(value) == 0));
+}
+
+// Equal and of the very same type, elements of tuples too: True is no 1.
+bool same(PyObject* a, PyObject* b) {
+  if (a == b) return true;
+  if (a == nullptr || Py_TYPE(a) != Py_TYPE(b)) return false;
+  if (!PyTuple_CheckExact(a)) return PyObject_RichCompareBool(a, b, Py_EQ) == 1;
+  if (PyTuple_GET_SIZE(a) != PyTuple_GET_SIZE(b)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(a); ++i) {
+    if (!same(PyTuple_GET_ITEM(a, i), PyTuple_GET_ITEM(b, i))) return false;
+  }
+  return true;
+}
+
+bool has_attributes(PyObject* state, PyObject* expected) {
+  PyObject *name = nullptr, *value = nullptr;
+  for (Py_ssize_t at = 0; PyDict_Next(expected, &at, &name, &value);) {
+    if (!same(PyDict_GetItemWithError(state, name), value)) return false;
+  }
+  return true;
+}
+
+bool is_parameter(PyObject* object) {
+  return object != nullptr && Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(ParameterClass);
+}
+
+// Adds weight and bias of a child to `parameters` if nothing could look at or change what it does: it is of exactly
+// this type, has no hooks, no forward of its own, and these attributes.
+bool add_parameters(PyObject* child, PyObject* type, PyObject* attributes, PyObject* parameters) {
+  static PyObject* const kForward = interned("forward");
+  static PyObject* const kParameters = interned("_parameters");
+  static PyObject *const kWeight = interned("weight"), *const kBias = interned("bias");
+  static const std::array<PyObject*, 4> kHooks = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
+                                                  interned("_backward_hooks"), interned("_backward_pre_hooks")};
+  if (reinterpret_cast<PyObject*>(Py_TYPE(child)) != type) return false;
+  THPObjectPtr state(PyObject_GenericGetDict(child, nullptr));
+  if (!state || PyDict_Contains(state.get(), kForward) != 0) return false;
+  for (PyObject* hooks : kHooks) {
+    if (!is_empty(state.get(), hooks)) return false;
+  }
+  if (!has_attributes(state.get(), attributes)) return false;
+  PyObject* own = PyDict_GetItemWithError(state.get(), kParameters);
+  if (own == nullptr || !PyDict_Check(own)) return false;
+  for (PyObject* name : {kWeight, kBias}) {
+    PyObject* parameter = PyDict_GetItemWithError(own, name);
+    if (!is_parameter(parameter) || PyList_Append(parameters, parameter) != 0) return false;
+  }
+  return true;
+}
+
+// untouched_parameters(modules, children) -> list or None. `modules`: a module's dictionary of children; `children`:
+// tuples (name, type, attributes) of all that it has to have. The list has their weights and biases, in this order.
+PyObject* untouched_parameters(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 2 || !PyDict_Check(arguments[0]) || !PyTuple_CheckExact(arguments[1])) Py_RETURN_NONE;
+  PyObject *modules = arguments[0], *children = arguments[1];
+  if (PyDict_Size(modules) != PyTuple_GET_SIZE(children)) Py_RETURN_NONE;
+  THPObjectPtr parameters(PyList_New(0));
+  if (!parameters) return nullptr;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(children); ++i) {
+    PyObject* expected = PyTuple_GET_ITEM(children, i);
+    PyObject* child = PyDict_GetItemWithError(modules, PyTuple_GET_ITEM(expected, 0));
+    if (child == nullptr ||
+        !add_parameters(child, PyTuple_GET_ITEM(expected, 1), PyTuple_GET_ITEM(expected, 2), parameters.get())) {
+      PyErr_Clear();  // an attribute that cannot be compared is not the one that was expected
+      Py_RETURN_NONE;
+    }
+  }
+  return parameters.release();
+  END_HANDLE_TH_ERRORS
+}
+
+// lenet_path(input, parameters) -> Path. Ordinary is a batch of float32 images (on CUDA of the 16-bit types, too) for
+// ten parameters (weight and bias of conv1, conv2, fc1, fc2, fc3; of exactly that type) of LeNet's shapes, where no
+// dispatch mode and no tracer would miss the layers.
+PyObject* lenet_path(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 2 || Py_TYPE(arguments[0]) != reinterpret_cast<PyTypeObject*>(THPVariableClass) ||
+      !PyList_CheckExact(arguments[1]) || PyList_GET_SIZE(arguments[1]) != 10) {
+    return answer(kGeneral);
+  }
+  const at::Tensor& input = THPVariable_Unpack(arguments[0]);
+  const bool dtype = input.scalar_type() == at::kFloat || (input.is_cuda() && input.scalar_type() != at::kDouble);
+  if (!dtype || input.dim() != 4 || !has_kernels(input)) return answer(kGeneral);
+  bool derivative = input.requires_grad();
+  std::array<c10::IntArrayRef, 10> shapes;
+  for (Py_ssize_t i = 0; i < 10; ++i) {
+    PyObject* object = PyList_GET_ITEM(arguments[1], i);
+    if (!is_parameter(object)) return answer(kGeneral);
+    const at::Tensor& parameter = THPVariable_Unpack(object);
+    shapes[i] = parameter.sizes();
+    derivative = derivative || parameter.requires_grad();
+  }
+  const int64_t channels = input.size(1);
+  // The last layer's and the biases' sizes, dtypes and devices are the operator's to check, as they are the layers'.
+  if (input.size(2) != 32 || input.size(3) != 32 || shapes[0] != c10::IntArrayRef({6, channels, 5, 5}) ||
+      shapes[2] != c10::IntArrayRef({16, 6, 5, 5}) || shapes[4] != c10::IntArrayRef({120, 400}) ||
+      shapes[6] != c10::IntArrayRef({84, 120}) || !ordinary_context(input) ||
+      c10::impl::TorchDispatchModeTLS::stack_len() != 0 || torch::jit::tracer::isTracing()) {
+    return answer(kGeneral);
+  }
+  return answer(derivative && at::GradMode::is_enabled() ? kFunction : kOperator);
+  END_HANDLE_TH_ERRORS
+}
+
+template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
+PyMethodDef fast(const char* name, const char* doc) {
+  // Python's own way to store a function of this signature.
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, doc};
+}
+
+}  // namespace
+
+PyMethodDef call_path_functions[] = {
+    fast<call_path>("call_path", "call_path(input, weight, bias): 0 general, 1 operator, 2 Function"),
+    fast<untouched_parameters>("untouched_parameters", "untouched_parameters(modules, children): list or None"),
+    fast<lenet_path>("lenet_path", "lenet_path(input, parameters): 0 general, 1 operator, 2 Function"),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace lenet_ext

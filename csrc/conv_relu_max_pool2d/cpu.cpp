@@ -1,0 +1,318 @@
+// conv_relu_max_pool2d on the CPU: which algorithm, and how its kernels run on several threads.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <atomic>
+
+#include "common/algorithm.h"
+#include "common/cpu_dispatch.h"
+#include "common/parallel.h"
+#include "conv_relu_max_pool2d/host.h"
+
+namespace lenet_ext {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+double dense_flops(const ConvPoolShape& s) {
+  return 2.0 * s.batch * s.out_channels * s.conv_h * s.conv_w * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w;
+}
+
+double winner_flops(const ConvPoolShape& s) {
+  return 4.0 * s.batch * s.out_channels * s.out_h * s.out_w * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w;
+}
+
+// LeNet's own kernels, where this is one of its convolutions.
+cpu::ConvPoolFixedShape lenet_kernels(const ConvPoolShape& s) {
+  const bool options = s.kernel_h == 5 && s.kernel_w == 5 && s.stride_h == 1 && s.stride_w == 1 && s.pad_top == 0 &&
+                       s.pad_bottom == 0 && s.pad_left == 0 && s.pad_right == 0 && s.dilation_h == 1 &&
+                       s.dilation_w == 1 && s.groups == 1 && s.pool_kernel_h == 2 && s.pool_kernel_w == 2 &&
+                       s.pool_stride_h == 2 && s.pool_stride_w == 2 && s.pool_pad_h == 0 && s.pool_pad_w == 0 &&
+                       s.pool_dilation_h == 1 && s.pool_dilation_w == 1;
+  const auto& kernels = LENET_EXT_CPU_DISPATCH(conv_pool_lenet_kernels);
+  auto is = [&](int64_t in_channels, int64_t size, int64_t out_channels) {
+    return s.in_channels == in_channels && s.height == size && s.width == size && s.out_channels == out_channels;
+  };
+  if (options && is(1, 32, 6)) return kernels.conv1;
+  if (options && is(6, 14, 16)) return kernels.conv2;
+  return {};
+}
+
+// Is each image of the batch one contiguous piece?
+bool contiguous_images(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  return strides[3] == 1 && strides[2] == sizes[3] && (sizes[1] == 1 || strides[1] == sizes[2] * sizes[3]);
+}
+
+// The kernels for these tensors: those of the fixed shape where it has any and the tensors fit.
+template <typename T>
+const cpu::ConvPoolForwardKernels<T>& forward_kernels(const ConvPoolShape& s, const Tensor& input,
+                                                      const Tensor& output) {
+  if constexpr (std::is_same_v<T, float>) {
+    const auto* fixed = lenet_kernels(s).forward;
+    if (fixed != nullptr && contiguous_images(input) && contiguous_images(output)) return *fixed;
+  }
+  return cpu::conv_pool_table<T>().forward;
+}
+
+template <typename T>
+const cpu::ConvPoolBackwardKernels<T>& backward_kernels(const ConvPoolShape& s, const Tensor& grad_output,
+                                                        const Tensor& indices, const Tensor& input,
+                                                        const Tensor& grad_input) {
+  if constexpr (std::is_same_v<T, float>) {
+    const auto* fixed = lenet_kernels(s).backward;
+    const bool input_gradient = grad_input.defined();
+    if (fixed != nullptr && contiguous_images(grad_output) && contiguous_images(indices) && contiguous_images(input) &&
+        (!input_gradient || (s.in_channels > 1 && contiguous_images(grad_input)))) {
+      return *fixed;
+    }
+  }
+  return cpu::conv_pool_table<T>().backward;
+}
+
+// The vendor's convolutions are fastest on channels_last, by more than converting the activations costs, but
+// not by what converting large weights costs.
+at::MemoryFormat vendor_memory_format(const Tensor& input, const Tensor& weight, const ConvPoolShape& s) {
+  const int64_t activations = s.batch * (input.size(1) * s.height * s.width + s.out_channels * s.conv_h * s.conv_w);
+  const bool wants_channels_last =
+      input.scalar_type() == at::kFloat || (input.scalar_type() == at::kBFloat16 && vendor_has_bfloat16());
+  const bool convert = wants_channels_last && weight.numel() < 2 * activations;
+  return convert ? at::MemoryFormat::ChannelsLast : output_memory_format(input);
+}
+
+at::Tensor vendor_convolution(const ConvPoolShape& s, const Tensor& input, const Tensor& weight,
+                              const OptionalTensor& bias, const ConvPoolOptions& o) {
+  // Gradients flow by the Functions in lenet_ext/autograd.py; what is called from here must not record any.
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const VendorConvolution v = vendor_convolution_input(input.contiguous(vendor_memory_format(input, weight, s)), o);
+  return at::convolution(v.input, weight, bias, o.stride, v.padding, o.dilation, false, {0, 0}, o.groups);
+}
+
+template <typename T>
+void forward_direct(const ConvPoolShape& s, const Tensor& input, const Tensor& weight, const Tensor& bias,
+                    const Tensor& output, const Tensor& indices) {
+  const auto& kernels = forward_kernels<T>(s, input, output);
+  const cpu::ConvPoolForward<T> job{s,
+                                    cpu::data<T>(input),
+                                    cpu::strides4(input),
+                                    cpu::data<T>(weight),
+                                    bias.defined() ? cpu::data<T>(bias) : nullptr,
+                                    cpu::mutable_data<T>(output),
+                                    indices.defined() ? indices.mutable_data_ptr<uint8_t>() : nullptr,
+                                    cpu::strides4(output)};
+  void* packed = cpu::shared_scratch(kernels.packed_bytes(s));
+  kernels.prepare(job, packed);
+  const int64_t scratch = kernels.scratch_bytes(s);
+  cpu::parallel_units(kernels.units(s), dense_flops(s), [&](int64_t begin, int64_t end) {
+    kernels.run(job, packed, cpu::unit_scratch(scratch), begin, end);
+  });
+}
+
+template <typename T>
+void relu_pool_forward(const ConvPoolShape& s, const Tensor& conv, const Tensor& output, const Tensor& indices) {
+  const cpu::ReluPool<T> job{s,
+                             cpu::data<T>(conv),
+                             cpu::strides4(conv),
+                             cpu::mutable_data<T>(output),
+                             indices.defined() ? indices.mutable_data_ptr<uint8_t>() : nullptr,
+                             cpu::strides4(output)};
+  const auto& kernels = cpu::conv_pool_table<T>().relu_pool;
+  const double flops = 10.0 * s.batch * s.out_channels * s.conv_h * s.conv_w;
+  const int64_t units = s.batch * ((s.out_channels + kernels.channels - 1) / kernels.channels);
+  cpu::parallel_units(units, flops, [&](int64_t begin, int64_t end) {
+    kernels.forward(job, cpu::unit_scratch(kernels.scratch_bytes(s)), begin, end);
+  });
+}
+
+template <typename T>
+bool backward_direct(const ConvPoolShape& s, const Tensor& grad_output, const Tensor& indices, const Tensor& input,
+                     const Tensor& weight, const Tensor& grad_input, const Tensor& grad_weight,
+                     const Tensor& grad_bias) {
+  const auto& kernels = backward_kernels<T>(s, grad_output, indices, input, grad_input);
+  const bool input_gradient = grad_input.defined();
+  const cpu::ConvPoolBackward<T> job{s,
+                                     cpu::data<T>(grad_output),
+                                     cpu::strides4(grad_output),
+                                     indices.const_data_ptr<uint8_t>(),
+                                     cpu::strides4(indices),
+                                     cpu::data<T>(input),
+                                     cpu::strides4(input),
+                                     cpu::data<T>(weight),
+                                     input_gradient ? cpu::mutable_data<T>(grad_input) : nullptr,
+                                     input_gradient ? cpu::strides4(grad_input) : cpu::Strides4{},
+                                     grad_weight.defined() ? cpu::mutable_data<T>(grad_weight) : nullptr,
+                                     grad_weight.defined() ? cpu::mutable_data<T>(grad_bias) : nullptr};
+  const int64_t units = kernels.units(s);
+  const int64_t packed_bytes = (kernels.packed_bytes(s, input_gradient) + 63) / 64 * 64;
+  const int64_t partial_bytes = grad_weight.defined() ? units * kernels.partial_bytes(s) : 0;
+  char* packed = static_cast<char*>(cpu::shared_scratch(packed_bytes + partial_bytes));
+  void* partials = packed + packed_bytes;
+  if (!kernels.prepare(job, packed)) return false;
+  const int64_t scratch = kernels.scratch_bytes(s, input_gradient);
+  std::atomic<bool> finite{true};
+  cpu::parallel_units(units, winner_flops(s), [&](int64_t begin, int64_t end) {
+    if (!kernels.run(job, packed, partials, cpu::unit_scratch(scratch), begin, end)) finite = false;
+  });
+  if (!finite) return false;
+  if (!grad_weight.defined()) return true;
+  cpu::parallel_units(s.out_channels, 0.25 * partial_bytes,
+                      [&](int64_t begin, int64_t end) { kernels.reduce(job, partials, begin, end); });
+  return true;
+}
+
+template <typename T>
+Tensor relu_pool_backward(const ConvPoolShape& s, const Tensor& grad_output, const Tensor& indices,
+                          at::MemoryFormat format) {
+  const Tensor grad_conv = at::empty({s.batch, s.out_channels, s.conv_h, s.conv_w}, grad_output.options(), format);
+  const cpu::ReluPoolBackward<T> job{s,
+                                     cpu::data<T>(grad_output),
+                                     cpu::strides4(grad_output),
+                                     indices.const_data_ptr<uint8_t>(),
+                                     cpu::strides4(indices),
+                                     cpu::mutable_data<T>(grad_conv),
+                                     cpu::strides4(grad_conv)};
+  const auto& kernels = cpu::conv_pool_table<T>().relu_pool;
+  const int64_t units = s.batch * ((s.out_channels + kernels.channels - 1) / kernels.channels);
+  cpu::parallel_units(units, 10.0 * grad_conv.numel(), [&](int64_t begin, int64_t end) {
+    kernels.backward(job, cpu::unit_scratch(kernels.scratch_bytes(s)), begin, end);
+  });
+  return grad_conv;
+}
+
+bool is_finite(const Tensor& tensor) {
+  const Tensor dense = tensor.is_non_overlapping_and_dense() ? tensor : tensor.contiguous();
+  const BFloat16* values = cpu::data<BFloat16>(dense);
+  const auto& kernels = cpu::conv_pool_table<BFloat16>().relu_pool;
+  std::atomic<bool> finite{true};
+  cpu::parallel_units(dense.numel(), dense.numel(), [&](int64_t begin, int64_t end) {
+    if (!kernels.are_finite(values + begin, end - begin)) finite = false;
+  });
+  return finite;
+}
+
+// The vendor's bfloat16 kernels are wrong for grouped, dilated channels_last convolutions, and spread NaN to places
+// that none reaches; without instructions for it they are also slow.
+bool vendor_bfloat16_is_right(const ConvPoolShape& s, const Tensor& grad_conv, const Tensor& input,
+                              const Tensor& weight) {
+  const bool dilated = s.dilation_h > 1 || s.dilation_w > 1;
+  return vendor_has_bfloat16() && !(s.groups > 1 && dilated) && is_finite(grad_conv) && is_finite(input) &&
+         is_finite(weight);
+}
+
+// By way of the dense gradient of the convolution's output, and the vendor's backward pass.
+template <typename T>
+LayerGradients backward_dense(const ConvPoolShape& s, const Tensor& grad_output, const Tensor& indices,
+                              const Tensor& input, const Tensor& weight, const ConvPoolOptions& o,
+                              GradientMask wanted) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const at::MemoryFormat format = vendor_memory_format(input, weight, s);
+  Tensor grad_conv = relu_pool_backward<T>(s, grad_output, indices, format);
+  auto [source, padding] = vendor_convolution_input(input.contiguous(format), o);
+  Tensor kernel = weight;
+  if (std::is_same_v<T, BFloat16> && !vendor_bfloat16_is_right(s, grad_conv, source, kernel)) {
+    grad_conv = grad_conv.to(at::kFloat);
+    source = source.to(at::kFloat);
+    kernel = kernel.to(at::kFloat);
+  }
+  auto [grad_input, grad_weight, grad_bias] =
+      at::convolution_backward(grad_conv, source, kernel, at::IntArrayRef{s.out_channels}, o.stride, padding,
+                               o.dilation, false, {0, 0}, o.groups, wanted);
+  const auto dtype = input.scalar_type();
+  LayerGradients gradients;
+  if (wanted[0]) {
+    gradients.input = crop_vendor_grad_input(grad_input, s, o).to(dtype).contiguous(output_memory_format(input));
+  }
+  if (wanted[1]) gradients.weight = grad_weight.to(dtype).contiguous(output_memory_format(weight));
+  if (wanted[2]) gradients.bias = grad_bias.to(dtype);
+  return gradients;
+}
+
+struct ConvPoolCpu {
+  static void check(const char*, const ConvPoolShape&) {}
+
+  static void forward(const char* op, const ConvPoolShape& s, const Tensor& input, const Tensor& weight,
+                      const OptionalTensor& bias, const ConvPoolOptions& options, const Tensor& output,
+                      const Tensor& indices) {
+    cpu::dispatch(input, op, [&](auto zero) {
+      using T = decltype(zero);
+      const bool channels_last = output_memory_format(input) == at::MemoryFormat::ChannelsLast;
+      if (conv_pool_forward_algorithm_cpu(s, input.scalar_type(), channels_last) == Algorithm::Direct) {
+        const Tensor contiguous_bias = bias.has_value() ? bias->contiguous() : Tensor();
+        forward_direct<T>(s, input, weight.contiguous(), contiguous_bias, output, indices);
+      } else {
+        relu_pool_forward<T>(s, vendor_convolution(s, input, weight, bias, options), output, indices);
+      }
+    });
+  }
+
+  static LayerGradients backward(const char* op, const ConvPoolShape& s, const Tensor& grad_output,
+                                 const Tensor& indices, const Tensor& input, const Tensor& weight,
+                                 const ConvPoolOptions& options, GradientMask wanted) {
+    return cpu::dispatch(input, op, [&](auto zero) {
+      using T = decltype(zero);
+      if (conv_pool_backward_algorithm_cpu(s, input.scalar_type()) == Algorithm::Direct) {
+        const bool any_parameter = wanted[1] || wanted[2];
+        LayerGradients gradients;
+        if (wanted[0]) gradients.input = at::empty(input.sizes(), input.options(), output_memory_format(input));
+        if (any_parameter) {
+          gradients.weight = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::Contiguous);
+          gradients.bias = at::empty({s.out_channels}, weight.options());
+        }
+        // The winners of a channel are read one after the other: those of a large image should be neighbours.
+        const bool rearrange = grad_output.stride(1) == 1 && s.out_channels * s.out_h * s.out_w > int64_t{1} << 16;
+        if (backward_direct<T>(s, rearrange ? grad_output.contiguous() : grad_output,
+                               rearrange ? indices.contiguous() : indices, input, weight.contiguous(), gradients.input,
+                               gradients.weight, gradients.bias)) {
+          gradients.weight = wanted[1] ? gradients.weight.contiguous(output_memory_format(weight)) : Tensor();
+          if (!wanted[2]) gradients.bias = Tensor();
+          return gradients;
+        }
+      }
+      return backward_dense<T>(s, grad_output, indices, input, weight, options, wanted);
+    });
+  }
+
+  static void at_indices(const char* op, const ConvPoolShape& s, const Tensor& input, const Tensor& weight,
+                         const OptionalTensor& bias, const Tensor& indices, const Tensor& output) {
+    const Tensor kernel = weight.contiguous(), offset = bias.has_value() ? bias->contiguous() : Tensor();
+    cpu::dispatch(input, op, [&](auto zero) {
+      using T = decltype(zero);
+      const cpu::ConvAtIndices<T> job{s,
+                                      cpu::data<T>(input),
+                                      cpu::strides4(input),
+                                      cpu::data<T>(kernel),
+                                      offset.defined() ? cpu::data<T>(offset) : nullptr,
+                                      indices.const_data_ptr<uint8_t>(),
+                                      cpu::mutable_data<T>(output),
+                                      cpu::strides4(output)};
+      const auto& kernels = cpu::conv_pool_table<T>().at_indices;
+      void* packed = cpu::shared_scratch(kernels.packed_bytes(s));
+      kernels.prepare(job, packed);
+      const int64_t scratch = kernels.scratch_bytes(s);
+      cpu::parallel_units(s.batch, winner_flops(s), [&](int64_t begin, int64_t end) {
+        kernels.run(job, packed, cpu::unit_scratch(scratch), begin, end);
+      });
+    });
+  }
+};
+
+}  // namespace
+
+Tensor conv_relu_max_pool2d_cpu(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                const ConvPoolOptions& options, bool ceil_mode, Tensor* indices) {
+  return ConvReluMaxPool2dHost<ConvPoolCpu>::forward(op, input, weight, bias, options, ceil_mode, indices);
+}
+
+LayerGradients conv_relu_max_pool2d_backward_cpu(const char* op, const Tensor& grad_output, const Tensor& indices,
+                                                 const Tensor& input, const Tensor& weight,
+                                                 const ConvPoolOptions& options, GradientMask wanted) {
+  return ConvReluMaxPool2dHost<ConvPoolCpu>::backward(op, grad_output, indices, input, weight, options, wanted);
+}
+
+TORCH_LIBRARY_IMPL(lenet_ext, CPU, m) { ConvReluMaxPool2dHost<ConvPoolCpu>::register_operators(m); }
+
+}  // namespace lenet_ext

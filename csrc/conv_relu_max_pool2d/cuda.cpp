@@ -1,0 +1,183 @@
+// conv_relu_max_pool2d on CUDA: which algorithm, and the launches. Compiled only where nvcc is found.
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "common/algorithm.h"
+#include "common/cuda_host.h"
+#include "common/precision.h"
+#include "conv_relu_max_pool2d/host.h"
+
+namespace lenet_ext {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// The cost rule. Predictions from counting (multiply-adds, bytes, launches): nobody has measured the crossovers yet;
+// `make gpu-check` sweeps them.
+Algorithm conv_pool_algorithm_cuda(const ConvPoolShape& s, cuda::DType dtype, bool backward) {
+  // LeNet's two layers have kernels of their own, which never store the convolution's output.
+  if (cuda::has_lenet_kernels(dtype, s)) return choose_algorithm(Algorithm::Direct);
+  // A problem that takes less time than a launch (2 to 3 us): one launch of ours against the vendor's two or more. Our
+  // general kernels do perhaps 1e12 multiply-adds a second forward, fewer backward.
+  const double multiply_adds = double(s.batch) * s.out_channels * std::max(s.conv_h * s.conv_w, s.out_h * s.out_w) *
+                               (s.in_channels / s.groups) * s.kernel_h * s.kernel_w;
+  return choose_algorithm(multiply_adds <= (backward ? 1e6 : 4e6) ? Algorithm::Direct : Algorithm::Vendor);
+}
+
+struct ConvPoolCuda {
+  // The kernels count positions inside a plane in 32 bits.
+  static void check(const char* op, const ConvPoolShape& s) {
+    constexpr int64_t limit = std::numeric_limits<int32_t>::max();
+    const int64_t span_h = s.height + s.pad_top + s.pad_bottom + 2 * s.pool_pad_h + s.pool_kernel_h * s.pool_dilation_h;
+    const int64_t span_w = s.width + s.pad_left + s.pad_right + 2 * s.pool_pad_w + s.pool_kernel_w * s.pool_dilation_w;
+    TORCH_CHECK(span_h <= limit && span_w <= limit && span_h * span_w <= limit && s.in_channels <= limit &&
+                    s.out_channels <= limit && s.kernel_h * s.kernel_w <= limit,
+                op, ": input's padded planes must have fewer than 2^31 positions on CUDA, got ", s.height, " x ",
+                s.width, " with padding");
+  }
+
+  static void forward(const char* op, const ConvPoolShape& s, const Tensor& input, const Tensor& weight,
+                      const OptionalTensor& bias, const ConvPoolOptions& o, const Tensor& output,
+                      const Tensor& indices) {
+    const CudaScope scope(input);
+    const cuda::DType dtype = cuda_dtype(op, input);
+    const Tensor offset = bias.has_value() ? bias->contiguous() : Tensor();
+    uint8_t* codes = indices.defined() ? indices.mutable_data_ptr<uint8_t>() : nullptr;
+    if (conv_pool_algorithm_cuda(s, dtype, false) == Algorithm::Direct) {
+      const Tensor kernel = weight.contiguous();
+      const bool lenet = cuda::has_lenet_kernels(dtype, s) && output.is_contiguous();
+      const Tensor images = lenet ? input.contiguous() : input;
+      const cuda::ConvPoolForward call{s,
+                                       images.const_data_ptr(),
+                                       cuda_strides(images),
+                                       kernel.const_data_ptr(),
+                                       data_or_null(offset),
+                                       output.mutable_data_ptr(),
+                                       codes,
+                                       cuda_strides(output)};
+      // float32 is rounded to TF32 where stock's convolution may be.
+      const bool tensor_cores = lenet && (dtype != cuda::DType::kFloat32 || allows_tf32_convolutions()) &&
+                                cuda::has_lenet_tensor_core_layer(dtype, s);
+      check_launch(op,
+                   tensor_cores ? cuda::launch_lenet_tensor_core_layer(dtype, call, scope.stream)
+                                : cuda::launch_conv_pool_forward(dtype, call, scope.stream),
+                   input);
+    } else {
+      const VendorConvolution v = vendor_convolution_input(input, o);
+      const Tensor conv =
+          at::convolution(v.input, weight, std::nullopt, o.stride, v.padding, o.dilation, false, {0, 0}, o.groups);
+      const cuda::BiasReluPool call{
+          s,     conv.const_data_ptr(), cuda_strides(conv), data_or_null(offset), output.mutable_data_ptr(),
+          codes, cuda_strides(output)};
+      check_launch(op, cuda::launch_bias_relu_pool(dtype, call, scope.stream), input);
+    }
+  }
+
+  static LayerGradients backward(const char* op, const ConvPoolShape& s, const Tensor& grad_output,
+                                 const Tensor& indices, const Tensor& input, const Tensor& weight,
+                                 const ConvPoolOptions& o, GradientMask wanted) {
+    const CudaScope scope(input);
+    const cuda::DType dtype = cuda_dtype(op, input);
+    const at::MemoryFormat format = output_memory_format(input), weight_format = output_memory_format(weight);
+    LayerGradients gradients;
+    if (wanted[2]) gradients.bias = at::empty({s.out_channels}, weight.options());
+
+    if (conv_pool_algorithm_cuda(s, dtype, true) == Algorithm::Direct) {
+      if (wanted[0]) gradients.input = at::empty(input.sizes(), input.options(), format);
+      if (wanted[1]) gradients.weight = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::Contiguous);
+      const bool lenet = cuda::has_lenet_kernels(dtype, s) && format == at::MemoryFormat::Contiguous;
+      auto laid_out = [lenet](const Tensor& tensor) { return lenet ? tensor.contiguous() : tensor; };
+      launch_backward(scope, s, op, laid_out(grad_output), laid_out(indices), laid_out(input), weight.contiguous(),
+                      gradients);
+      if (wanted[1]) gradients.weight = gradients.weight.contiguous(weight_format);
+      return gradients;
+    }
+
+    // The bias gradient needs the winners only, not the dense gradient that the vendor would read once more.
+    if (wanted[2]) launch_backward(scope, s, op, grad_output, indices, input, weight, {{}, {}, gradients.bias});
+    if (wanted[0] || wanted[1]) {
+      const Tensor grad_conv = at::empty({s.batch, s.out_channels, s.conv_h, s.conv_w}, input.options(), format);
+      const cuda::BiasReluPoolBackward call{s,
+                                            grad_output.const_data_ptr(),
+                                            cuda_strides(grad_output),
+                                            indices.const_data_ptr<uint8_t>(),
+                                            cuda_strides(indices),
+                                            grad_conv.mutable_data_ptr(),
+                                            cuda_strides(grad_conv)};
+      check_launch(op, cuda::launch_bias_relu_pool_backward(dtype, call, scope.stream), input);
+      const VendorConvolution v = vendor_convolution_input(input, o);
+      auto [grad_input, grad_weight, unused] =
+          at::convolution_backward(grad_conv, v.input, weight, std::nullopt, o.stride, v.padding, o.dilation, false,
+                                   {0, 0}, o.groups, {wanted[0], wanted[1], false});
+      if (wanted[0]) gradients.input = crop_vendor_grad_input(grad_input, s, o).contiguous(format);
+      if (wanted[1]) gradients.weight = grad_weight.contiguous(weight_format);
+    }
+    return gradients;
+  }
+
+  static void at_indices(const char* op, const ConvPoolShape& s, const Tensor& input, const Tensor& weight,
+                         const OptionalTensor& bias, const Tensor& indices, const Tensor& output) {
+    const CudaScope scope(input);
+    const Tensor kernel = weight.contiguous(), offset = bias.has_value() ? bias->contiguous() : Tensor();
+    const cuda::ConvAtIndices call{s,
+                                   input.const_data_ptr(),
+                                   cuda_strides(input),
+                                   kernel.const_data_ptr(),
+                                   data_or_null(offset),
+                                   indices.const_data_ptr<uint8_t>(),
+                                   output.mutable_data_ptr(),
+                                   cuda_strides(output)};
+    check_launch(op, cuda::launch_conv_at_indices(cuda_dtype(op, input), call, scope.stream), input);
+  }
+
+ private:
+  // What `gradients` has not got is not wanted.
+  static void launch_backward(const CudaScope& scope, const ConvPoolShape& s, const char* op, const Tensor& grad_output,
+                              const Tensor& indices, const Tensor& input, const Tensor& weight,
+                              const LayerGradients& gradients) {
+    const cuda::DType dtype = cuda_dtype(op, input);
+    Tensor workspace;
+    if (gradients.weight.defined() || gradients.bias.defined()) {
+      const int64_t bytes = cuda::conv_pool_backward_workspace(dtype, s, gradients.weight.defined());
+      workspace = at::empty({bytes}, input.options().dtype(at::kByte));
+    }
+    auto writable = [](const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; };
+    const cuda::ConvPoolBackward call{s,
+                                      grad_output.const_data_ptr(),
+                                      cuda_strides(grad_output),
+                                      indices.const_data_ptr<uint8_t>(),
+                                      cuda_strides(indices),
+                                      input.const_data_ptr(),
+                                      cuda_strides(input),
+                                      weight.const_data_ptr(),
+                                      writable(gradients.input),
+                                      gradients.input.defined() ? cuda_strides(gradients.input) : cuda::Strides4{},
+                                      writable(gradients.weight),
+                                      writable(gradients.bias),
+                                      writable(workspace)};
+    check_launch(op, cuda::launch_conv_pool_backward(dtype, call, scope.stream), input);
+  }
+};
+
+}  // namespace
+
+Tensor conv_relu_max_pool2d_cuda(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                 const ConvPoolOptions& options, bool ceil_mode, Tensor* indices) {
+  return ConvReluMaxPool2dHost<ConvPoolCuda>::forward(op, input, weight, bias, options, ceil_mode, indices);
+}
+
+LayerGradients conv_relu_max_pool2d_backward_cuda(const char* op, const Tensor& grad_output, const Tensor& indices,
+                                                  const Tensor& input, const Tensor& weight,
+                                                  const ConvPoolOptions& options, GradientMask wanted) {
+  return ConvReluMaxPool2dHost<ConvPoolCuda>::backward(op, grad_output, indices, input, weight, options, wanted);
+}
+
+TORCH_LIBRARY_IMPL(lenet_ext, LENET_EXT_CUDA_KEY, m) { ConvReluMaxPool2dHost<ConvPoolCuda>::register_operators(m); }
+
+}  // namespace lenet_ext

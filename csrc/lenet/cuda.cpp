@@ -1,0 +1,141 @@
+// The whole network on CUDA. Compiled only where nvcc is found. For one channel and up to 128 classes the forward pass
+// is one launch, in float32 and, where the GPU has tensor cores for them, in float16 and bfloat16; the backward pass of
+// all but large batches is two in each of them. Otherwise the layers go one after the other, without the cost of five
+// operators and five Functions.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "common/algorithm.h"
+#include "common/cuda_host.h"
+#include "common/precision.h"
+#include "lenet/host.h"
+
+namespace lenet_ext {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+constexpr LayerOperators kLayers{conv_relu_max_pool2d_cuda, conv_relu_max_pool2d_backward_cuda, linear_cuda,
+                                 linear_backward_cuda};
+
+// The kernel reads the linear layers' weights 16 bytes at a time.
+Tensor contiguous_and_aligned(const Tensor& tensor) {
+  const Tensor contiguous = tensor.contiguous();
+  return reinterpret_cast<uintptr_t>(contiguous.const_data_ptr()) % 16 == 0 ? contiguous : contiguous.clone();
+}
+
+// What `a` has not got is not wanted.
+template <typename T>
+cuda::LenetForwardOf<T> forward_of(const Tensor& images, const std::vector<Tensor>& p, const LenetLayers& a) {
+  auto to = [](const Tensor& tensor) {
+    return tensor.defined() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+  };
+  auto codes_to = [](const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr<uint8_t>() : nullptr; };
+  cuda::LenetForwardOf<T> call{};
+  call.batch = images.size(0), call.classes = p[8].size(0);
+  call.input = static_cast<const T*>(images.const_data_ptr());
+  for (size_t i = 0; i < 10; ++i) call.parameters[i] = static_cast<const T*>(p[i].const_data_ptr());
+  call.output = to(a.output);
+  call.pooled1 = to(a.pooled1), call.indices1 = codes_to(a.indices1);
+  call.pooled2 = to(a.pooled2), call.indices2 = codes_to(a.indices2);
+  call.hidden1 = to(a.hidden1), call.hidden2 = to(a.hidden2);
+  return call;
+}
+
+LenetLayers lenet_forward(const char* op, const Tensor& input, TensorList parameters, bool training) {
+  const CudaScope scope(input);
+  const Tensor images = input.contiguous();
+  const int64_t batch = input.size(0), classes = parameters[8].size(0);
+  const cuda::DType dtype = cuda_dtype(op, input);
+  const bool rounding_allowed =
+      dtype != cuda::DType::kFloat32 || (allows_tf32_convolutions() && allows_tf32_products());
+  const bool tensor_cores = rounding_allowed && cuda::has_lenet_tensor_core_forward(dtype, input.size(1), classes);
+  if (!tensor_cores && !cuda::has_lenet_forward(dtype, input.size(1), classes)) {
+    return lenet_by_layers(kLayers, op, images, parameters, training);
+  }
+  std::vector<Tensor> p;
+  for (const Tensor& parameter : parameters) p.push_back(contiguous_and_aligned(parameter));
+  const auto options = input.options(), codes = options.dtype(at::kByte);
+  LenetLayers a;
+  a.output = at::empty({batch, classes}, options);
+  if (training) {
+    a.pooled1 = at::empty({batch, 6, 14, 14}, options), a.indices1 = at::empty({batch, 6, 14, 14}, codes);
+    a.pooled2 = at::empty({batch, 16, 5, 5}, options), a.indices2 = at::empty({batch, 16, 5, 5}, codes);
+    a.hidden1 = at::empty({batch, 120}, options), a.hidden2 = at::empty({batch, 84}, options);
+  }
+  const int cluster = tensor_cores ? 0 : cuda::lenet_cluster_blocks(batch, classes);
+  const cuda::LaunchResult result =
+      tensor_cores   ? cuda::launch_lenet_tensor_core_forward(dtype, forward_of<void>(images, p, a), scope.stream)
+      : cluster != 0 ? cuda::launch_lenet_cluster_forward(forward_of<float>(images, p, a), cluster, scope.stream)
+                     : cuda::launch_lenet_forward(forward_of<float>(images, p, a), scope.stream);
+  check_launch(op, result, input);
+  return a;
+}
+
+// The cost rule, predicted and not yet measured. Two launches save some ten others and the traffic between them. But
+// their linear layers read the weights from L2 for every four images, 60 KB an image, where the layers' GEMMs read them
+// once: with some 10 ns an image lost and 20 us won, the layers are ahead from about 2,000 images on. In 16 bits the
+// weights are half as large and the GEMMs faster; the bound is the same until somebody measures.
+constexpr int64_t kMostImagesOfTwoLaunches = 2048;
+
+bool takes_two_launches(const char* op, const Tensor& input, int64_t classes) {
+  const int64_t batch = input.size(0);
+  return batch > 0 && cuda::has_lenet_backward(cuda_dtype(op, input), input.size(1), classes) &&
+         choose_algorithm(batch <= kMostImagesOfTwoLaunches ? Algorithm::Direct : Algorithm::Vendor) ==
+             Algorithm::Direct;
+}
+
+LenetGradients lenet_backward(const char* op, const Tensor& grad_output, const Tensor& input, TensorList parameters,
+                              const LenetLayers& layers, bool input_gradient) {
+  const CudaScope scope(input);
+  const int64_t batch = input.size(0), classes = parameters[8].size(0);
+  LenetLayers a = layers;
+  a.pooled2 = contiguous_and_aligned(a.pooled2);
+  a.hidden1 = contiguous_and_aligned(a.hidden1), a.hidden2 = contiguous_and_aligned(a.hidden2);
+  if (!takes_two_launches(op, input, classes)) {
+    return lenet_backward_by_layers(kLayers, op, grad_output, input, parameters, a, input_gradient);
+  }
+
+  const Tensor images = input.contiguous();
+  std::vector<Tensor> p;
+  LenetGradients gradients;
+  cuda::LenetBackwardOf<void> call{};
+  for (int i = 0; i < 10; ++i) {
+    p.push_back(contiguous_and_aligned(parameters[i]));
+    gradients.parameters.push_back(at::empty(p[i].sizes(), p[i].options()));
+    call.parameters[i] = p[i].const_data_ptr(), call.gradients[i] = gradients.parameters[i].mutable_data_ptr();
+  }
+  call.batch = batch, call.classes = classes;
+  call.slice_images = cuda::lenet_backward_slice_images(batch);
+  call.grad_output = grad_output.const_data_ptr(), call.input = images.const_data_ptr();
+  call.pooled1 = a.pooled1.const_data_ptr(), call.indices1 = a.indices1.const_data_ptr<uint8_t>();
+  call.pooled2 = a.pooled2.const_data_ptr(), call.indices2 = a.indices2.const_data_ptr<uint8_t>();
+  call.hidden1 = a.hidden1.const_data_ptr(), call.hidden2 = a.hidden2.const_data_ptr();
+  const Tensor grad_pooled1 = input_gradient ? at::empty({batch, 6, 14, 14}, input.options()) : Tensor();
+  if (input_gradient) call.grad_pooled1 = grad_pooled1.mutable_data_ptr();
+  const int64_t bytes = cuda::lenet_backward_workspace(batch, call.slice_images);
+  const Tensor workspace = at::empty({bytes}, input.options().dtype(at::kByte));
+  call.workspace = workspace.mutable_data_ptr();
+  check_launch(op, cuda::launch_lenet_backward(cuda_dtype(op, input), call, scope.stream), input);
+  if (input_gradient) {
+    // Training has no use for the gradient of the images; who wants it pays a third launch.
+    gradients.input = conv_relu_max_pool2d_backward_cuda(op, grad_pooled1, a.indices1, input, p[0], lenet_convolution(),
+                                                         {true, false, false})
+                          .input;
+  }
+  return gradients;
+}
+
+struct LenetCuda {
+  static constexpr auto forward = lenet_forward;
+  static constexpr auto backward = lenet_backward;
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lenet_ext, LENET_EXT_CUDA_KEY, m) { LenetHost<LenetCuda>::register_operators(m); }
+
+}  // namespace lenet_ext

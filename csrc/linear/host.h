@@ -1,0 +1,108 @@
+// What linear and linear_relu do on every device: check, answer for an empty batch, call the vendor's matrix product,
+// or hand contiguous rows to the device's kernels:
+//
+//   Device::Scope(tensor)                                     holds while the operator runs (device, no autograd)
+//   Device::algorithm(shape, dtype)
+//   Device::forward(scope, op, shape, rows, weight, bias, relu, output)      `bias` may be undefined
+//   Device::backward(scope, op, shape, grad, mask, rows, weight, wanted)     `mask`, linear_relu's output, may be, too
+#pragma once
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/threshold_backward.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "common/algorithm.h"
+#include "linear/operators.h"
+
+namespace lenet_ext {
+
+template <typename Device>
+class LinearHost {
+  using Tensor = at::Tensor;
+  using OptionalTensor = std::optional<Tensor>;
+
+ public:
+  static Tensor forward(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                        bool relu) {
+    const LinearShape s = check_linear(op, input, weight, bias);
+    const typename Device::Scope scope(input);
+    std::vector<int64_t> sizes = input.sizes().vec();
+    sizes.back() = s.out_features;
+    if (s.rows == 0 || s.out_features == 0) return at::empty(sizes, input.options());
+    const Tensor rows = input.contiguous().view({s.rows, s.in_features});
+    if (Device::algorithm(s, input.scalar_type()) == Algorithm::Vendor) {
+      // Not at::_addmm_activation, although its ReLU is free: whether it lets NaN pass is the GEMM library's secret.
+      const Tensor output = bias.has_value() ? at::addmm(*bias, rows, weight.t()) : at::mm(rows, weight.t());
+      if (relu) output.relu_();
+      return output.view(sizes);
+    }
+    const Tensor output = at::empty(sizes, input.options());
+    Device::forward(scope, op, s, rows, weight.contiguous(), bias.has_value() ? bias->contiguous() : Tensor(), relu,
+                    output);
+    return output;
+  }
+
+  static LayerGradients backward(const char* op, const Tensor& grad_output, const Tensor& output, const Tensor& input,
+                                 const Tensor& weight, GradientMask wanted) {
+    const LinearShape s = check_linear_backward(op, grad_output, output, input, weight);
+    const typename Device::Scope scope(input);
+    LayerGradients gradients;
+    if (s.rows == 0 || s.out_features == 0) {
+      if (wanted[0]) gradients.input = at::zeros(input.sizes(), input.options());
+      if (wanted[1]) gradients.weight = at::zeros(weight.sizes(), weight.options());
+      if (wanted[2]) gradients.bias = at::zeros({s.out_features}, weight.options());
+      return gradients;
+    }
+    Tensor grad = grad_output.contiguous().view({s.rows, s.out_features});
+    const Tensor rows = input.contiguous().view({s.rows, s.in_features});
+    const Tensor mask = output.defined() ? output.contiguous().view({s.rows, s.out_features}) : Tensor();
+    if (Device::algorithm(s, input.scalar_type()) == Algorithm::Direct) {
+      gradients = Device::backward(scope, op, s, grad, mask, rows, weight.contiguous(), wanted);
+    } else {
+      if (mask.defined()) grad = at::threshold_backward(grad, mask, 0);
+      if (wanted[0]) gradients.input = at::mm(grad, weight);
+      if (wanted[1]) gradients.weight = at::mm(grad.t(), rows);
+      if (wanted[2]) gradients.bias = at::sum(grad, 0);
+    }
+    if (wanted[0]) gradients.input = gradients.input.view(input.sizes());
+    return gradients;
+  }
+
+  static void register_operators(torch::Library& m) {
+    m.impl("linear", &operator_linear);
+    m.impl("linear_relu", &operator_linear_relu);
+    m.impl("linear_backward", &operator_linear_backward);
+    m.impl("linear_relu_backward", &operator_linear_relu_backward);
+  }
+
+ private:
+  static Tensor operator_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+    return forward("linear", input, weight, bias, false);
+  }
+
+  static Tensor operator_linear_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+    return forward("linear_relu", input, weight, bias, true);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> operator_linear_backward(const Tensor& grad_output, const Tensor& input,
+                                                                     const Tensor& weight, GradientMask output_mask) {
+    return to_outputs(backward("linear_backward", grad_output, Tensor(), input, weight, output_mask), input.options());
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> operator_linear_relu_backward(const Tensor& grad_output,
+                                                                          const Tensor& output, const Tensor& input,
+                                                                          const Tensor& weight,
+                                                                          GradientMask output_mask) {
+    TORCH_CHECK(output.defined(), "linear_relu_backward: output is undefined");
+    return to_outputs(backward("linear_relu_backward", grad_output, output, input, weight, output_mask),
+                      input.options());
+  }
+};
+
+}  // namespace lenet_ext

@@ -1,0 +1,114 @@
+"""What a training run is made of, and the defaults that were found to work for each data set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from lenet_ext.training.datasets import DATA_SETS
+
+__all__ = ["MODELS", "OPTIMIZERS", "RECIPES", "Recipe", "TrainConfig"]
+
+MODELS = ("fused", "reference")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults of a data set."""
+
+    epochs: int
+    batch_size: int
+    decay: float
+    max_shift: int
+
+
+# Test accuracy at the end with the defaults: digits 99.15, 99.15, 99.15, 98.87% (seeds 0 to 3), mnist 99.37% (seed 0).
+RECIPES = {
+    "digits": Recipe(epochs=30, batch_size=32, decay=0.9, max_shift=3),
+    "mnist": Recipe(epochs=12, batch_size=64, decay=0.75, max_shift=2),
+}
+_LEARNING_RATES = {"sgd": 0.02, "adam": 2e-3, "adamw": 2e-3}
+_CHOICES = {"data": DATA_SETS, "model": MODELS, "optimizer": OPTIMIZERS, "device": ("auto", "cpu", "cuda")}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Args:
+        data: ``"digits"`` or ``"mnist"``.
+        model: ``"fused"`` (`lenet_ext.Net`) or ``"reference"`` (`lenet_ext.ReferenceNet`).
+        epochs: passes over the training data, in total.
+        batch_size: pictures in a step.
+        lr: learning rate of the first step.
+        optimizer: ``"sgd"`` (momentum 0.9, Nesterov), ``"adam"`` or ``"adamw"``.
+        decay: factor on the learning rate per epoch, applied a little at every step. It knows nothing of
+            the number of epochs, so a run that is resumed with more of them is the run that had them from the start.
+        max_shift: each training picture is moved by up to that many pixels.
+        seed: of the initial weights, the order of the data and the shifts.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        threads: of torch on the CPU; None leaves torch's choice.
+        root: directory of the data files.
+
+    Raises:
+        ValueError: a value is out of its range; the message names it.
+
+    Example:
+        >>> TrainConfig.for_data("digits", epochs=3).batch_size
+        32
+    """
+
+    data: str
+    model: str
+    epochs: int
+    batch_size: int
+    lr: float
+    optimizer: str
+    decay: float
+    max_shift: int
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+    root: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, found {getattr(self, name)!r}")
+        _check("epochs", self.epochs, "0 or more", self.epochs >= 0)
+        _check("batch_size", self.batch_size, "1 or more", self.batch_size >= 1)
+        _check("lr", self.lr, "a finite number above 0", math.isfinite(self.lr) and self.lr > 0)
+        _check("decay", self.decay, "above 0 and at most 1", 0 < self.decay <= 1)
+        _check("max_shift", self.max_shift, "0 or more", self.max_shift >= 0)
+        _check("seed", self.seed, "0 or more and below 2**63", 0 <= self.seed < 2**63)
+        _check("threads", self.threads, "1 or more", self.threads is None or self.threads >= 1)
+
+    @classmethod
+    def for_data(cls, data: str = "digits", model: str = "fused", **given: Any) -> TrainConfig:
+        """The defaults for a data set, with what is given (and not None) in their place."""
+        if data not in RECIPES:
+            raise ValueError(f"data must be one of {', '.join(DATA_SETS)}, found {data!r}")
+        values: dict[str, Any] = {"optimizer": "adamw", **asdict(RECIPES[data])}
+        values.update({name: value for name, value in given.items() if value is not None})
+        values.setdefault("lr", _LEARNING_RATES.get(values["optimizer"], 2e-3))
+        return cls(data=data, model=model, **values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON and for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`; keys that this version does not know are left out."""
+        known = {field.name for field in fields(cls)}
+        try:
+            return cls(**{name: value for name, value in values.items() if name in known})
+        except TypeError as error:
+            raise ValueError(f"incomplete configuration: {error}") from None
+
+
+def _check(name: str, value: object, expected: str, good: bool) -> None:
+    if not good:
+        raise ValueError(f"{name} must be {expected}, found {value}")

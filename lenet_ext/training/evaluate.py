@@ -1,0 +1,76 @@
+"""Loss, accuracy and confusion matrix of a network on a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lenet_ext.training.datasets import NUM_CLASSES, DigitImages
+from lenet_ext.training.distributed import ALONE, Processes
+
+__all__ = ["Evaluation", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of `evaluate`. ``confusion[i, j]``: how many pictures of digit i were taken for j."""
+
+    loss: float
+    accuracy: float
+    confusion: Tensor
+
+    def per_class(self) -> list[tuple[int, int, int, float, float]]:
+        """Digit, its number of pictures, how many of them are right, recall and precision (nan: none predicted)."""
+        rows = []
+        for digit in range(NUM_CLASSES):
+            right = int(self.confusion[digit, digit])
+            count = int(self.confusion[digit].sum())
+            predicted = int(self.confusion[:, digit].sum())
+            recall = right / count if count else float("nan")
+            precision = right / predicted if predicted else float("nan")
+            rows.append((digit, count, right, recall, precision))
+        return rows
+
+
+def evaluate(model: nn.Module, data: DigitImages, batch_size: int = 1024, processes: Processes = ALONE) -> Evaluation:
+    """Evaluates a network, without gradients and in eval mode (its mode is restored).
+
+    Args:
+        model: maps float32 (B, 1, 32, 32) to scores (B, 10), on the device of the data.
+        data: what to evaluate on; not empty.
+        batch_size: pictures at a time.
+        processes: those that share the work; all of them must call this, with the same arguments, and get the result.
+
+    Returns:
+        Mean cross-entropy, share of right answers, confusion matrix (int64, on the CPU).
+
+    Raises:
+        ValueError: the data set is empty.
+
+    Example:
+        >>> from lenet_ext.training.datasets import Normalization
+        >>> data = DigitImages(torch.zeros(4, 1, 32, 32, dtype=torch.uint8), torch.arange(4), Normalization(0.0, 1.0))
+        >>> evaluate(nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)), data).confusion.sum()
+        tensor(4)
+    """
+    if len(data) == 0:
+        raise ValueError("the data set is empty")
+    was_training = model.training
+    model.eval()
+    device = data.labels.device
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    confusion = torch.zeros(NUM_CLASSES * NUM_CLASSES, dtype=torch.int64, device=device)
+    try:
+        with torch.inference_mode():
+            for images, labels in data.batches(batch_size, share=(processes.rank, processes.size)):
+                scores = model(images)
+                loss += F.cross_entropy(scores.double(), labels, reduction="sum")
+                confusion += torch.bincount(labels * NUM_CLASSES + scores.argmax(1), minlength=NUM_CLASSES**2)
+    finally:
+        model.train(was_training)
+    processes.sum(loss)
+    confusion = processes.sum(confusion).view(NUM_CLASSES, NUM_CLASSES).cpu()
+    return Evaluation(loss.item() / len(data), confusion.diagonal().sum().item() / len(data), confusion)

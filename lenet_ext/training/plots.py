@@ -1,0 +1,116 @@
+"""Pictures of a training run, drawn without a display."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lenet_ext.environment.extras import require
+from lenet_ext.environment.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["new_figure", "plot_confusion", "plot_curves", "save_figure", "tidy"]
+
+# Colors that stay apart for color-blind readers. Source: M. Okabe, K. Ito, "Color Universal Design".
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+COLORS = (VERMILION, BLUE, GREEN, PURPLE, ORANGE, SKY)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that many inches. Made without pyplot: no global state, no window, no display needed."""
+    return require("matplotlib.figure", "pictures").Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Writes a figure in the format that the name ends in (PNG if it has no ending), atomically.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: the format is unknown.
+    """
+    kind = Path(path).suffix.lstrip(".").lower() or "png"
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=kind, dpi=150)
+
+
+def tidy(axes: Axes) -> None:
+    """The look that all pictures here share: no box, light horizontal lines."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def plot_curves(path: str | Path, history: list[dict[str, Any]], title: str) -> None:
+    """Draws loss and test accuracy over the epochs.
+
+    Args:
+        path: the picture to write.
+        history: the ``epochs`` of ``history.json``; may be empty.
+        title: above the picture.
+    """
+    figure = new_figure(9, 3.8)
+    figure.suptitle(title)
+    losses, accuracy = figure.subplots(1, 2)
+    epochs = [line["epoch"] for line in history]
+    marker = "o" if len(epochs) < 40 else None
+    style: dict[str, Any] = {"marker": marker, "markersize": 3.5, "linewidth": 1.6}
+    losses.plot(epochs, [line["train_loss"] for line in history], color=BLUE, label="training", **style)
+    losses.plot(epochs, [line["test_loss"] for line in history], color=VERMILION, label="test", **style)
+    losses.set(xlabel="epoch", ylabel="cross-entropy")
+    percent = [100 * line["test_accuracy"] for line in history]
+    accuracy.plot(epochs, percent, color=VERMILION, label="test", **style)
+    accuracy.set(xlabel="epoch", ylabel="test accuracy, %")
+    ticker = require("matplotlib.ticker", "pictures")
+    for axes in (losses, accuracy):
+        tidy(axes)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    if history:
+        losses.set_yscale("log")
+        losses.legend(frameon=False)
+        accuracy.annotate(
+            f"{percent[-1]:.2f}%",
+            (epochs[-1], percent[-1]),
+            textcoords="offset points",
+            xytext=(0, -14),
+            ha="right",
+            color=VERMILION,
+        )
+    else:
+        for axes in (losses, accuracy):
+            axes.text(0.5, 0.5, "no epoch trained", ha="center", transform=axes.transAxes, color="0.5")
+    save_figure(figure, path)
+
+
+def plot_confusion(path: str | Path, confusion: Tensor, title: str) -> None:
+    """Draws a confusion matrix: counts as numbers, the share of each row as color.
+
+    Args:
+        path: the picture to write.
+        confusion: int64 (10, 10), rows are the true digits.
+        title: above the picture.
+    """
+    figure = new_figure(6.2, 5.6)
+    axes = figure.subplots()
+    share = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
+    # A square root makes single mistakes visible beside hundreds of right answers.
+    image = axes.imshow(share.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)
+    digits = range(len(confusion))
+    for row in digits:
+        for column in digits:
+            count = int(confusion[row, column])
+            if count:
+                color = "white" if share[row, column] > 0.3 else "0.15"
+                axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=9)
+    axes.set(xticks=digits, yticks=digits, xlabel="predicted digit", ylabel="true digit", title=title)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=[0, 0.1**0.5, 0.5**0.5, 1])
+    bar.ax.set_yticklabels(["0%", "10%", "50%", "100%"])
+    bar.set_label("share of the true digit")
+    bar.outline.set_visible(False)
+    save_figure(figure, path)

@@ -1,0 +1,195 @@
+"""From a picture file to a digit: pictures of any size and kind, brought to what the network was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lenet_ext.environment.extras import require
+from lenet_ext.training.datasets import IMAGE_SIZE, NORMALIZATION
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["frame_ink", "load_ink", "predict"]
+
+_LARGEST = 512  # pixels along an edge; a digit needs no more, and photographs have millions
+_NATIVE_SIZES = {"mnist": ((28, 28), (32, 32)), "digits": ((8, 8), (32, 32))}
+_INK = 0.2  # what is darker than this share of the darkest is part of the digit
+
+
+def load_ink(path: str | Path) -> Tensor:
+    """Reads a picture and tells ink from ground, whichever is the darker one.
+
+    Args:
+        path: a file in any format and mode that Pillow reads; transparency, 16 bits and EXIF rotation included.
+
+    Returns:
+        float32 (H, W), 0 is ground and 1 the strongest ink.
+
+    Raises:
+        OSError: the file cannot be read or is no picture.
+        ValueError: there is nothing in it, or it is too large.
+        lenet_ext.environment.extras.MissingExtraError: Pillow is not installed.
+    """
+    pil = require("PIL.Image", "reading pictures", package="pillow")
+    ops = require("PIL.ImageOps", "reading pictures", package="pillow")
+    try:
+        with pil.open(path) as file:
+            # JPEG only: decode at a lower resolution that still exceeds the target.
+            file.draft("L", (2 * _LARGEST, 2 * _LARGEST))
+            gray = _gray(ops.exif_transpose(file))
+    except pil.UnidentifiedImageError:
+        raise ValueError(f"{path}: not a picture in a known format") from None
+    except pil.DecompressionBombError as error:
+        raise ValueError(f"{path}: the picture is too large ({error})") from None
+    except (SyntaxError, EOFError) as error:  # how Pillow reports some damaged files
+        raise ValueError(f"{path}: damaged picture ({error})") from None
+    scale = _LARGEST / max(gray.shape)
+    if scale < 1:
+        gray = _resize(gray, max(1, round(gray.shape[0] * scale)), max(1, round(gray.shape[1] * scale)))
+    ink = _separate(gray)
+    if ink is None:
+        raise ValueError(f"{path}: the picture is blank")
+    return ink
+
+
+def _gray(image: Image) -> Tensor:
+    """Any mode -> float32 (H, W) from 0 to 1, transparency laid over a ground that shows the digit."""
+    if image.mode[0] in "IF":  # 16 or 32 bits a pixel: the range is not known, take the one that occurs
+        values = _tensor(image, "F").nan_to_num(0.0, 0.0, 0.0)
+        values -= values.min()
+        return values / values.max().clamp(min=1e-12)
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return _tensor(image, "L") / 255
+    image = image.convert("RGBA")
+    alpha = _tensor(image.getchannel("A"), "L") / 255
+    gray = _tensor(image.convert("RGB"), "L") / 255
+    visible = (gray * alpha).sum() / alpha.sum().clamp(min=1e-12)
+    ground = 0.0 if visible > 0.5 else 1.0
+    return gray * alpha + ground * (1 - alpha)
+
+
+def _tensor(image: Image, mode: str) -> Tensor:
+    numpy = require("numpy", "reading pictures")
+    return torch.from_numpy(numpy.array(image.convert(mode), dtype=numpy.float32))
+
+
+def _separate(gray: Tensor) -> Tensor | None:
+    """Gray values -> ink from 0 to 1; None where there is no contrast.
+
+    The frame of the picture is taken to show the ground. A plane fitted to it removes light that falls off to one side,
+    and its scatter gives the noise that is not ink. On a clean picture both are nothing.
+    """
+    height, width = gray.shape
+    rows, columns = torch.meshgrid(
+        torch.linspace(-1, 1, height, dtype=torch.float64),
+        torch.linspace(-1, 1, width, dtype=torch.float64),
+        indexing="ij",
+    )
+    edge_h, edge_w = max(1, height // 20), max(1, width // 20)
+    frame = torch.ones(height, width, dtype=torch.bool)
+    frame[edge_h : height - edge_h, edge_w : width - edge_w] = False
+    values = gray.double()
+    level = values[frame].median()
+    spread = (values[frame] - level).abs().median()
+    # Ink that touches the frame stays out of the fit.
+    frame &= (values - level).abs() <= 4 * spread + 1e-6
+    plane = torch.stack([torch.ones_like(rows), rows, columns], dim=-1)
+    # A frame of a single level has nothing to fit, and leaves the value exact.
+    ground: Tensor = level
+    if spread > 0 and int(frame.sum()) >= 8:
+        ground = plane @ torch.linalg.lstsq(plane[frame], values[frame].unsqueeze(1)).solution.squeeze(1)
+    difference = values - ground
+    if -difference.min() > difference.max():
+        # Ink on paper takes away a share of the light that falls there, however bright or dim that is.
+        difference = -difference / torch.as_tensor(ground).clamp(min=0.1)
+    noise = 3 * difference[frame].abs().median()
+    ink = (difference - noise).clamp(min=0)
+    if ink.max() < 0.02:  # five levels of 255: nothing that a person would see
+        return None
+    return (ink / ink.max()).float()
+
+
+def frame_ink(ink: Tensor, data: str) -> Tensor:
+    """Puts a digit into the frame in which the pictures of a data set show it.
+
+    ``mnist``: the longer side is 20 pixels, the center of mass is the middle of 28x28, padded to 32x32.
+    ``digits``: the whole height is filled, at a resolution of 8x8, resized to 32x32.
+    A picture that has the size of that data set's pictures already is taken to be one of them, and only resized.
+
+    Args:
+        ink: float32 (H, W), 0 to 1, as `load_ink` returns it; not blank.
+        data: name of the data set.
+
+    Returns:
+        uint8 (1, 32, 32).
+
+    Raises:
+        ValueError: the data set is unknown.
+
+    Source: Y. LeCun, C. Cortes, C. Burges, "The MNIST database of handwritten digits"; E. Alpaydin, C. Kaynak, "Optical
+    Recognition of Handwritten Digits", both in the description of the files.
+
+    Example:
+        >>> ink = torch.zeros(100, 60); ink[10:90, 28:32] = 1
+        >>> frame_ink(ink, "mnist").shape
+        torch.Size([1, 32, 32])
+    """
+    if data not in NORMALIZATION:
+        raise ValueError(f"data must be one of {', '.join(NORMALIZATION)}, found {data!r}")
+    if tuple(ink.shape) in _NATIVE_SIZES[data]:
+        size = ink.shape[0]
+        framed = F.pad(ink, (2,) * 4) if size == 28 else _resize(ink, IMAGE_SIZE, IMAGE_SIZE) if size == 8 else ink
+    else:
+        inked = ink > _INK
+        rows, columns = inked.any(1).nonzero().flatten(), inked.any(0).nonzero().flatten()
+        ink = ink[int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1]
+        framed = _frame_by_mass(ink) if data == "mnist" else _frame_by_height(ink)
+    return framed.mul(255).round().clamp(0, 255).to(torch.uint8).unsqueeze(0)
+
+
+def _frame_by_mass(ink: Tensor) -> Tensor:
+    scale = 20 / max(ink.shape)
+    height, width = (max(1, round(size * scale)) for size in ink.shape)
+    ink = _resize(ink, height, width)
+    total = ink.sum()
+    offsets = []
+    for axis, size in enumerate((height, width)):
+        mass = (ink.sum(1 - axis) * torch.arange(size)).sum() / total
+        offset = round((IMAGE_SIZE - 1) / 2 - mass.item())
+        offsets.append(min(max(offset, 0), IMAGE_SIZE - size))
+    top, left = offsets
+    return F.pad(ink, (left, IMAGE_SIZE - width - left, top, IMAGE_SIZE - height - top))
+
+
+def _frame_by_height(ink: Tensor) -> Tensor:
+    # Hardly a picture of that data set is wider than seven of its eight columns.
+    width = min(max(1, round(ink.shape[1] * IMAGE_SIZE / ink.shape[0])), 28)
+    left = (IMAGE_SIZE - width) // 2
+    large = F.pad(_resize(ink, IMAGE_SIZE, width), (left, IMAGE_SIZE - width - left, 0, 0))
+    return _resize(F.avg_pool2d(large[None], 4)[0], IMAGE_SIZE, IMAGE_SIZE)
+
+
+def _resize(image: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(image[None, None].float(), size=(height, width), mode="bilinear", antialias=True)[0, 0]
+
+
+def predict(model: nn.Module, pictures: Tensor, data: str) -> Tensor:
+    """Probabilities of the ten digits.
+
+    Args:
+        model: on the CPU or elsewhere, as the pictures are.
+        pictures: uint8 (N, 1, 32, 32).
+        data: name of the data set that the model was trained on.
+
+    Returns:
+        float32 (N, 10); each row sums to 1.
+    """
+    model.eval()
+    with torch.inference_mode():
+        return model(NORMALIZATION[data](pictures)).float().softmax(1)

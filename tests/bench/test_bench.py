@@ -1,0 +1,394 @@
+"""The benchmark: what is timed is what was compared, and the numbers are put together rightly."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import lenet_ext
+from lenet_ext.bench import (
+    CASES,
+    GROUPS,
+    PROVIDERS,
+    Plan,
+    Program,
+    Provider,
+    Workload,
+    flops_per_image,
+    merge,
+    print_results,
+    read_results,
+    report_to_dict,
+    run_benchmarks,
+    write_csv,
+)
+from lenet_ext.bench.timing import Effort, Samples, percentile, ratio, time_interleaved
+
+CPU = torch.device("cpu")
+SHORT = Effort(sample_s=0.0005, rounds=3, min_rounds=3, budget_s=0.1)
+
+
+def plan(**changes: object) -> Plan:
+    values = {"cases": ("fc3",), "modes": ("forward",), "batch_sizes": (2,), "providers": ("fused", "eager")}
+    return Plan(effort=SHORT, **{**values, **changes})  # type: ignore[arg-type]
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
+def test_percentiles() -> None:
+    values = [5.0, 1.0, 3.0, 2.0, 4.0]
+    assert percentile(values, 0.5) == 3.0
+    assert percentile(values, 0.0) == 1.0
+    assert percentile(values, 1.0) == 5.0
+    assert percentile([7.0], 0.2) == 7.0
+
+
+def test_ratio_is_taken_within_rounds() -> None:
+    # The machine was ten times slower in the last round, for both: the ratio does not notice.
+    assert ratio(Samples((4.0, 4.0, 40.0), 1), Samples((2.0, 2.0, 20.0), 1)) == (2.0, 2.0, 2.0)
+
+
+def test_programs_take_turns() -> None:
+    order: list[str] = []
+    programs = {name: lambda name=name: order.append(name) or time.sleep(0.002) for name in "abc"}
+    samples = time_interleaved(programs, CPU, Effort(sample_s=0.001, rounds=4, min_rounds=4))
+    turns = order[6:]  # two calls of each to find out how long they take
+    assert turns == list("abcbcacababc")
+    assert all(len(s.times_us) == 4 and s.calls == 1 and s.median_us > 1900 for s in samples.values())
+
+
+def test_short_programs_are_called_often() -> None:
+    samples = time_interleaved({"nothing": lambda: None}, CPU, SHORT)
+    assert samples["nothing"].calls > 100
+
+
+# --- cases and providers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.group != "general"])
+def test_stock_and_fused_modules_of_a_case_agree(name: str) -> None:
+    case = CASES[name]
+    stock, fused = case.stock(), case.fused()
+    fused.load_state_dict(stock.state_dict(), strict=True)
+    pictures = torch.randn(3, *case.input_shape)
+    torch.testing.assert_close(fused(pictures), stock(pictures), rtol=1e-4, atol=1e-4)
+
+
+def test_general_cases_have_the_same_shapes() -> None:
+    for case in CASES.values():
+        pictures = torch.empty(2, *case.input_shape, device="meta")
+        assert case.fused().to("meta")(pictures).shape == case.stock().to("meta")(pictures).shape, case.name
+
+
+def test_workloads_are_reproducible() -> None:
+    one, other = (Workload.make(CASES["conv1"], "training", 3, CPU) for _ in range(2))
+    assert torch.equal(one.input, other.input)
+    assert torch.equal(one.grad_output, other.grad_output)
+    assert all(torch.equal(value, other.state[name]) for name, value in one.state.items())
+
+
+@pytest.mark.parametrize("name", ["fused", "eager", "channels_last", "torchscript"])
+@pytest.mark.parametrize("mode", ["forward", "training"])
+def test_provider_computes_what_the_reference_does(name: str, mode: str) -> None:
+    provider = PROVIDERS[name]
+    if mode not in provider.modes:
+        return
+    for case in ("conv2", "net"):
+        work = Workload.make(CASES[case], mode, 3, CPU)
+        program = provider.prepare(work)
+        program.run()
+        program.run()  # gradients must not add up
+        reference = CASES[case].stock()
+        reference.load_state_dict(work.state)
+        pictures = work.input.clone().requires_grad_(CASES[case].input_grad)
+        output = reference(pictures)
+        expected = [output]
+        if mode == "training":
+            leaves = [*reference.parameters(), *([pictures] if CASES[case].input_grad else [])]
+            expected += torch.autograd.grad(output, leaves, work.grad_output)
+        found = program.outputs()
+        assert len(found) == len(expected)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_compile_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    report = run_benchmarks(plan(providers=("fused", "eager", "compile")), CPU)
+    assert "needs a C++ compiler, and none was found" in report.skipped["compile"]
+    assert {row.provider for row in report.rows} == {"fused", "eager"}
+
+
+# --- runner -----------------------------------------------------------------------------------------------------------
+
+
+class WrongProvider(Provider):
+    """Computes something else."""
+
+    name, title = "wrong", "wrong"
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def prepare(self, work: Workload) -> Program:
+        right = PROVIDERS["eager"].prepare(work)
+        return Program(right.run, lambda: [tensor * self.factor for tensor in right.outputs()])
+
+
+@pytest.mark.parametrize("factor", [1.01, -1.0, float("nan")])
+def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    monkeypatch.setitem(PROVIDERS, "wrong", WrongProvider(factor))
+    with pytest.raises(
+        RuntimeError, match=r"fc3, forward, batch 2: wrong: output differs from stock eager .* not timed"
+    ):
+        run_benchmarks(plan(providers=("fused", "eager", "wrong")), CPU)
+
+
+def test_wrong_gradients_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class WrongGradient(WrongProvider):
+        def prepare(self, work: Workload) -> Program:
+            right = PROVIDERS["eager"].prepare(work)
+            return Program(right.run, lambda: [right.outputs()[0], *(1.1 * t for t in right.outputs()[1:])])
+
+    monkeypatch.setitem(PROVIDERS, "wrong", WrongGradient(1.0))
+    with pytest.raises(RuntimeError, match="training, batch 2: wrong: gradient 1 differs"):
+        run_benchmarks(plan(providers=("eager", "wrong"), modes=("training",)), CPU)
+
+
+def test_a_provider_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Provider):
+        name, title = "failing", "failing"
+
+        def prepare(self, work: Workload) -> Program:
+            raise OSError("no such luck\nand more")
+
+    monkeypatch.setitem(PROVIDERS, "failing", Failing())
+    report = run_benchmarks(plan(providers=("fused", "eager", "failing")), CPU)
+    assert report.skipped == {"failing, fc3 forward": "OSError: no such luck and more"}
+    assert len(report.comparisons) == 1
+
+
+def test_slow_providers_stay_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(WrongProvider):
+        name, slow_start = "slow", True
+
+        def prepare(self, work: Workload) -> Program:
+            time.sleep(0.05)
+            return super().prepare(work)
+
+    monkeypatch.setitem(PROVIDERS, "slow", Slow(1.0))
+    budgeted = plan(providers=("eager", "slow"), batch_sizes=(1, 2, 3), slow_batch_sizes=(2, 3), slow_budget_s=0.01)
+    report = run_benchmarks(budgeted, CPU)
+    assert [(row.batch, row.provider) for row in report.rows if row.provider == "slow"] == [(2, "slow")]
+    assert "compiling took" in report.skipped["slow"]
+
+
+@pytest.mark.parametrize("kind", ["cases", "modes", "providers"])
+def test_unknown_names(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"{kind} must be among .*found 'nonsense'"):
+        run_benchmarks(plan(**{kind: ("nonsense",)}), CPU)
+
+
+def test_the_yardstick_is_the_best_of_stock() -> None:
+    report = run_benchmarks(plan(cases=("net",), providers=("fused", "eager", "channels_last")), CPU)
+    (comparison,) = report.comparisons
+    medians = {row.provider: row.samples.median_us for row in report.rows}
+    assert comparison.best_eager == min(("eager", "channels_last"), key=medians.__getitem__)
+    assert comparison.speedup_p20 <= comparison.speedup <= comparison.speedup_p80
+
+
+def test_report_is_strict_json_and_complete() -> None:
+    report = run_benchmarks(plan(modes=("forward", "training"), batch_sizes=(1, 2)), CPU)
+    content = json.loads(json.dumps(report_to_dict(report), allow_nan=False))
+    assert {
+        "date",
+        "machine",
+        "cpu_capability",
+        "torch",
+        "threads",
+        "versions",
+        "commit",
+        "rows",
+        "comparisons",
+    } <= set(content)
+    assert content["versions"]["lenet_ext"] == lenet_ext.build_info()["version"]
+    assert len(content["rows"]) == 2 * 2 * 2
+
+
+def test_table_fits_any_width() -> None:
+    from rich.console import Console
+
+    report = run_benchmarks(plan(), CPU)
+    for width in (60, 80, 200):
+        console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        print_results(report_to_dict(report), console)
+        assert "fc3" in console.export_text()
+
+
+def test_quick_plan_is_a_part_of_the_full_one() -> None:
+    quick, full = Plan.quick(), Plan()
+    assert all(any(case in Plan.group(group).cases for group in GROUPS) for case in quick.cases)
+    assert set(quick.batch_sizes) <= set(full.batch_sizes)
+    assert quick.providers == full.providers
+    assert dataclasses.asdict(quick.effort)["budget_s"] < full.effort.budget_s
+
+
+def test_the_faster_of_our_layouts_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fast(WrongProvider):
+        name, kind = "fused_channels_last", "fused"
+
+        def prepare(self, work: Workload) -> Program:
+            program = super().prepare(work)
+            program.run()
+            return Program(lambda: None, program.outputs)
+
+    monkeypatch.setitem(PROVIDERS, "fused_channels_last", Fast(1.0))
+    report = run_benchmarks(plan(cases=("conv2",), providers=("fused", "eager", "fused_channels_last")), CPU)
+    (comparison,) = report.comparisons
+    assert comparison.best_fused == "fused_channels_last"
+    assert comparison.best_peer == "eager"
+    assert comparison.speedup > 10
+
+
+# --- floor ------------------------------------------------------------------------------------------------------------
+
+
+def test_operations_are_counted() -> None:
+    # Every multiply-add is two operations.
+    assert flops_per_image(CASES["net"], "forward") == 2 * 416520
+    # fc3: the product, its two gradients.
+    assert flops_per_image(CASES["fc3"], "training") == 3 * 2 * 84 * 10
+    # conv1 has no input gradient, and only winners have a weight gradient: a quarter of the positions.
+    forward = 2 * 6 * 25 * 28 * 28
+    assert flops_per_image(CASES["conv1"], "training") == forward + forward // 4
+    assert flops_per_image(CASES["call_linear"], "forward") is None
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def results(**changes: object) -> dict:
+    return json.loads(json.dumps(report_to_dict(run_benchmarks(plan(**changes), CPU))))
+
+
+def test_pieces_of_a_run_add_up() -> None:
+    one, other = results(batch_sizes=(1, 2)), results(batch_sizes=(2, 3))
+    both = merge(one, other)
+    assert [(row["batch"], row["provider"]) for row in both["rows"]] == [
+        (batch, provider) for batch in (1, 2, 3) for provider in ("fused", "eager")
+    ]
+    assert [line["batch"] for line in both["comparisons"]] == [1, 2, 3]
+    measured_again = [row for row in both["rows"] if row["batch"] == 2]
+    assert measured_again == [row for row in other["rows"] if row["batch"] == 2]
+    assert merge(None, one) == one
+
+
+def test_results_of_another_machine_are_not_mixed_in() -> None:
+    one = results()
+    other = {**one, "machine": {**one["machine"], "cpu": "Z80"}}
+    with pytest.raises(ValueError, match="another machine: cpu Z80, now"):
+        merge(other, one)
+
+
+def test_reading_other_files(tmp_path: Path) -> None:
+    assert read_results(tmp_path / "none.json") is None
+    (tmp_path / "text.json").write_text("no")
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_results(tmp_path / "text.json")
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ValueError, match="holds no results"):
+        read_results(tmp_path / "list.json")
+
+
+def test_csv_has_a_line_per_row(tmp_path: Path) -> None:
+    content = results(batch_sizes=(1, 2))
+    write_csv(content, tmp_path / "rows.csv")
+    with open(tmp_path / "rows.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["median_us"]) for line in lines] == [row["median_us"] for row in content["rows"]]
+    assert {line["cpu"] for line in lines} == {content["machine"]["cpu"]}
+
+
+# --- the scripts in benchmarks/ ---------------------------------------------------------------------------------------
+
+
+def script(name: str):
+    """A module of benchmarks/, which is no part of the installed package."""
+    folder = Path(__file__).resolve().parents[2] / "benchmarks"
+    sys.path.insert(0, str(folder))
+    try:
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(folder))
+
+
+def test_tables_of_a_markdown_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    content = results(cases=("fc3", "call_linear"), batch_sizes=(1,))
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    text = "before\n<!-- bench:layers -->\nstale\n<!-- /bench -->\nafter\n"
+    (tmp_path / "README.md").write_text(text)
+    to_markdown = script("to_markdown")
+
+    def run(option: str) -> int:
+        arguments = ["to_markdown", str(tmp_path / "results.json"), option, str(tmp_path / "README.md")]
+        monkeypatch.setattr(sys, "argv", arguments)
+        return to_markdown.main()
+
+    assert run("--check") == 1
+    assert "out of date" in capsys.readouterr().err
+    assert run("--update") == 0
+    assert run("--check") == 0
+    written = (tmp_path / "README.md").read_text()
+    assert written.startswith("before\n<!-- bench:layers -->\n")
+    assert written.endswith("<!-- /bench -->\nafter\n")
+    assert "stale" not in written
+    fused = next(row for row in content["rows"] if row["case"] == "fc3" and row["provider"] == "fused")
+    assert f"{fused['images_per_second']:,.0f}" in written
+    (tmp_path / "README.md").write_text("<!-- bench:memory -->\n<!-- /bench -->")
+    with pytest.raises(SystemExit):
+        run("--update")
+    assert "no results for the table 'memory'" in capsys.readouterr().err
+    assert "call" in to_markdown.TABLES["overhead"](content)
+
+
+def test_targets_take_the_worst_cell() -> None:
+    targets = script("targets")
+
+    def rows(batch: int, fused: float, eager: float, channels_last: float) -> list[dict]:
+        common = {"case": "net", "mode": "forward", "batch": batch, "threads": 1, "group": "net"}
+        times = {"fused": fused, "eager": eager, "channels_last": channels_last}
+        return [
+            {**common, "provider": name, "median_us": us, "fused_speedup": us / fused, "peak_share": fused / 100}
+            for name, us in times.items()
+        ]
+
+    content = {"rows": [*rows(256, 10.0, 200.0, 120.0), *rows(1024, 50.0, 300.0, 400.0), *rows(4096, 10.0, 90.0, 99.0)]}
+    outcomes = {outcome.what: outcome for outcome in targets.outcomes(content)}
+    over_eager = outcomes["inference, batch 256 to 4096: over stock eager"]
+    assert over_eager.measured == 6.0
+    assert over_eager.where == "net, batch 1024, 1 thread, against eager"
+    assert over_eager.verdict == "missed"
+    assert outcomes["inference, batch 256 to 4096: share of peak"].measured == 0.1
+    assert outcomes["inference, batch 8: over stock eager"].verdict == "not measured"
+
+
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/results/README.md"])
+def test_the_tables_of_the_repository_are_of_the_results(name: str) -> None:
+    root = Path(__file__).resolve().parents[2]
+    content = json.loads((root / "benchmarks/results/cpu.json").read_text())
+    text = (root / name).read_text()
+    assert "<!-- bench:" in text
+    assert script("to_markdown").updated(text, content) == text, f"make tables brings {name} up to date"

@@ -1,0 +1,282 @@
+"""benchmarks/gpu_check.py, as far as it can be tested without a GPU: the order of steps, what is read from other tools,
+the verdicts, and that every measurement runs (on the CPU, in small)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lenet_ext.training import datasets
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import gpu_check  # noqa: E402
+from gpu import measurements, ncu, targets  # noqa: E402
+from gpu_check import FAILED, OK, SKIPPED, TIMED_OUT, Step, run_command, run_stage  # noqa: E402
+
+
+def outcome(status: str) -> dict[str, Any]:
+    return {"status": status, "code": 0, "seconds": 0.1, "output": "what it said"}
+
+
+def run(steps: list[Step], seconds: float = 60.0) -> tuple[dict[str, Any], list[str]]:
+    report: dict[str, Any] = {"steps": {}}
+    saved: list[str] = []
+    run_stage(steps, report, lambda: saved.append(json.dumps(report)), seconds)
+    return report["steps"], saved
+
+
+def test_steps_depend_on_each_other():
+    ran = []
+
+    def step(name: str, status: str, **rest: Any) -> Step:
+        return Step(name, 10, lambda limit: ran.append(name) or outcome(status), **rest)
+
+    done, saved = run(
+        [
+            step("build", OK),
+            step("driver", FAILED),
+            step("tests", OK, needs=("build",)),
+            step("memcheck", OK, needs=("build", "driver")),
+            step("absent", OK, needs=("nothing of the kind",)),
+            step("tool", OK, tool="a-program-that-is-not-there"),
+            step("python", TIMED_OUT, tool=Path(sys.executable).name),
+        ]
+    )
+    assert ran == ["build", "driver", "tests", "python"]
+    assert [step["status"] for step in done.values()] == [OK, FAILED, OK, SKIPPED, SKIPPED, SKIPPED, TIMED_OUT]
+    assert done["memcheck"]["reason"] == 'needs the step "driver": failed'
+    assert "not part of this run" in done["absent"]["reason"]
+    assert "a-program-that-is-not-there" in done["tool"]["reason"]
+    assert done["driver"]["tail"] == "what it said"
+    # After each step the file has everything so far.
+    assert [len(json.loads(text)["steps"]) for text in saved] == list(range(1, 8))
+
+
+def test_a_stage_ends_in_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: now[0])
+    limits = []
+
+    def slow(limit: float) -> dict[str, Any]:
+        limits.append(limit)
+        now[0] += min(limit, 40)
+        return outcome(OK)
+
+    done, _ = run([Step(name, 60, slow) for name in "abcd"], seconds=83)
+    assert limits == [60, 43]  # the second may take what is left
+    assert [done[name]["status"] for name in "abcd"] == [OK, OK, SKIPPED, SKIPPED]
+    assert done["c"]["reason"] == "the stage's time is over"
+
+
+def test_commands():
+    python = sys.executable
+    done = run_command([python, "-c", "import os; print('out', os.environ['VARIABLE'])"], 60, VARIABLE="set")
+    assert (done["status"], done["code"], done["output"].strip()) == (OK, 0, "out set")
+    done = run_command([python, "-c", "import sys; sys.exit('reason')"], 60)
+    assert (done["status"], done["code"], done["output"].strip()) == (FAILED, 1, "reason")
+    done = run_command([python, "-c", "import time; print('begun', flush=True); time.sleep(60)"], 2)
+    assert (done["status"], done["output"].strip()) == (TIMED_OUT, "begun")
+    assert run_command(["a-program-that-is-not-there"], 60)["status"] == FAILED
+
+
+def test_built_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path)
+    sources, builds, status = ["first"], [], [FAILED]
+    monkeypatch.setattr(gpu_check, "source_hash", lambda: sources[0])
+    build = gpu_check.built_once("package", lambda limit: builds.append(limit) or outcome(status[0]))
+    assert build(1)["status"] == FAILED
+    status[0] = OK
+    assert [build(2)["status"], build(3)["status"]] == [OK, OK]
+    assert builds == [1, 2]  # not again after it went well
+    sources[0] = "second"
+    build(4)
+    assert builds == [1, 2, 4]
+
+
+def test_the_hash_sees_every_source(tmp_path, monkeypatch):
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "csrc/cuda/kernel.cu",
+        "lenet_ext/net.py",
+        "tests/cuda_on_cpu/driver.cu",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    hashes = {gpu_check.source_hash()}
+    for name in ("csrc/cuda/kernel.cu", "lenet_ext/net.py", "tests/cuda_on_cpu/driver.cu", "pyproject.toml"):
+        (tmp_path / name).write_text("changed")
+        hashes.add(gpu_check.source_hash())
+    assert len(hashes) == 5
+
+
+def test_stages_are_whole():
+    """Every step that is needed is part of the same stage and comes before; names are unique."""
+    for steps in (gpu_check.check_steps(), gpu_check.bench_steps("somewhere")):
+        names = [step.name for step in steps]
+        assert len(set(names)) == len(names)
+        for i, step in enumerate(steps):
+            assert set(step.needs) <= set(names[:i]), step.name
+            assert step.limit < gpu_check.STAGE_SECONDS
+
+
+def test_mnist_without_files(tmp_path):
+    for root in (None, str(tmp_path / "absent")):
+        step = next(s for s in gpu_check.bench_steps(root) if s.name == "mnist")
+        done = step.run(10)
+        assert done["status"] == SKIPPED
+        assert "--mnist-root" in done["reason"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "gpu_check: torch sees no GPU here"
+    assert not (tmp_path / "out").exists()
+
+
+# What the tool prints: its own messages, the names of the columns, their units, a line for each launch.
+NCU = """==PROF== Connected to process 17 (driver)
+==PROF== Profiling "lenet_forward_kernel" - 0: 0%....50%....100% - 3 passes
+ok
+==PROF== Disconnected from process 17
+"ID","Process ID","Kernel Name","Grid Size","dram__bytes_read.sum","gpu__time_duration.sum","launch__registers_per_thread","sm__warps_active.avg.pct_of_peak_sustained_active"
+"","","","","byte","ns","register/thread","%"
+"0","17","lenet_forward_kernel(LenetForward, int)","(2, 1, 1)","1,024","4,000","128","24.5"
+"1","17","small_matrix_product_kernel(SmallMatrixProduct)","(1, 1, 1)","2048","3000","96","n/a"
+"2","17","lenet_forward_kernel(LenetForward, int)","(2, 1, 1)","3,072","6,000","128","25.5"
+==WARNING== something that does not matter
+"""  # noqa: E501
+
+
+def test_ncu_is_read():
+    rows = ncu.parse(NCU)
+    assert rows == [
+        {
+            "kernel": "lenet_forward_kernel(LenetForward, int)",
+            "launches": 2,
+            "microseconds": 5.0,
+            "dram_read_bytes": 2048.0,
+            "occupancy_percent": 25.0,
+            "registers": 128.0,
+        },
+        {
+            "kernel": "small_matrix_product_kernel(SmallMatrixProduct)",
+            "launches": 1,
+            "microseconds": 3.0,
+            "dram_read_bytes": 2048.0,
+            "registers": 96.0,
+        },
+    ]
+    with pytest.raises(ValueError, match="no table"):
+        ncu.parse("==ERROR== The user does not have permission to access NVIDIA GPU Performance Counters")
+    assert "--csv" in ncu.command("driver", 3)
+
+
+def times(ours: float, stock: float) -> dict[str, Any]:
+    return {"ours graph": {"median": ours}, "stock graph": {"median": stock}}
+
+
+def test_targets():
+    report: dict[str, Any] = {
+        "steps": {
+            "net float32": {
+                "result": [
+                    {"case": "forward batch 1", "us": times(7.0, 35.0)},
+                    {"case": "step batch 64", "us": times(30.0, 90.0)},
+                    {"case": "forward batch 65536", "us": times(1000.0, 4000.0)},
+                ]
+            },
+            "layers float32": {"result": [{"case": "conv1 forward batch 65536", "us": times(1.0, 12.5)}]},
+            "sweep": {"result": [{"case": "a", "us": times(1, 2)}, {"case": "b", "us": times(1, 0.97)}]},
+            "net tf32": {"status": "skipped"},
+            "mnist": {
+                "result": [
+                    {"model": "ours", "seconds": 0.1, "reached": True},
+                    {"model": "ours", "seconds": 0.19, "reached": True},
+                    {"model": "ours", "seconds": 9.0, "reached": False},
+                    {"model": "stock", "seconds": 9.0, "reached": True},
+                ]
+            },
+        }
+    }
+    found = {target.what: (value, verdict) for target, value, verdict in targets.verdicts(report)}
+    assert found["batch 1 inference: microseconds"] == (7.0, "met")
+    assert found["batch 1 inference: over stock"] == (5.0, "met")
+    assert found["batch 64 training step: microseconds"] == (30.0, "missed")
+    assert found["batch 64 training step: over stock"] == (3.0, "missed")
+    assert found["batch 65536, float32: million images/s"] == (pytest.approx(65.536), "met, ambitious too")
+    assert found["batch 65536, TF32: million images/s"] == (None, "not measured")
+    assert found["conv1 forward: over stock"] == (12.5, "met, ambitious too")
+    assert found["MNIST to 99%: milliseconds, median"] == (pytest.approx(145.0), "met")
+    assert found["any shape of the sweep: over stock"] == (0.97, "missed")
+    gpu_check.print_tables(report)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Every measurement on the CPU, at sizes that take no time."""
+    sizes: dict[str, Any] = {
+        "DEVICE": "cpu",
+        "BATCHES": [2],
+        "LAYER_BATCHES": [2],
+        "SLOW_BATCHES": [2],
+        "SWEEP_BATCHES": [1],
+        "SWEEP_CHANNELS": [1, 3],
+        "SWEEP_SIZES": [8],
+        "COPY_BYTES": 2**12,
+        "MATRIX_SIZE": 32,
+        "PARITY_IMAGES": 64,
+        "PARITY_STEPS": 20,
+        "MNIST_SEEDS": 2,
+        "MNIST_BATCH": 32,
+        "MNIST_EPOCHS": 30,
+        "MNIST_TARGET": 0.5,
+    }
+    for name, value in sizes.items():
+        assert hasattr(measurements, name)
+        monkeypatch.setattr(measurements, name, value)
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    timed = measurements.timed
+    monkeypatch.setattr(measurements, "timed", lambda functions, **_: timed(functions, rounds=5, limit=0.01))
+    # What exists for GPUs only, or takes a minute.
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", lambda x, w, b, *options: F.relu(F.conv2d(x, w, b)))
+    train, test = datasets.load_digits()
+    few = datasets.DigitImages(train.images[:320], train.labels[:320], train.normalization)
+    monkeypatch.setattr(datasets, "load", lambda name, root: (few, test))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = flags
+
+
+ARGUMENTS = {"net": "tf32", "layers": "bfloat16", "sweep": "rule", "mnist": "somewhere"}
+
+
+@pytest.mark.parametrize("name", measurements.MEASUREMENTS)
+def test_measurements_run(small, name):
+    if name == "jax":
+        pytest.importorskip("jax")
+    saved: list[str] = []
+    measure = measurements.MEASUREMENTS[name]
+    measure(lambda result: saved.append(json.dumps(result)), *([ARGUMENTS[name]] if name in ARGUMENTS else []))
+    result = json.loads(saved[-1])
+    assert result
+    if name in ("net", "layers", "sweep", "compiled"):
+        assert all(row["us"]["ours graph"]["median"] > 0 for row in result)
+    if name == "mnist":
+        assert [(run["model"], run["seed"]) for run in result] == [("ours", 0), ("stock", 0), ("ours", 1), ("stock", 1)]
+        assert all(run["reached"] for run in result), result

@@ -1,0 +1,79 @@
+"""The kernels as nvcc sees them: no warning for any default architecture, no spill in those that must be fast."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "build_backend"))
+from cuda_toolkit import DEFAULT_ARCHITECTURES, find_cuda_toolkit  # noqa: E402
+
+# Kernels that were written to live in registers, and how many a thread may use: 128 leave room for two blocks of 256
+# threads on a multiprocessor. float64 is left out; nobody runs LeNet in it for speed.
+HOT = {
+    "lenet_forward_kernel": 128,
+    "lenet_forward_cluster_kernel": 128,
+    "lenet_backward_data_kernel": 128,
+    "lenet_backward_weight_kernel": 128,
+    "lenet_tensor_core_kernel": 128,
+    "lenet_tensor_core_conv1_kernel": 128,
+    "lenet_tensor_core_conv2_kernel": 128,
+    "lenet_conv_forward_kernel": 128,
+    "lenet_grad_input_kernel": 128,
+    "lenet_grad_input_small_kernel": 128,
+    "lenet_conv1_grad_weight_kernel": 128,
+    "lenet_conv2_grad_weight_kernel": 128,
+    "small_matrix_product_kernel": 128,
+}
+
+
+def _compile(job: tuple[str, Path, str, Path]) -> str:
+    nvcc, source, architecture, target = job
+    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-Werror", "all-warnings"]
+    done = subprocess.run([*command, "-cubin", str(source), "-o", str(target)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def ptxas(tmp_path_factory) -> list[tuple[str, str]]:
+    """(architecture, what ptxas says) for every file and every default architecture that this nvcc knows."""
+    toolkit = find_cuda_toolkit()
+    if isinstance(toolkit, str):
+        pytest.skip(toolkit)
+    known = subprocess.run([toolkit.nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    architectures = [a.removesuffix("+PTX").replace(".", "") for a in DEFAULT_ARCHITECTURES]
+    architectures = [a for a in architectures if f"compute_{a}\n" in known]
+    folder = tmp_path_factory.mktemp("cubin")
+    jobs = [
+        (toolkit.nvcc, source, architecture, folder / f"{source.stem}.{architecture}")
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+        for architecture in architectures
+    ]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return [(job[2], text) for job, text in zip(jobs, pool.map(_compile, jobs), strict=True)]
+
+
+def test_hot_kernels_live_in_registers(ptxas):
+    seen = set()
+    for architecture, text in ptxas:
+        for name, report in re.findall(r"Compiling entry function '(\w+)'(.*?Used \d+ registers)", text, re.DOTALL):
+            kernel = next((kernel for kernel in HOT if kernel in name), None)
+            # In a mangled name a template argument d is float64: ...kernelId...
+            if kernel is None or f"{kernel}Id" in name:
+                continue
+            seen.add((kernel, architecture))
+            stack, stores, loads = map(
+                int, re.search(r"(\d+) bytes stack frame, (\d+) .* (\d+) bytes spill", report).groups()
+            )
+            registers = int(re.search(r"Used (\d+) registers", report)[1])
+            assert (stack, stores, loads) == (0, 0, 0), f"{name} for sm_{architecture}: {report}"
+            assert registers <= HOT[kernel], f"{name} for sm_{architecture}: {registers} registers"
+    assert {kernel for kernel, _ in seen} == set(HOT), "a kernel of the list is no longer there"

@@ -1,0 +1,354 @@
+"""The build: what a source distribution holds, what a wheel asks for, and how a build that cannot work ends.
+
+Everything happens in a copy of the source tree, and through the hooks that pip calls.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.message import Message
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+
+SOURCE_TREE = Path(__file__).resolve().parents[2]
+MADE_BY_TOOLS = (
+    "build",
+    "dist",
+    "runs",
+    "PKG-INFO",
+    "setup.cfg",
+    "__pycache__",
+    "*.egg-info",
+    "*.so",
+    "_build_record.json",
+)
+MINOR = ".".join(torch.__version__.split(".")[:2])
+
+WITHOUT_TORCH = """
+import importlib.machinery
+find = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
+"""
+# As pip isolates a build: the interpreter of the target environment, whose packages have been taken off sys.path.
+ISOLATED = """
+import site, sys
+sys.path[:] = [path for path in sys.path if path not in site.getsitepackages()]
+"""
+
+pytestmark = pytest.mark.skipif(not (SOURCE_TREE / "setup.py").is_file(), reason="needs the source tree")
+
+
+def shipped_files() -> list[str]:
+    """What git tracks; without git (a source distribution has none) what is there and was not made by a tool."""
+    command = ["git", "ls-files", "-z"]
+    try:
+        done = subprocess.run(command, cwd=SOURCE_TREE, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        tracked = []
+    else:
+        tracked = [name for name in done.stdout.split("\0") if (SOURCE_TREE / name).is_file()]
+    if "setup.py" in tracked:
+        return tracked
+    names = []
+    for path in SOURCE_TREE.rglob("*"):
+        name = path.relative_to(SOURCE_TREE)
+        made = any(
+            Path(part).match(pattern)
+            for part in name.parts
+            for pattern in (*MADE_BY_TOOLS, ".venv", ".*_cache", ".git")
+        )
+        if path.is_file() and not made:
+            names.append(str(name))
+    return names
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the source tree."""
+    copy = tmp_path_factory.mktemp("packaging") / "lenet_ext_source"
+    for name in shipped_files():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(SOURCE_TREE / name, copy / name)
+    return copy
+
+
+def environment(tree: Path, site: str = "", **variables: str) -> dict[str, str]:
+    """This process's environment with a sitecustomize of its own, and without the switches of the build."""
+    switches = ("LENET_EXT_", "CUDA_", "TORCH_CUDA_", "FORCE_CUDA", "MAX_JOBS", "CXX", "CC", "DEBUG", "PYTHONPATH")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(switches)}
+    folder = tree.parent / f"site{abs(hash(site))}"
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(site)
+    if site == ISOLATED and not (folder / "setuptools").exists():
+        for path in Path(setuptools.__file__).parents[1].glob("setuptools*"):  # the package and its version
+            (folder / path.name).symlink_to(path)
+    return inherited | {"PYTHONPATH": os.pathsep.join([str(tree / "build_backend"), str(folder)])} | variables
+
+
+def hook(tree: Path, call: str, site: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Calls a hook of the build backend, in the source tree as PEP 517 has it; prints its value as the last line."""
+    command = [sys.executable, "-c", f"import lenet_ext_backend as backend; print('\\n' + repr(backend.{call}))"]
+    where = environment(tree, site, **variables)
+    return subprocess.run(command, cwd=tree, env=where, capture_output=True, text=True, check=False)
+
+
+def value(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()[-1].strip("'")
+
+
+def torch_requirements(metadata: Message) -> list[str]:
+    return [line for line in metadata.get_all("Requires-Dist", []) if line.startswith("torch")]
+
+
+@pytest.fixture(scope="module")
+def sdist(tree: Path) -> Path:
+    """A source distribution, made where there is no torch."""
+    folder = tree.parent / "sdist"
+    folder.mkdir()
+    return folder / value(hook(tree, f"build_sdist({str(folder)!r})", WITHOUT_TORCH))
+
+
+def test_the_sdist_holds_the_whole_tree(tree: Path, sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        members = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
+    generated = {name for name in members if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    shipped = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()} & set(shipped_files())
+    assert {"csrc/library.cpp", "csrc/cpu/simd.h", "build_backend/extension.py", "tests/conftest.py"} <= shipped
+    assert members - generated == shipped
+
+
+def test_the_metadata_of_the_sdist_can_be_read_without_torch(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        name = f"{sdist.name.removesuffix('.tar.gz')}/PKG-INFO"
+        metadata = Parser().parsestr(archive.extractfile(name).read().decode())
+    assert metadata["Name"] == "lenet_ext"
+    assert metadata["License-Expression"] == "MIT"
+    assert torch_requirements(metadata) == ["torch>=2.11"]
+
+
+def test_torch_is_asked_for_only_where_there_is_none(tree: Path) -> None:
+    both = "get_requires_for_build_wheel() + backend.get_requires_for_build_editable()"
+    assert value(hook(tree, both)) == "[]"
+    assert value(hook(tree, both, WITHOUT_TORCH)) == "['torch>=2.11', 'torch>=2.11']"
+
+
+def test_an_isolated_build_sees_the_torch_of_the_environment(tree: Path) -> None:
+    def python(code: str) -> subprocess.CompletedProcess[str]:
+        command, where = [sys.executable, "-c", code], environment(tree, ISOLATED)
+        return subprocess.run(command, cwd=tree, env=where, capture_output=True, text=True, check=False)
+
+    if python("import torch").returncode == 0:
+        pytest.skip("torch is not in the environment's own site-packages")
+    done = python("import lenet_ext_backend, torch; print(torch.__file__)")
+    assert done.stdout.strip() == torch.__file__, done.stderr
+    assert value(hook(tree, "get_requires_for_build_wheel()", ISOLATED)) == "[]"
+
+
+@pytest.mark.parametrize(("site", "requirement"), [("", f"torch=={MINOR}.*"), (WITHOUT_TORCH, "torch>=2.11")])
+def test_prepared_metadata_names_the_torch_that_is_there(
+    tree: Path, tmp_path: Path, site: str, requirement: str
+) -> None:
+    name = value(hook(tree, f"prepare_metadata_for_build_wheel({str(tmp_path)!r})", site))
+    metadata = Parser().parsestr((tmp_path / name / "METADATA").read_text())
+    assert torch_requirements(metadata) == [requirement]
+
+
+NO_TORCH = "torch is not installed here; run: pip install torch, and then: pip install ."
+NO_NVCC = "LENET_EXT_CUDA=1 needs nvcc, which is neither in CUDA_HOME nor on the PATH; set CUDA_HOME"
+NO_COMPILER = "the C++ compiler '/nonexistent' was not found; install g++ or clang++, or set CXX to one"
+
+
+@pytest.mark.parametrize(
+    ("site", "variables", "sentence"),
+    [
+        pytest.param(WITHOUT_TORCH, {}, NO_TORCH, id="no torch"),
+        pytest.param("", {"LENET_EXT_CUDA": "1", "PATH": "/nonexistent"}, NO_NVCC, id="no nvcc"),
+        pytest.param("", {"LENET_EXT_CUDA": "0", "CXX": "/nonexistent"}, NO_COMPILER, id="no compiler"),
+    ],
+)
+def test_what_cannot_be_built_is_told_in_one_sentence_before_compiling(
+    tree: Path, tmp_path: Path, site: str, variables: dict[str, str], sentence: str
+) -> None:
+    done = hook(tree, f"build_wheel({str(tmp_path)!r})", site, **variables)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == f"lenet_ext: {sentence}"
+    assert "Traceback" not in done.stderr
+    assert not (tree / "build").exists()
+
+
+def test_what_an_earlier_build_left_behind_is_not_used(tree: Path, tmp_path: Path) -> None:
+    """Objects compiled against another torch, and modules that the source no longer has."""
+    code = """
+import sys
+from pathlib import Path
+import lenet_ext_backend, torch
+torch.__version__ = sys.argv[2]
+from extension import extension_and_command
+from setuptools import Distribution
+build = Distribution({"name": "lenet_ext", **extension_and_command(Path.cwd(), "0")}).get_command_obj("build")
+build.build_base, build.sub_commands = sys.argv[1], []
+build.ensure_finalized()
+removed = Path(build.build_lib, "lenet_ext", "removed.py")
+removed.parent.mkdir(parents=True, exist_ok=True)
+removed.touch()
+build.run()
+build_ext = build.get_finalized_command("build_ext")
+print(removed.exists(), build_ext.force, build_ext.build_temp)
+"""
+
+    def answer(torch_version: str) -> list[str]:
+        command = [sys.executable, "-c", code, str(tmp_path), torch_version]
+        where = environment(tree, LENET_EXT_CUDA="0")
+        done = subprocess.run(command, cwd=tree, env=where, capture_output=True, text=True, check=False)
+        return value(done).split(maxsplit=2)
+
+    first, again, other = answer("2.12.0"), answer("2.12.0"), answer("2.13.0")
+    assert first[:2] == ["False", "True"]
+    assert first == again
+    assert first[2] != other[2]
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`cuda_toolkit` of the build backend with a CUDA 13.0 toolkit that only answers questions."""
+    monkeypatch.syspath_prepend(str(SOURCE_TREE / "build_backend"))
+    for variable in ("LENET_EXT_CUDA", "FORCE_CUDA", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(variable, raising=False)
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(
+        '#!/bin/sh\ncase "$*" in\n'
+        '  --version) echo "Cuda compilation tools, release 13.0, V13.0.48" ;;\n'
+        '  --list-gpu-arch) printf "compute_75\\ncompute_80\\ncompute_90\\ncompute_100\\ncompute_120\\n" ;;\n'
+        f'  *) echo "#$ TOP={tmp_path}" >&2 ;;\nesac\n'
+    )
+    nvcc.chmod(0o755)
+    for file in ("include/cuda_runtime.h", "lib64/libcudart_static.a"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    import cuda_toolkit
+
+    return cuda_toolkit
+
+
+def test_cuda_is_built_where_nvcc_is_found(toolkit, tmp_path: Path) -> None:
+    found = toolkit.find_cuda_toolkit()
+    assert (found.version, found.include, found.libraries) == ("13.0", tmp_path / "include", tmp_path / "lib64")
+    assert found.architectures == ["8.0", "9.0", "10.0+PTX"]
+    assert found.gencode()[-2:] == [
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
+
+
+def test_cuda_is_left_out_with_a_reason(toolkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LENET_EXT_CUDA", "0")
+    assert toolkit.find_cuda_toolkit() == "LENET_EXT_CUDA=0 was set"
+    monkeypatch.delenv("LENET_EXT_CUDA")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("PATH", "")
+    assert toolkit.find_cuda_toolkit() == "no nvcc was found, neither in CUDA_HOME nor on the PATH"
+
+
+def test_cuda_that_is_insisted_on_is_not_left_out(toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", "/nonexistent")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("FORCE_CUDA", "1")  # what other packages call it
+    with pytest.raises(SystemExit, match=NO_NVCC):
+        toolkit.find_cuda_toolkit()
+    monkeypatch.setenv("LENET_EXT_CUDA", "0")  # the name of our own goes first
+    assert toolkit.find_cuda_toolkit() == "LENET_EXT_CUDA=0 was set"
+    monkeypatch.setenv("LENET_EXT_CUDA", "yes")
+    with pytest.raises(SystemExit, match="LENET_EXT_CUDA must be 0 or 1, got 'yes'"):
+        toolkit.find_cuda_toolkit()
+
+
+def test_architectures_are_those_asked_for(toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6; 9.0a 12.0+PTX;")
+    assert toolkit.find_cuda_toolkit().architectures == ["8.6", "9.0a", "12.0+PTX"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "sm_90")
+    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST must look like '8\.0;9\.0\+PTX', got 'sm_90'"):
+        toolkit.find_cuda_toolkit()
+
+
+def test_architectures_are_those_of_the_visible_gpus(toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(9, 0), (8, 6), (9, 0)][device])
+    assert toolkit.find_cuda_toolkit().architectures == ["8.6", "9.0"]
+
+
+def test_another_major_version_of_cuda_than_torchs_is_refused(toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    assert toolkit.find_cuda_toolkit().version == "13.0"
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    with pytest.raises(SystemExit, match=r"nvcc is CUDA 13\.0, but torch was built with CUDA 12\.6; set CUDA_HOME"):
+        toolkit.find_cuda_toolkit()
+
+
+def test_the_number_of_parallel_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SOURCE_TREE / "build_backend"))
+    from extension import _jobs
+
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    assert 1 <= _jobs() <= (os.cpu_count() or 1)
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert _jobs() == 3
+    for wanted in ("0", "-1", "many"):
+        monkeypatch.setenv("MAX_JOBS", wanted)
+        with pytest.raises(SystemExit, match=f"MAX_JOBS must be a positive number, got '{wanted}'"):
+            _jobs()
+
+
+@pytest.mark.slow
+def test_the_sdist_builds_and_installs_elsewhere(sdist: Path, tmp_path: Path) -> None:
+    """One whole build, from the archive alone, without CUDA: the README's promise to those who have only the sdist."""
+    pip = [sys.executable, "-m", "pip"]
+    inherited = {name: text for name, text in os.environ.items() if not name.startswith(("LENET_EXT_", "PYTHONPATH"))}
+
+    def run(command: list[str], **variables: str) -> str:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        done = subprocess.run(command, cwd=tmp_path, env=inherited | variables, check=False, **streams)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    # Without the cache, from which pip would take the wheel of another run with the same temporary folder.
+    options = ["--verbose", "--no-cache-dir", "--no-deps", "--no-build-isolation"]
+    log = run([*pip, "wheel", *options, "--wheel-dir", "wheels", str(sdist)], LENET_EXT_CUDA="0")
+    assert "no CUDA: LENET_EXT_CUDA=0 was set" in log
+    (wheel,) = (tmp_path / "wheels").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = Parser().parsestr(archive.read(next(n for n in names if n.endswith(".dist-info/METADATA"))).decode())
+        record = json.loads(archive.read("lenet_ext/_build_record.json"))
+    assert torch_requirements(metadata) == [f"torch=={MINOR}.*"]
+    assert record["torch"] == torch.__version__
+    modules = {name for name in shipped_files() if name.startswith("lenet_ext/")}
+    assert {name for name in names if name.startswith("lenet_ext/") and "/_C." not in name} == modules | {
+        "lenet_ext/_build_record.json"
+    }
+
+    run([*pip, "install", "--no-deps", "--no-index", "--target", "installed", str(wheel)])
+    code = """
+import torch, lenet_ext
+print(lenet_ext.__file__)
+loss = lenet_ext.Net()(torch.randn(2, 1, 32, 32)).square().sum()
+loss.backward()
+print(lenet_ext.build_info()["cuda"], bool(loss > 0))
+"""
+    answer = run([sys.executable, "-c", code], PYTHONPATH=str(tmp_path / "installed"))
+    assert answer.splitlines()[-2:] == [str(tmp_path / "installed" / "lenet_ext" / "__init__.py"), "None True"]

@@ -1,0 +1,503 @@
+"""The command line, as users run it: mostly as a process of its own, in a directory that is not the repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("safetensors")
+pytest.importorskip("matplotlib")
+pytest.importorskip("PIL")
+
+from PIL import Image
+from safetensors.torch import load_file
+
+import lenet_ext
+from lenet_ext.cli import main
+from lenet_ext.training import datasets
+
+COMMANDS = ("train", "eval", "predict", "bench", "check", "info")
+SHARED_MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"
+WRITTEN = ("model.safetensors", "checkpoint.pt", "history.json", "curves.png", "confusion.png")
+
+# One thread: these networks are small, and the machine may be busy.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def lenet(*args: Any, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``python -m lenet_ext`` with these arguments."""
+    return subprocess.run(
+        [sys.executable, "-m", "lenet_ext", *map(str, args)],
+        cwd=cwd,
+        env={**ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def assert_one_line_error(code: int, stderr: str, expected_code: int) -> None:
+    assert code == expected_code, stderr
+    assert "Traceback" not in stderr
+    assert len(stderr.strip().splitlines()) == 1, stderr
+    assert ": error: " in stderr
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Any:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Directory of a run of two epochs on digits, and what it printed."""
+    directory = tmp_path_factory.mktemp("trained")
+    done = lenet("train", "--epochs", 2, "--device", "cpu", "--threads", 1, "--out", "run", cwd=directory)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return directory / "run", done.stdout
+
+
+# --- help and usage ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: lenet-ext {command}" in capsys.readouterr().out
+
+
+def test_console_script(tmp_path: Path) -> None:
+    script = shutil.which("lenet-ext", path=sysconfig.get_path("scripts"))
+    if script is None:
+        pytest.skip("the console script is not installed in this environment")
+    done = subprocess.run([script, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in COMMANDS)
+    done = subprocess.run([script, "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == f"lenet-ext {lenet_ext.build_info()['version']}"
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ([], "COMMAND"),
+        (["fly"], "'fly'"),
+        (["train", "--epochs", "-1"], "--epochs"),
+        (["train", "--epochs", "two"], "--epochs"),
+        (["train", "--batch-size", "0"], "--batch-size"),
+        (["train", "--threads", "0"], "--threads"),
+        (["train", "--lr", "nan"], "--lr"),
+        (["train", "--lr", "-1"], "--lr"),
+        (["train", "--lr", "inf"], "--lr"),
+        (["train", "--seed", "-5"], "--seed"),
+        (["train", "--data", "cifar"], "--data"),
+        (["train", "--optimizer", "lbfgs"], "--optimizer"),
+        (["train", "--device", "tpu"], "--device"),
+        (["train", "--epoch", "1"], "--epoch"),  # no abbreviations: they break when an option is added
+        (["eval"], "CHECKPOINT"),
+        (["predict", "checkpoint.pt"], "IMAGE"),
+        (["bench", "--batch-sizes", "1,0"], "--batch-sizes"),
+        (["bench", "--cases", "conv1,conv9"], "conv9"),
+        (["bench", "--json", "no/such/directory/file.json"], "directory"),
+        (["check", "--threads", "many"], "--threads"),
+        (["info", "extra"], "extra"),
+    ],
+)
+def test_bad_usage(args: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(args)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    stderr = capsys.readouterr().err
+    assert_one_line_error(code, stderr, 2)
+    assert named in stderr
+    assert "--help" in stderr
+
+
+def test_bad_usage_as_a_process(tmp_path: Path) -> None:
+    done = lenet("train", "--lr", "nan", cwd=tmp_path)
+    assert_one_line_error(done.returncode, done.stderr, 2)
+    assert "must be a finite number above 0, found 'nan'" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def failure(capsys: pytest.CaptureFixture[str], *args: Any) -> str:
+    code = main([str(arg) for arg in args])
+    stderr = capsys.readouterr().err
+    assert_one_line_error(code, stderr, 1)
+    return stderr
+
+
+def test_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (("eval", tmp_path / "absent.pt"), ("train", "--resume", tmp_path / "absent.pt")):
+        assert "absent.pt: No such file or directory" in failure(capsys, *args)
+
+
+def test_something_else_than_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("this is not a checkpoint at all")
+    assert "text: not a checkpoint" in failure(capsys, "eval", tmp_path / "text")
+
+
+def test_weights_of_another_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    message = failure(capsys, "eval", tmp_path / "other.pt", "--data", "digits")
+    assert "other.pt: not the weights of this network" in message
+    assert len(message) < 500
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("command", ["train", "bench", "check"])
+def test_cuda_without_cuda(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = [command, "--device", "cuda", *(["--out", tmp_path / "out"] if command == "train" else [])]
+    assert "device cuda cannot be used" in failure(capsys, *args)
+
+
+def test_out_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert "file: File exists" in failure(capsys, "train", "--epochs", 1, "--out", tmp_path / "file")
+
+
+def test_damaged_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"damaged")
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(b"damaged")
+    message = failure(capsys, "train", "--data", "mnist", "--root", tmp_path, "--out", tmp_path / "out")
+    assert "train-images-idx3-ubyte: not an IDX file" in message
+
+
+def test_unknown_data_set_of_bare_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(lenet_ext.Net().state_dict(), tmp_path / "bare.pt")
+    code = main(["eval", str(tmp_path / "bare.pt")])
+    assert_one_line_error(code, stderr := capsys.readouterr().err, 2)
+    assert "give --data" in stderr
+
+
+def test_missing_extra(tmp_path: Path) -> None:
+    """As on an installation without extras: the import fails, the message says what to install."""
+    blocker = tmp_path / "blocker"
+    blocker.mkdir()
+    for name in ("safetensors", "matplotlib", "sklearn", "PIL"):
+        (blocker / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name='{name}')\n")
+    path = os.pathsep.join([str(blocker), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = lenet("train", "--epochs", 1, cwd=tmp_path, PYTHONPATH=path)
+    assert_one_line_error(done.returncode, done.stderr, 1)
+    assert "pip install 'lenet_ext[train]'" in done.stderr
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+def test_train_prints_a_line_per_epoch(trained: tuple[Path, str]) -> None:
+    _, stdout = trained
+    lines = stdout.splitlines()
+    assert "1442 pictures to train, 355 to test" in lines[0]
+    assert re.match(r"epoch 1/2  train loss \d\.\d{4}  test loss \d\.\d{4}  test accuracy", lines[1])
+    assert lines[2].startswith("epoch 2/2")
+    assert re.match(r"test accuracy \d\d\.\d\d% \(\d+ of 355\)", lines[3])
+    assert len(lines) == 5
+    assert "\x1b" not in stdout
+
+
+def test_train_writes_its_files(trained: tuple[Path, str]) -> None:
+    out, _ = trained
+    assert sorted(path.name for path in out.iterdir()) == sorted(WRITTEN)  # and no temporary ones
+    for name in ("curves.png", "confusion.png"):
+        with Image.open(out / name) as image:
+            image.load()
+            assert image.format == "PNG"
+
+
+def test_history(trained: tuple[Path, str]) -> None:
+    history = json.loads((trained[0] / "history.json").read_text())
+    assert history["config"]["data"] == "digits"
+    assert history["config"]["model"] == "fused"
+    assert history["config"]["seed"] == 0
+    assert [line["epoch"] for line in history["epochs"]] == [1, 2]
+    for line in history["epochs"]:
+        assert {"train_loss", "test_loss", "test_accuracy", "seconds", "images_per_second"} <= line.keys()
+        assert all(isinstance(value, (int, float)) for value in line.values())
+        assert line["images_per_second"] == pytest.approx(1442 / line["seconds"])
+    assert history["epochs"][1]["train_loss"] < history["epochs"][0]["train_loss"]
+
+
+def test_weights_load_into_both_nets(trained: tuple[Path, str]) -> None:
+    state = load_file(trained[0] / "model.safetensors")
+    assert len(state) == 10
+    pictures = torch.randn(3, 1, 32, 32)
+    outputs = []
+    for model in (lenet_ext.Net(), lenet_ext.ReferenceNet()):
+        model.load_state_dict(state, strict=True)
+        outputs.append(model(pictures))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+
+
+def test_checkpoint_is_safe_and_complete(trained: tuple[Path, str]) -> None:
+    content = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
+    assert {"model", "optimizer", "scheduler", "epoch", "rng", "config"} <= content.keys()
+    assert content["epoch"] == 2
+
+
+def test_resume_is_exact(trained: tuple[Path, str], tmp_path: Path) -> None:
+    common = ("--device", "cpu", "--threads", 1)
+    # One half in this process, the other half in another one.
+    assert main(["train", "--epochs", "1", *map(str, common), "--out", str(tmp_path / "half")]) == 0
+    second = lenet("train", "--epochs", 2, *common, "--resume", tmp_path / "half" / "checkpoint.pt", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert "resumed" in second.stdout
+    assert "epoch 1/" not in second.stdout
+    whole, resumed = load_file(trained[0] / "model.safetensors"), load_file(tmp_path / "half" / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    lines = [json.loads((d / "history.json").read_text())["epochs"] for d in (trained[0], tmp_path / "half")]
+    for one, other in zip(*lines, strict=True):
+        assert one["train_loss"] == other["train_loss"]
+        assert one["test_loss"] == other["test_loss"]
+
+
+def test_resume_and_its_contradictions(
+    trained: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "run"
+    shutil.copytree(trained[0], source)
+    saved = str(source / "checkpoint.pt")
+    for args, named in (
+        (["--lr", "0.5"], "--lr 0.5 contradicts the checkpoint"),
+        (["--model", "reference"], "--model reference contradicts"),
+        (["--seed", "1"], "--seed 1 contradicts"),
+        (["--epochs", "1"], "is at epoch 2 already"),
+    ):
+        assert_one_line_error(main(["train", "--resume", saved, *args]), stderr := capsys.readouterr().err, 2)
+        assert named in stderr
+    before = load_file(source / "model.safetensors")
+    # The same values, and nothing left to do: evaluates, and leaves the weights as they are.
+    for args in (["--seed", "0", "--data", "digits"], ["--epochs", "0"]):
+        assert main(["train", "--resume", saved, *args]) == 0
+        assert "after 2 epochs" in capsys.readouterr().out
+    after = load_file(source / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.load(saved, weights_only=True)["config"]["epochs"] == 2
+
+
+def test_resume_from_weights_says_so(
+    trained: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = str(trained[0] / "model.safetensors")
+    assert main(["train", "--resume", weights, "--model", "reference", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "weights only" in out
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert len(history["epochs"]) == 1
+    trained_history = json.loads((trained[0] / "history.json").read_text())
+    assert history["epochs"][0]["train_loss"] < trained_history["epochs"][0]["train_loss"]
+
+
+def test_no_epoch_only_evaluates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--epochs", "0", "--out", str(tmp_path)]) == 0
+    assert re.search(r"test accuracy \d+\.\d\d%", capsys.readouterr().out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(WRITTEN)
+    assert json.loads((tmp_path / "history.json").read_text())["epochs"] == []
+    torch.manual_seed(0)
+    initial = lenet_ext.ReferenceNet().state_dict()
+    assert all(torch.equal(value, initial[name]) for name, value in load_file(tmp_path / "model.safetensors").items())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_interrupt_leaves_a_checkpoint_and_one_line(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lenet_ext", "train", "--epochs", "100000", "--threads", "1", "--out", "run"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what it runs in the background with the signal ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert stderr.strip() == "lenet-ext train: interrupted; continue with --resume run/checkpoint.pt"
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"] >= 1
+
+
+def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path) -> None:
+    command = f"'{sys.executable}' -m lenet_ext info | head -1"
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith("| lenet_ext")
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.skipif(not SHARED_MNIST.is_dir(), reason=f"no MNIST in {SHARED_MNIST}")
+def test_mnist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--data", "mnist", "--root", str(SHARED_MNIST), "--threads", "1", "--batch-size", "256", "--lr", "0.004"]
+    assert main(["train", *args, "--epochs", "1", "--out", str(tmp_path)]) == 0
+    assert "60000 pictures to train, 10000 to test" in capsys.readouterr().out
+    assert json.loads((tmp_path / "history.json").read_text())["epochs"][0]["test_accuracy"] > 0.95
+
+
+# --- eval -------------------------------------------------------------------------------------------------------------
+
+
+def test_eval_agrees_with_the_history(trained: tuple[Path, str], tmp_path: Path) -> None:
+    last = json.loads((trained[0] / "history.json").read_text())["epochs"][-1]
+    done = lenet("eval", trained[0] / "model.safetensors", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"accuracy  {100 * last['test_accuracy']:.2f}%" in done.stdout
+    assert f"loss      {last['test_loss']:.4f}" in done.stdout
+    assert all(re.search(rf"^\W*{digit} \W* 3\d ", done.stdout, re.MULTILINE) for digit in range(10)), done.stdout
+
+
+def test_eval_reads_both_kinds_with_both_models(trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = []
+    for name in ("model.safetensors", "checkpoint.pt"):
+        for model in ("fused", "reference"):
+            assert main(["eval", str(trained[0] / name), "--model", model]) == 0
+            outputs.append(capsys.readouterr().out)
+    assert len(set(outputs)) == 1
+
+
+# --- predict ----------------------------------------------------------------------------------------------------------
+
+
+def test_predict(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path_factory.mktemp("predict")
+    assert main(["train", "--epochs", "8", "--threads", "1", "--out", str(out)]) == 0
+    _, test = datasets.load("digits")
+    expected: dict[str, int] = {}
+    for index in range(30):
+        digit = Image.fromarray(test.images[index, 0].numpy(), "L")
+        large = digit.resize((180, 180), Image.Resampling.BICUBIC)
+        inverted = large.point([255 - level for level in range(256)])
+        name = f"{index} picture"
+        match index % 6:
+            case 0:
+                digit.save(tmp_path / (name := f"{name}.png"))
+            case 1:
+                inverted.convert("RGB").save(tmp_path / (name := f"{name}.jpg"), quality=90)
+            case 2:
+                inverted.convert("RGBA").save(tmp_path / (name := f"{name}.png"))
+            case 3:
+                ink = Image.new("RGBA", large.size, (10, 20, 80, 0))
+                ink.putalpha(large)
+                ink.save(tmp_path / (name := f"{name}.png"))
+            case 4:
+                large.convert("P").save(tmp_path / (name := f"{name}.png"))
+            case 5:
+                digit.convert("LA").save(tmp_path / (name := f"{name}.png"))
+        expected[name] = int(test.labels[index])
+    (tmp_path / "bad.png").write_text("no picture")
+    names = list(expected)
+    capsys.readouterr()
+    done = lenet("predict", out / "model.safetensors", *names[:3], "bad.png", "absent.png", *names[3:], cwd=tmp_path)
+    assert done.returncode == 1
+    errors = done.stderr.splitlines()
+    assert len(errors) == 2
+    assert "bad.png: not a picture" in errors[0]
+    assert "absent.png: No such file" in errors[1]
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [path for path, _, _ in lines] == names
+    right = sum(int(digit) == expected[path] for path, digit, _ in lines)
+    assert right >= 27, done.stdout
+    assert all(0.1 < float(probability) <= 1 for _, _, probability in lines)
+    assert main(["predict", str(out / "checkpoint.pt"), str(tmp_path / names[0])]) == 0
+    path, digit, probability = lines[0]
+    assert capsys.readouterr().out == f"{tmp_path / path}\t{digit}\t{probability}\n"
+
+
+# --- info, check, bench -----------------------------------------------------------------------------------------------
+
+
+def test_info_is_a_markdown_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    info = lenet_ext.build_info()
+    assert main(["info"]) == 0
+    done = lenet(cwd=tmp_path, COLUMNS="40")  # without arguments as well: what a bug report needs
+    assert done.returncode == 0, done.stderr
+    for output in (done.stdout, capsys.readouterr().out):
+        lines = output.splitlines()
+        assert all(line.startswith("| ") and line.endswith(" |") for line in lines)
+        assert len({line.count("|") for line in lines}) == 1
+        for value in (info["version"], info["torch"], info["compiler"], info["cpu_capability"], torch.__version__):
+            assert f" {value} " in output
+
+
+def test_check_passes(tmp_path: Path) -> None:
+    # Both forced, so that it does not begin processes for the others: the operators' tests force each of them.
+    capability = lenet_ext.build_info()["cpu_capability"]
+    done = lenet("check", cwd=tmp_path, LENET_EXT_CPU_CAPABILITY=capability, LENET_EXT_ALGORITHM="direct")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"all \d{3} checks passed", done.stdout)
+    assert "FAILED" not in done.stdout
+
+
+def test_check_finds_wrong_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = lenet_ext.functional.linear_relu
+    monkeypatch.setattr(lenet_ext.functional, "linear_relu", lambda *tensors: right(*tensors) + 1)
+    monkeypatch.setattr("lenet_ext.selftest._other_variants", lambda on_group: [])
+    assert main(["check", "--threads", "1"]) == 1
+    captured = capsys.readouterr()
+    assert "failed: linear and linear_relu, exact: linear_relu LeNet fc1, float64: output" in captured.out
+    assert_one_line_error(1, captured.err, 1)
+
+
+def test_bench(tmp_path: Path) -> None:
+    providers = ("fused", "eager", "channels_last")
+    args = ["--quick", "--cases", "conv2,fc3,net", "--batch-sizes", "1,5", "--providers", ",".join(providers)]
+    done = lenet("bench", *args, "--threads", 1, "--json", "b.json", "--plot", "b.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "speedup" in done.stdout
+    assert "net" in done.stdout
+    content = json.loads((tmp_path / "b.json").read_text())
+    assert content["threads"] == 1
+    assert content["torch"] == torch.__version__
+    assert content["cpu_capability"] == lenet_ext.build_info()["cpu_capability"]
+    assert content["machine"]["cpu"]
+    assert len(content["rows"]) == 3 * 2 * 2 * 3
+    assert {row["provider"] for row in content["rows"]} == set(providers)
+    for row in content["rows"]:
+        assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
+        assert row["images_per_second"] == pytest.approx(row["batch"] / row["median_us"] * 1e6)
+    assert len(content["comparisons"]) == 3 * 2 * 2
+    with Image.open(tmp_path / "b.png") as image:
+        assert image.format == "PNG"
+
+
+def test_bench_resumes(tmp_path: Path) -> None:
+    args = ["bench", "--quick", "--cases", "fc3", "--modes", "forward", "--providers", "fused,eager", "--threads", 1]
+    for sizes in ("1,5", "1,5,6"):
+        done = lenet(*args, "--batch-sizes", sizes, "--resume", "--json", "b.json", "--csv", "b.csv", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    # The second run has measured, and shows, what was missing.
+    assert "6" in done.stdout
+    assert not re.search(r"fc3 +forward +5 ", done.stdout)
+    content = json.loads((tmp_path / "b.json").read_text())
+    assert [row["batch"] for row in content["rows"]] == [1, 1, 5, 5, 6, 6]
+    assert len((tmp_path / "b.csv").read_text().splitlines()) == 1 + 6
+    done = lenet(*args, "--resume", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--resume needs --json" in done.stderr

@@ -1,0 +1,172 @@
+"""The plain kernels, compiled for another kind of processor and run in its emulator: they must be right on ARM too.
+
+Operands are small integers, so that every sum is exact and results are compared to the last bit.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import integers
+from torch import Tensor
+
+import lenet_ext
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
+FLAGS += ["-Werror", "-DLENET_EXT_CPU_CAPABILITY=default_", "-DLENET_EXT_VECTOR_BYTES=16", "-static"]
+# (compiler, how to run what it makes). The first one is this machine itself: it checks the driver.
+PROCESSORS = {
+    "here": (["c++", "g++", "clang++"], [[]]),
+    "aarch64": (["aarch64-linux-gnu-g++"], [["qemu-aarch64-static"], ["qemu-aarch64"]]),
+}
+
+
+@pytest.fixture(scope="module", params=PROCESSORS)
+def driver(request, tmp_path_factory) -> list[str]:
+    compilers, runners = PROCESSORS[request.param]
+    compiler = next((c for c in compilers if shutil.which(c)), None)
+    runner = next((r for r in runners if not r or shutil.which(r[0])), None)
+    if compiler is None or runner is None:
+        pytest.skip(f"needs one of {compilers} and, to run, one of {[r[0] for r in runners if r]}")
+    if request.param == "here" and platform.system() != "Linux":
+        pytest.skip("-static is for Linux")
+    program = tmp_path_factory.mktemp("driver") / "driver"
+    sources = [ROOT / "tests" / "other_processor" / "driver.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
+    command = [compiler, *FLAGS, "-I", str(CSRC), *map(str, sources), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [*runner, str(program)]
+
+
+def raw(tensor: Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+class Answer:
+    """What the driver wrote, taken array by array."""
+
+    def __init__(self, driver: list[str], question: bytes) -> None:
+        done = subprocess.run(driver, input=question, capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+        self.rest = done.stdout
+
+    def take(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
+        bytes_wanted = torch.Size(shape).numel() * dtype.itemsize
+        part, self.rest = self.rest[:bytes_wanted], self.rest[bytes_wanted:]
+        assert len(part) == bytes_wanted
+        return torch.frombuffer(bytearray(part), dtype=dtype).view(shape)
+
+
+CASES = {
+    "lenet's first": ((3, 1, 32, 32), (6, 1, 5, 5), {}),
+    "lenet's second": ((5, 6, 14, 14), (16, 6, 5, 5), {}),
+    "odd": ((2, 3, 11, 9), (5, 3, 3, 2), {"stride": (2, 1), "padding": (1, 2, 0, 1), "dilation": (1, 2)}),
+    "groups": ((2, 8, 10, 10), (12, 2, 3, 3), {"groups": 4, "padding": (1, 1, 1, 1)}),
+    "overlapping": ((2, 4, 12, 13), (9, 4, 3, 3), {"pool": ((3, 3), (2, 1), (1, 1), (1, 1))}),
+    "dilated pool": ((1, 2, 14, 14), (18, 2, 3, 3), {"pool": ((2, 2), (2, 2), (0, 0), (2, 3))}),
+}
+LETTERS = {torch.float32: "f", torch.float64: "d", torch.bfloat16: "b"}
+
+
+def problem(case: str, dtype: torch.dtype):
+    image, weight, given = CASES[case]
+    options = {"stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": (1, 1), "groups": 1, **given}
+    pool = options.pop("pool", ((2, 2), (2, 2), (0, 0), (1, 1)))
+    x, w, b = integers(*image, dtype=dtype), integers(*weight, dtype=dtype), integers(weight[0], dtype=dtype)
+    top, bottom, left, right = options["padding"]
+    conv = F.conv2d(
+        F.pad(x, (left, right, top, bottom)), w, b, options["stride"], 0, options["dilation"], options["groups"]
+    )
+    pooled = F.max_pool2d(F.relu(conv), *pool)
+    kernel, stride, padding, dilation = pool
+    shape = struct.pack(
+        "28q",
+        *image,
+        weight[0],
+        *weight[2:],
+        options["groups"],
+        *options["stride"],
+        *options["padding"],
+        *options["dilation"],
+        *conv.shape[2:],
+        *kernel,
+        *stride,
+        *padding,
+        *dilation,
+        *pooled.shape[2:],
+    )
+    arguments = [*options.values(), *pool]
+    return x, w, b, conv, pooled, shape, arguments
+
+
+@pytest.mark.parametrize("dtype", LETTERS, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_convolution(driver, case, dtype):
+    x, w, b, _, pooled, shape, options = problem(case, dtype)
+    g = integers(*pooled.shape, dtype=dtype)
+    answer = Answer(driver, LETTERS[dtype].encode() + shape + b"".join(map(raw, (x, w, b, g))))
+    output, codes = answer.take(pooled.shape, dtype), answer.take(pooled.shape, torch.uint8)
+    torch.testing.assert_close(output, pooled, rtol=0, atol=0)
+    _, expected_codes = torch.ops.lenet_ext.conv_relu_max_pool2d_with_indices(x, w, b, *options, False)
+    assert torch.equal(codes, expected_codes)
+    # In float64, rounded at the end: stock's bfloat16 gradients are rounded on the way.
+    exact = [t.double() for t in (g, codes, x, w)]
+    expected = torch.ops.lenet_ext.conv_relu_max_pool2d_backward(
+        exact[0], codes, exact[2], exact[3], *options, [True, True, True]
+    )
+    for name, like, want in zip(("grad_input", "grad_weight", "grad_bias"), (x, w, b), expected, strict=True):
+        assert torch.equal(answer.take(like.shape, dtype), want.to(dtype)), name
+    assert not answer.rest
+
+
+@pytest.mark.parametrize("dtype", LETTERS, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_relu_and_pool(driver, case, dtype):
+    x, w, b, conv, pooled, shape, options = problem(case, dtype)
+    g = integers(*pooled.shape, dtype=dtype)
+    last = [t.permute(0, 2, 3, 1) for t in (conv, g)]
+    answer = Answer(driver, LETTERS[dtype].upper().encode() + shape + b"".join(map(raw, last)))
+    n, c, h, width = pooled.shape
+    output = answer.take((n, h, width, c), dtype).permute(0, 3, 1, 2)
+    codes = answer.take((n, h, width, c), torch.uint8).permute(0, 3, 1, 2)
+    torch.testing.assert_close(output, pooled, rtol=0, atol=0)
+    leaf = conv.detach().double().requires_grad_()
+    kernel, stride, padding, dilation = options[-4:]
+    F.max_pool2d(F.relu(leaf), kernel, stride, padding, dilation).backward(g.double())
+    grad_conv = answer.take((n, *conv.shape[2:], c), dtype).permute(0, 3, 1, 2)
+    assert torch.equal(grad_conv, leaf.grad.to(dtype))
+    _, expected_codes = torch.ops.lenet_ext.conv_relu_max_pool2d_with_indices(x, w, b, *options, False)
+    assert torch.equal(codes, expected_codes)
+    assert not answer.rest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 1, 1), (1, 10, 84), (4, 120, 400), (7, 13, 5), (9, 33, 70), (65, 84, 120)]
+)
+def test_matrix_products(driver, m, n, k, dtype):
+    a, weight, bias = integers(m, k, dtype=dtype), integers(n, k, dtype=dtype), integers(n, dtype=dtype)
+    letter = {torch.float32: b"p", torch.float64: b"P"}[dtype]
+    answer = Answer(driver, letter + struct.pack("3q", m, n, k) + b"".join(map(raw, (a, weight, bias))))
+    expected = F.relu(F.linear(a, weight, bias))
+    for name in ("dot products", "tiles"):
+        assert torch.equal(answer.take((m, n), dtype), expected), name
+    assert not answer.rest
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7])
+def test_network(driver, batch):
+    net = lenet_ext.ReferenceNet(num_classes=11).requires_grad_(False)
+    x = torch.randn(batch, 1, 32, 32)
+    question = b"n" + struct.pack("2q", batch, 11) + raw(x) + b"".join(map(raw, net.parameters()))
+    output = Answer(driver, question).take((batch, 11), torch.float32)
+    torch.testing.assert_close(output.double(), net.double()(x.double()), rtol=1e-5, atol=1e-5)
