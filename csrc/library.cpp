@@ -15,23 +15,25 @@
 TORCH_LIBRARY(lenet_ext, m) {
   m.set_python_module("lenet_ext.ops");
 
+  // A backward operator's output_mask says which gradients are wanted; the others come back empty. `input` is needed
+  // for the gradient of weight alone, `weight` for that of input alone.
   m.def("conv_relu_max_pool2d(Tensor input, Tensor weight, Tensor? bias, " CONV_POOL_OPTIONS
         ", bool ceil_mode) -> Tensor");
   m.def("conv_relu_max_pool2d_with_indices(Tensor input, Tensor weight, Tensor? bias, " CONV_POOL_OPTIONS
         ", bool ceil_mode) -> (Tensor output, Tensor indices)");
   m.def(
-      "conv_relu_max_pool2d_backward(Tensor grad_output, Tensor indices, Tensor input, Tensor "
-      "weight, " CONV_POOL_OPTIONS
+      "conv_relu_max_pool2d_backward(Tensor grad_output, Tensor indices, Tensor? input, Tensor? weight, "
+      "SymInt[4] input_size, SymInt[4] weight_size, " CONV_POOL_OPTIONS
       ", bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def("conv_at_indices(Tensor input, Tensor weight, Tensor? bias, Tensor indices, " CONV_POOL_OPTIONS ") -> Tensor");
 
   m.def("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
   m.def("linear_relu(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
-      "linear_backward(Tensor grad_output, Tensor input, Tensor weight, bool[3] output_mask)"
+      "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, bool[3] output_mask)"
       " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def(
-      "linear_relu_backward(Tensor grad_output, Tensor output, Tensor input, Tensor weight, bool[3] output_mask)"
+      "linear_relu_backward(Tensor grad_output, Tensor output, Tensor? input, Tensor? weight, bool[3] output_mask)"
       " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 
   // The whole network. `parameters`: weight and bias of conv1, conv2, fc1, fc2, fc3.

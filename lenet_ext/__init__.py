@@ -7,7 +7,7 @@ from lenet_ext._version import __version__
 
 check_build()
 
-from lenet_ext import autograd, functional, nn  # noqa: E402  only after the check
+from lenet_ext import autograd, batching, functional, nn  # noqa: E402, F401  only after the check
 from lenet_ext.fusion.fuse import fuse  # noqa: E402
 from lenet_ext.net import Net, ReferenceNet  # noqa: E402
 

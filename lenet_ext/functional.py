@@ -9,13 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from lenet_ext import ops
 from lenet_ext._build import require_cuda
-from lenet_ext._C import call_path
-from lenet_ext.autograd import ConvReLUMaxPool2dFunction, LinearFunction, LinearReLUFunction, apply, direct_apply
+from lenet_ext._C import is_ordinary
 
 __all__ = ["conv_relu_max_pool2d", "linear", "linear_relu"]
 
@@ -24,11 +22,18 @@ _CUDA_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfl
 _AUTOCAST_DEVICES = frozenset({"cpu", "cuda"})  # elsewhere the stock composition does it
 _KERNEL_DTYPES = {"cpu": _CPU_DTYPES, "cuda": _CUDA_DTYPES, "meta": _CUDA_DTYPES}
 
+_INTEGER_DTYPES = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
+def _is_integral(value: Any) -> bool:
+    """Of tensors, stock takes those of one integer as an int."""
+    return not isinstance(value, Tensor) or (value.dim() == 0 and value.dtype in _INTEGER_DTYPES)
+
+
 def _integer(name: str, value: Any) -> int:
-    if isinstance(value, (bool, float, str, Tensor)) or not hasattr(value, "__index__"):
+    if isinstance(value, (bool, float, str)) or not hasattr(value, "__index__") or not _is_integral(value):
         raise TypeError(f"conv_relu_max_pool2d: {name} must be an int or a pair of ints, got {value!r}")
     number = index(value)
     if not -(2**63) <= number < 2**63:
@@ -110,41 +115,26 @@ def _check_tensors(op: str, input: Any, weight: Any, bias: Any) -> None:
             raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
 
 
-def _autocast(device_type: str, *tensors: Tensor | None) -> list[Tensor | None]:
-    """What autocast does to the arguments of stock conv2d and linear: floating types, but not float64, are cast."""
-    dtype = torch.get_autocast_dtype(device_type)
-    return [
-        tensor.to(dtype)
-        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        else tensor
-        for tensor in tensors
-    ]
-
-
-def _has_kernel(device_type: str, input: Tensor) -> bool:
-    dtypes = _KERNEL_DTYPES.get(device_type)
-    if dtypes is None or input.dtype not in dtypes or input.layout is not torch.strided:
+def _has_kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Do the operators take these tensors? (If they do not fit together, the operators say so.)"""
+    device_type = input.device.type
+    dtype = input.dtype
+    if (
+        device_type in _AUTOCAST_DEVICES
+        and torch.is_autocast_enabled(device_type)
+        and input.is_floating_point()
+        and dtype != torch.float64
+    ):
+        dtype = torch.get_autocast_dtype(device_type)  # the operators cast, as stock's do
+    if dtype not in _KERNEL_DTYPES.get(device_type, ()):
         return False
-    if device_type == "cuda":
+    for tensor in (input, weight, bias):
+        if tensor is not None and (tensor.layout is not torch.strided or tensor.is_nested):
+            return False
+    # A tensor without data (torch.compile, torch.export) needs no kernel.
+    if device_type == "cuda" and not torch.compiler.is_compiling() and type(input) in (Tensor, torch.nn.Parameter):
         require_cuda()
     return True
-
-
-def _needs_function(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Is a derivative wanted, of any kind? Otherwise the operator is called without an autograd.Function."""
-    if torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return True
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-# What call_path() answers about an ordinary call; 0 stands for all others, which go on to the general code.
-OPERATOR, FUNCTION = 1, 2
-
-_apply_conv = direct_apply(ConvReLUMaxPool2dFunction)
-_apply_linear = direct_apply(LinearFunction)
-_apply_linear_relu = direct_apply(LinearReLUFunction)
 
 
 # --- the operations --------------------------------------------------------------------------------------------------
@@ -191,7 +181,6 @@ def conv_relu_max_pool2d(
         RuntimeError: shapes, dtypes or devices do not fit together, or an option is out of range.
         TypeError: an argument is of the wrong type.
         ValueError: an integer does not fit into 64 bits.
-        NotImplementedError: forward-mode AD.
 
     Ties go to the first value in row-major order, NaN wins over numbers and passes ReLU, ReLU's gradient at 0 is 0.
 
@@ -240,16 +229,10 @@ def conv_relu_max_pool2d(
 
 def conv_relu_max_pool2d_normalized(input: Tensor, weight: Tensor, bias: Tensor | None, options: tuple) -> Tensor:
     """:func:`conv_relu_max_pool2d` with options from :func:`normalize_options`, which a module computes once."""
-    if not torch.compiler.is_compiling() and options[4][0] * options[4][1] <= ops.MAX_WINDOW:
-        path = call_path(input, weight, bias)
-        if path == OPERATOR:
-            return ops.conv_relu_max_pool2d(input, weight, bias, *options)
-        if path == FUNCTION:
-            return _apply_conv(input, weight, bias, *options)[0]
-    device_type = input.device.type
-    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
-        input, weight, bias = _autocast(device_type, input, weight, bias)  # type: ignore[assignment]
-    if not _has_kernel(device_type, input) or options[4][0] * options[4][1] > ops.MAX_WINDOW:
+    small_window = options[4][0] * options[4][1] <= ops.MAX_WINDOW
+    if small_window and not torch.compiler.is_compiling() and is_ordinary(input, weight, bias):
+        return ops.conv_relu_max_pool2d(input, weight, bias, *options)
+    if not small_window or not _has_kernel(input, weight, bias):
         return _stock_conv_relu_max_pool2d(input, weight, bias, options)
     dim = input.dim()
     if dim == 3:
@@ -258,10 +241,7 @@ def conv_relu_max_pool2d_normalized(input: Tensor, weight: Tensor, bias: Tensor 
         raise RuntimeError(
             f"conv_relu_max_pool2d: input must be 3-D (unbatched) or 4-D (batched), got shape {tuple(input.shape)}"
         )
-    if _needs_function(input, weight, bias):
-        output = apply(ConvReLUMaxPool2dFunction, input, weight, bias, *options)[0]
-    else:
-        output = ops.conv_relu_max_pool2d(input, weight, bias, *options)
+    output = ops.conv_relu_max_pool2d(input, weight, bias, *options)
     return output.squeeze(0) if dim == 3 else output
 
 
@@ -290,24 +270,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit together.
         TypeError: an argument is not a tensor.
-        NotImplementedError: forward-mode AD.
     """
-    if not torch.compiler.is_compiling():
-        path = call_path(input, weight, bias)
-        if path == OPERATOR:
-            return ops.linear(input, weight, bias)
-        if path == FUNCTION:
-            return _apply_linear(input, weight, bias)
+    if not torch.compiler.is_compiling() and is_ordinary(input, weight, bias):
+        return ops.linear(input, weight, bias)
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
     _check_tensors("linear", input, weight, bias)
-    device_type = input.device.type
-    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
-        input, weight, bias = _autocast(device_type, input, weight, bias)  # type: ignore[assignment]
-    if not _has_kernel(device_type, input) or weight.dim() != 2 or _broadcasts(bias, weight):
+    if not _has_kernel(input, weight, bias) or weight.dim() != 2 or _broadcasts(bias, weight):
         return _stock_linear("linear", input, weight, bias)
-    if _needs_function(input, weight, bias):
-        return apply(LinearFunction, input, weight, bias)
     return ops.linear(input, weight, bias)
 
 
@@ -322,22 +292,13 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         tensor([[0.],
                 [0.]])
     """
-    if not torch.compiler.is_compiling():
-        path = call_path(input, weight, bias)
-        if path == OPERATOR:
-            return ops.linear_relu(input, weight, bias)
-        if path == FUNCTION:
-            return _apply_linear_relu(input, weight, bias)
+    if not torch.compiler.is_compiling() and is_ordinary(input, weight, bias):
+        return ops.linear_relu(input, weight, bias)
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
     _check_tensors("linear_relu", input, weight, bias)
-    device_type = input.device.type
-    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
-        input, weight, bias = _autocast(device_type, input, weight, bias)  # type: ignore[assignment]
-    if not _has_kernel(device_type, input) or weight.dim() != 2 or _broadcasts(bias, weight):
+    if not _has_kernel(input, weight, bias) or weight.dim() != 2 or _broadcasts(bias, weight):
         return F.relu(_stock_linear("linear_relu", input, weight, bias))
-    if _needs_function(input, weight, bias):
-        return apply(LinearReLUFunction, input, weight, bias)
     return ops.linear_relu(input, weight, bias)
 
 

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 import torch.nn.modules.module as global_hooks
 from torch import Tensor, nn
 
-from lenet_ext import autograd, ops
-from lenet_ext._C import lenet_path, untouched_parameters
-from lenet_ext.functional import FUNCTION, OPERATOR
+from lenet_ext import ops
+from lenet_ext._C import is_ordinary_lenet, untouched_parameters
 from lenet_ext.nn import ConvReLUMaxPool2d, Linear, LinearReLU
 
 __all__ = ["Net", "ReferenceNet"]
@@ -59,11 +58,9 @@ class Net(nn.Module):
         self.fc3 = Linear(84, num_classes, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        path, parameters = self._whole_network(input)
-        if path == OPERATOR:
+        parameters = self._parameters_of_whole_network(input)
+        if parameters is not None:
             return ops.lenet(input, parameters)
-        if path == FUNCTION:
-            return _apply_lenet(*parameters, input)[0]
         features = self.conv2(self.conv1(input))
         return self.fc3(self.fc2(self.fc1(features.flatten(-3))))
 
@@ -103,8 +100,8 @@ class Net(nn.Module):
             )
         return _converted(reference, cls)
 
-    def _whole_network(self, input: Tensor) -> tuple[int, list[Tensor]]:
-        """Whether the network can run as one operator with no observable difference, and its ten parameters then.
+    def _parameters_of_whole_network(self, input: Tensor) -> list[Tensor] | None:
+        """The ten parameters, where the network can run as one operator with no observable difference; else None.
 
         It cannot if anything could look at or change what happens between the layers (hooks, replaced or subclassed
         children, parametrizations, dispatch modes, tracing, torch.compile, torch.func) or if the arguments are not what
@@ -112,9 +109,9 @@ class Net(nn.Module):
         """
         if not torch.compiler.is_compiling() and not _has_global_hooks():
             parameters = untouched_parameters(self._modules, _CHILDREN)
-            if parameters is not None:
-                return lenet_path(input, parameters), parameters
-        return 0, []
+            if parameters is not None and is_ordinary_lenet(input, parameters):
+                return parameters
+        return None
 
 
 # The options of both convolutions of an unmodified Net, as a layer stores them, and its children.
@@ -136,8 +133,6 @@ _CHILDREN: tuple[tuple[str, type[nn.Module], dict[str, object]], ...] = (
     ("fc2", LinearReLU, {}),
     ("fc3", Linear, {}),
 )
-
-_apply_lenet = autograd.direct_apply(autograd.LeNetFunction)
 
 _AnyNet = TypeVar("_AnyNet", "Net", "ReferenceNet")
 

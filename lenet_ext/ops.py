@@ -181,32 +181,34 @@ def _check_indices(op: str, indices: Tensor, input: Tensor) -> None:
     )
 
 
-def _empty_or_none(wanted: bool, like: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    shape = like.shape if wanted else (0,)
-    return torch.empty(
-        shape,
-        dtype=like.dtype,
-        device=like.device,
-        memory_format=memory_format if wanted else torch.contiguous_format,
-    )
+def _empty_or_none(
+    wanted: bool, shape: Sequence[int], like: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+) -> Tensor:
+    if not wanted:
+        return like.new_empty(0)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def _check_operands(op: str, input: Tensor | None, weight: Tensor | None, output_mask: Sequence[bool]) -> None:
+    _check(input is not None or not output_mask[1], f"{op}: input is needed for the gradient of weight, got None")
+    _check(weight is not None or not output_mask[0], f"{op}: weight is needed for the gradient of input, got None")
 
 
 @torch.library.register_fake("lenet_ext::conv_relu_max_pool2d_backward")
-def _(grad_output, indices, input, weight, *options):
-    _check_together("conv_relu_max_pool2d_backward", input=input, weight=weight, grad_output=grad_output)
-    _check_indices("conv_relu_max_pool2d_backward", indices, input)
+def _(grad_output, indices, input, weight, input_size, weight_size, *options):
+    op = "conv_relu_max_pool2d_backward"
+    output_mask = options[-1]
+    _check_operands(op, input, weight, output_mask)
+    _check_together(op, grad_output=grad_output, input=input, weight=weight)
+    _check_indices(op, indices, grad_output)
     _check(
         grad_output.shape == indices.shape,
-        (
-            "conv_relu_max_pool2d_backward: grad_output must have the shape of indices "
-            f"{tuple(indices.shape)}, got {tuple(grad_output.shape)}"
-        ),
+        (f"{op}: grad_output must have the shape of indices {tuple(indices.shape)}, got {tuple(grad_output.shape)}"),
     )
-    output_mask = options[-1]
     return (
-        _empty_or_none(output_mask[0], input, _memory_format(input)),
-        _empty_or_none(output_mask[1], weight, _memory_format(weight)),
-        weight.new_empty(weight.shape[0] if output_mask[2] else 0),
+        _empty_or_none(output_mask[0], input_size, grad_output, _memory_format(indices)),
+        _empty_or_none(output_mask[1], weight_size, grad_output),
+        _empty_or_none(output_mask[2], weight_size[:1], grad_output),
     )
 
 
@@ -246,11 +248,14 @@ def _(input, weight, bias):
 
 
 def _linear_gradients(op, grad_output, input, weight, output_mask):
-    _check_together(op, input=input, weight=weight, grad_output=grad_output)
+    _check_operands(op, input, weight, output_mask)
+    _check_together(op, grad_output=grad_output, input=input, weight=weight)
+    *leading, out_features = grad_output.shape
+    in_features = weight.shape[1] if weight is not None else input.shape[-1] if input is not None else 0
     return (
-        _empty_or_none(output_mask[0], input),
-        _empty_or_none(output_mask[1], weight),
-        weight.new_empty(weight.shape[0] if output_mask[2] else 0),
+        _empty_or_none(output_mask[0], (*leading, in_features), grad_output),
+        _empty_or_none(output_mask[1], (out_features, in_features), grad_output),
+        _empty_or_none(output_mask[2], (out_features,), grad_output),
     )
 
 
@@ -337,6 +342,6 @@ def _(grad_output, input, parameters, *rest):
             ),
         )
     return (
-        _empty_or_none(input_gradient, input, _memory_format(input)),
-        [_empty_or_none(True, parameter) for parameter in parameters],
+        _empty_or_none(input_gradient, input.shape, input, _memory_format(input)),
+        [_empty_or_none(True, parameter.shape, parameter) for parameter in parameters],
     )

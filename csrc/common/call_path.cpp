@@ -1,17 +1,15 @@
-// What the Python side asks before it calls an operator: is this an ordinary call, and is a derivative wanted? Asked in
-// Python, attribute by attribute, the answer takes longer than a small layer. Whatever is not ordinary takes the
-// general way, in Python, which also says what is wrong. Nothing is computed here and nothing is decided that Python
-// does not decide as well.
+// What the Python side asks before it calls an operator: is this an ordinary call, whose arguments the operator takes
+// as they are? Asked in Python, attribute by attribute, the answer takes longer than a small layer. Whatever is not
+// ordinary takes the general way, in Python, which also says what is wrong. Nothing is computed here and nothing is
+// decided that Python does not decide as well; derivatives are the operators' own.
 #include "common/call_path.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/object_ptr.h>
@@ -21,28 +19,23 @@
 namespace lenet_ext {
 namespace {
 
-// lenet_ext/functional.py and net.py know these numbers.
-enum Path : long {
-  kGeneral = 0,
-  kOperator = 1,  // no derivative is wanted
-  kFunction = 2,  // through the torch.autograd.Function
-};
+PyObject* answer(bool ordinary) { return PyBool_FromLong(ordinary); }
 
-PyObject* answer(Path path) { return PyLong_FromLong(path); }
-
-// Neither torch.func nor forward-mode AD, neither a mode that sees Python calls nor autocast.
+// No mode that sees Python's calls, and no autocast, whose dtype may be one without kernels.
 bool ordinary_context(const at::Tensor& input) {
-  using c10::DispatchKey;
-  const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
-  return !included.has(DispatchKey::FuncTorchDynamicLayerFrontMode) &&
-         !included.has(DispatchKey::FuncTorchDynamicLayerBackMode) &&
-         at::impl::PythonTorchFunctionTLS::stack_len() == 0 &&
-         torch::autograd::ForwardADLevel::try_get_by_idx(0) == nullptr &&
+  return at::impl::PythonTorchFunctionTLS::stack_len() == 0 &&
          !at::autocast::is_autocast_enabled(input.device().type());
 }
 
+// Inside a transform of torch.func.
+bool transformed() {
+  const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
+  return included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
 bool has_kernels(const at::Tensor& input) {
-  if (input.layout() != at::kStrided) return false;
+  if (input.layout() != at::kStrided || input.is_nested()) return false;
   const at::ScalarType dtype = input.scalar_type();
   const bool on_cpu_too = dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16;
 #ifdef LENET_EXT_WITH_CUDA
@@ -51,24 +44,24 @@ bool has_kernels(const at::Tensor& input) {
   return input.is_cpu() && on_cpu_too;
 }
 
-// call_path(input, weight, bias) -> Path. Ordinary are tensors and parameters, no subclasses, with a kernel for their
+// is_ordinary(input, weight, bias) -> bool. Ordinary are tensors and parameters, no subclasses, with a kernel for their
 // device, layout and dtype; an image or more with a 4-D weight, any rows with a 2-D one; a bias for each output.
-PyObject* call_path(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+PyObject* is_ordinary(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 3 || !THPVariable_CheckExact(arguments[0]) || !THPVariable_CheckExact(arguments[1]) ||
       !(Py_IsNone(arguments[2]) || THPVariable_CheckExact(arguments[2]))) {
-    return answer(kGeneral);
+    return answer(false);
   }
   const at::Tensor &input = THPVariable_Unpack(arguments[0]), &weight = THPVariable_Unpack(arguments[1]);
-  if (!has_kernels(input) || !(weight.dim() == 2 || (weight.dim() == 4 && input.dim() == 4))) return answer(kGeneral);
-  bool derivative = input.requires_grad() || weight.requires_grad();
+  if (!has_kernels(input) || weight.layout() != at::kStrided ||
+      !(weight.dim() == 2 || (weight.dim() == 4 && input.dim() == 4))) {
+    return answer(false);
+  }
   if (!Py_IsNone(arguments[2])) {
     const at::Tensor& bias = THPVariable_Unpack(arguments[2]);
-    if (bias.dim() != 1 || bias.size(0) != weight.size(0)) return answer(kGeneral);
-    derivative = derivative || bias.requires_grad();
+    if (bias.layout() != at::kStrided || bias.dim() != 1 || bias.size(0) != weight.size(0)) return answer(false);
   }
-  if (!ordinary_context(input)) return answer(kGeneral);
-  return answer(derivative && at::GradMode::is_enabled() ? kFunction : kOperator);
+  return answer(ordinary_context(input));
   END_HANDLE_TH_ERRORS
 }
 
@@ -150,36 +143,34 @@ PyObject* untouched_parameters(PyObject*, PyObject* const* arguments, Py_ssize_t
   END_HANDLE_TH_ERRORS
 }
 
-// lenet_path(input, parameters) -> Path. Ordinary is a batch of float32 images (on CUDA of the 16-bit types, too) for
-// ten parameters (weight and bias of conv1, conv2, fc1, fc2, fc3; of exactly that type) of LeNet's shapes, where no
-// dispatch mode and no tracer would miss the layers.
-PyObject* lenet_path(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+// is_ordinary_lenet(input, parameters) -> bool. Ordinary is a batch of float32 images (on CUDA of the 16-bit types,
+// too) for ten parameters (weight and bias of conv1, conv2, fc1, fc2, fc3; of exactly that type) of LeNet's shapes,
+// where no dispatch mode, no tracer and no transform of torch.func would miss the layers.
+PyObject* is_ordinary_lenet(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 2 || Py_TYPE(arguments[0]) != reinterpret_cast<PyTypeObject*>(THPVariableClass) ||
       !PyList_CheckExact(arguments[1]) || PyList_GET_SIZE(arguments[1]) != 10) {
-    return answer(kGeneral);
+    return answer(false);
   }
   const at::Tensor& input = THPVariable_Unpack(arguments[0]);
   const bool dtype = input.scalar_type() == at::kFloat || (input.is_cuda() && input.scalar_type() != at::kDouble);
-  if (!dtype || input.dim() != 4 || !has_kernels(input)) return answer(kGeneral);
-  bool derivative = input.requires_grad();
+  if (!dtype || input.dim() != 4 || !has_kernels(input)) return answer(false);
   std::array<c10::IntArrayRef, 10> shapes;
   for (Py_ssize_t i = 0; i < 10; ++i) {
     PyObject* object = PyList_GET_ITEM(arguments[1], i);
-    if (!is_parameter(object)) return answer(kGeneral);
+    if (!is_parameter(object)) return answer(false);
     const at::Tensor& parameter = THPVariable_Unpack(object);
     shapes[i] = parameter.sizes();
-    derivative = derivative || parameter.requires_grad();
   }
   const int64_t channels = input.size(1);
   // The last layer's and the biases' sizes, dtypes and devices are the operator's to check, as they are the layers'.
   if (input.size(2) != 32 || input.size(3) != 32 || shapes[0] != c10::IntArrayRef({6, channels, 5, 5}) ||
       shapes[2] != c10::IntArrayRef({16, 6, 5, 5}) || shapes[4] != c10::IntArrayRef({120, 400}) ||
       shapes[6] != c10::IntArrayRef({84, 120}) || !ordinary_context(input) ||
-      c10::impl::TorchDispatchModeTLS::stack_len() != 0 || torch::jit::tracer::isTracing()) {
-    return answer(kGeneral);
+      c10::impl::TorchDispatchModeTLS::stack_len() != 0 || torch::jit::tracer::isTracing() || transformed()) {
+    return answer(false);
   }
-  return answer(derivative && at::GradMode::is_enabled() ? kFunction : kOperator);
+  return answer(true);
   END_HANDLE_TH_ERRORS
 }
 
@@ -192,9 +183,9 @@ PyMethodDef fast(const char* name, const char* doc) {
 }  // namespace
 
 PyMethodDef call_path_functions[] = {
-    fast<call_path>("call_path", "call_path(input, weight, bias): 0 general, 1 operator, 2 Function"),
+    fast<is_ordinary>("is_ordinary", "is_ordinary(input, weight, bias): bool"),
     fast<untouched_parameters>("untouched_parameters", "untouched_parameters(modules, children): list or None"),
-    fast<lenet_path>("lenet_path", "lenet_path(input, parameters): 0 general, 1 operator, 2 Function"),
+    fast<is_ordinary_lenet>("is_ordinary_lenet", "is_ordinary_lenet(input, parameters): bool"),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -2,8 +2,8 @@
 
 namespace lenet_ext {
 
-void check_same_device_and_dtype(const char* op, std::initializer_list<NamedTensor> tensors) {
-  const NamedTensor& first = *tensors.begin();
+void check_same_device_and_dtype(const char* op, c10::ArrayRef<NamedTensor> tensors) {
+  const NamedTensor& first = tensors.front();
   for (const NamedTensor& each : tensors) {
     TORCH_CHECK(each.tensor.defined(), op, ": ", each.name, " is undefined");
     TORCH_CHECK(each.tensor.layout() == at::kStrided, op, ": ", each.name, " must be a dense tensor, got layout ",

@@ -5,7 +5,6 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
-#include <initializer_list>
 #include <optional>
 
 namespace lenet_ext {
@@ -16,7 +15,7 @@ struct NamedTensor {
 };
 
 // Every tensor dense, on the first one's device and of the first one's dtype.
-void check_same_device_and_dtype(const char* op, std::initializer_list<NamedTensor> tensors);
+void check_same_device_and_dtype(const char* op, c10::ArrayRef<NamedTensor> tensors);
 
 // A bias, where there is one, is a vector of `size` elements.
 void check_bias(const char* op, const std::optional<at::Tensor>& bias, int64_t size);

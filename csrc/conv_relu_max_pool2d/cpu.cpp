@@ -66,7 +66,8 @@ const cpu::ConvPoolBackwardKernels<T>& backward_kernels(const ConvPoolShape& s, 
   if constexpr (std::is_same_v<T, float>) {
     const auto* fixed = lenet_kernels(s).backward;
     const bool input_gradient = grad_input.defined();
-    if (fixed != nullptr && contiguous_images(grad_output) && contiguous_images(indices) && contiguous_images(input) &&
+    if (fixed != nullptr && contiguous_images(grad_output) && contiguous_images(indices) &&
+        (!input.defined() || contiguous_images(input)) &&
         (!input_gradient || (s.in_channels > 1 && contiguous_images(grad_input)))) {
       return *fixed;
     }
@@ -76,19 +77,19 @@ const cpu::ConvPoolBackwardKernels<T>& backward_kernels(const ConvPoolShape& s, 
 
 // The vendor's convolutions are fastest on channels_last, by more than converting the activations costs, but
 // not by what converting large weights costs.
-at::MemoryFormat vendor_memory_format(const Tensor& input, const Tensor& weight, const ConvPoolShape& s) {
-  const int64_t activations = s.batch * (input.size(1) * s.height * s.width + s.out_channels * s.conv_h * s.conv_w);
-  const bool wants_channels_last =
-      input.scalar_type() == at::kFloat || (input.scalar_type() == at::kBFloat16 && vendor_has_bfloat16());
-  const bool convert = wants_channels_last && weight.numel() < 2 * activations;
-  return convert ? at::MemoryFormat::ChannelsLast : output_memory_format(input);
+at::MemoryFormat vendor_memory_format(const ConvPoolShape& s, at::ScalarType dtype, at::MemoryFormat given) {
+  const int64_t activations = s.batch * (s.in_channels * s.height * s.width + s.out_channels * s.conv_h * s.conv_w);
+  const int64_t weights = s.out_channels * (s.in_channels / s.groups) * s.kernel_h * s.kernel_w;
+  const bool wants_channels_last = dtype == at::kFloat || (dtype == at::kBFloat16 && vendor_has_bfloat16());
+  return wants_channels_last && weights < 2 * activations ? at::MemoryFormat::ChannelsLast : given;
 }
 
 at::Tensor vendor_convolution(const ConvPoolShape& s, const Tensor& input, const Tensor& weight,
                               const OptionalTensor& bias, const ConvPoolOptions& o) {
   // Gradients flow by the Functions in lenet_ext/autograd.py; what is called from here must not record any.
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const VendorConvolution v = vendor_convolution_input(input.contiguous(vendor_memory_format(input, weight, s)), o);
+  const at::MemoryFormat format = vendor_memory_format(s, input.scalar_type(), output_memory_format(input));
+  const VendorConvolution v = vendor_convolution_input(input.contiguous(format), o);
   return at::convolution(v.input, weight, bias, o.stride, v.padding, o.dilation, false, {0, 0}, o.groups);
 }
 
@@ -139,9 +140,9 @@ bool backward_direct(const ConvPoolShape& s, const Tensor& grad_output, const Te
                                      cpu::strides4(grad_output),
                                      indices.const_data_ptr<uint8_t>(),
                                      cpu::strides4(indices),
-                                     cpu::data<T>(input),
-                                     cpu::strides4(input),
-                                     cpu::data<T>(weight),
+                                     input.defined() ? cpu::data<T>(input) : nullptr,
+                                     input.defined() ? cpu::strides4(input) : cpu::Strides4{},
+                                     weight.defined() ? cpu::data<T>(weight) : nullptr,
                                      input_gradient ? cpu::mutable_data<T>(grad_input) : nullptr,
                                      input_gradient ? cpu::strides4(grad_input) : cpu::Strides4{},
                                      grad_weight.defined() ? cpu::mutable_data<T>(grad_weight) : nullptr,
@@ -209,11 +210,21 @@ LayerGradients backward_dense(const ConvPoolShape& s, const Tensor& grad_output,
                               const Tensor& input, const Tensor& weight, const ConvPoolOptions& o,
                               GradientMask wanted) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const at::MemoryFormat format = vendor_memory_format(input, weight, s);
+  const auto dtype = grad_output.scalar_type();
+  const at::MemoryFormat given = output_memory_format(indices), format = vendor_memory_format(s, dtype, given);
   Tensor grad_conv = relu_pool_backward<T>(s, grad_output, indices, format);
-  auto [source, padding] = vendor_convolution_input(input.contiguous(format), o);
-  Tensor kernel = weight;
-  if (std::is_same_v<T, BFloat16> && !vendor_bfloat16_is_right(s, grad_conv, source, kernel)) {
+  // The vendor wants both operands, although it does not read the values of one that is not needed.
+  const auto unread = [&grad_output](at::IntArrayRef size, at::MemoryFormat laid_out) {
+    return at::empty(size, grad_output.options(), laid_out);
+  };
+  const Tensor images =
+      wanted[1] ? input.contiguous(format) : unread({s.batch, s.in_channels, s.height, s.width}, format);
+  Tensor kernel = wanted[0] ? weight
+                            : unread({s.out_channels, s.in_channels / s.groups, s.kernel_h, s.kernel_w},
+                                     at::MemoryFormat::Contiguous);
+  auto [source, padding] = vendor_convolution_input(images, o);
+  if (std::is_same_v<T, BFloat16> &&
+      !vendor_bfloat16_is_right(s, grad_conv, wanted[1] ? source : grad_conv, wanted[0] ? kernel : grad_conv)) {
     grad_conv = grad_conv.to(at::kFloat);
     source = source.to(at::kFloat);
     kernel = kernel.to(at::kFloat);
@@ -221,12 +232,9 @@ LayerGradients backward_dense(const ConvPoolShape& s, const Tensor& grad_output,
   auto [grad_input, grad_weight, grad_bias] =
       at::convolution_backward(grad_conv, source, kernel, at::IntArrayRef{s.out_channels}, o.stride, padding,
                                o.dilation, false, {0, 0}, o.groups, wanted);
-  const auto dtype = input.scalar_type();
   LayerGradients gradients;
-  if (wanted[0]) {
-    gradients.input = crop_vendor_grad_input(grad_input, s, o).to(dtype).contiguous(output_memory_format(input));
-  }
-  if (wanted[1]) gradients.weight = grad_weight.to(dtype).contiguous(output_memory_format(weight));
+  if (wanted[0]) gradients.input = crop_vendor_grad_input(grad_input, s, o).to(dtype).contiguous(given);
+  if (wanted[1]) gradients.weight = grad_weight.to(dtype).contiguous();
   if (wanted[2]) gradients.bias = grad_bias.to(dtype);
   return gradients;
 }
@@ -252,22 +260,34 @@ struct ConvPoolCpu {
   static LayerGradients backward(const char* op, const ConvPoolShape& s, const Tensor& grad_output,
                                  const Tensor& indices, const Tensor& input, const Tensor& weight,
                                  const ConvPoolOptions& options, GradientMask wanted) {
-    return cpu::dispatch(input, op, [&](auto zero) {
+    if (wanted[2] && !wanted[1]) {  // the kernels sum it beside the gradient of weight, for which there may be no input
+      LayerGradients gradients;
+      if (wanted[0]) {
+        gradients = backward(op, s, grad_output, indices, input, weight, options, {true, false, false});
+      }
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      gradients.bias = grad_output.masked_fill(indices.eq(kDead), 0).sum({0, 2, 3});
+      return gradients;
+    }
+    return cpu::dispatch(grad_output, op, [&](auto zero) {
       using T = decltype(zero);
-      if (conv_pool_backward_algorithm_cpu(s, input.scalar_type()) == Algorithm::Direct) {
-        const bool any_parameter = wanted[1] || wanted[2];
+      if (conv_pool_backward_algorithm_cpu(s, grad_output.scalar_type()) == Algorithm::Direct) {
         LayerGradients gradients;
-        if (wanted[0]) gradients.input = at::empty(input.sizes(), input.options(), output_memory_format(input));
-        if (any_parameter) {
-          gradients.weight = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::Contiguous);
-          gradients.bias = at::empty({s.out_channels}, weight.options());
+        if (wanted[0]) {
+          gradients.input = at::empty({s.batch, s.in_channels, s.height, s.width}, grad_output.options(),
+                                      output_memory_format(indices));
+        }
+        if (wanted[1]) {
+          gradients.weight =
+              at::empty({s.out_channels, s.in_channels / s.groups, s.kernel_h, s.kernel_w}, grad_output.options());
+          gradients.bias = at::empty({s.out_channels}, grad_output.options());
         }
         // The winners of a channel are read one after the other: those of a large image should be neighbours.
         const bool rearrange = grad_output.stride(1) == 1 && s.out_channels * s.out_h * s.out_w > int64_t{1} << 16;
         if (backward_direct<T>(s, rearrange ? grad_output.contiguous() : grad_output,
-                               rearrange ? indices.contiguous() : indices, input, weight.contiguous(), gradients.input,
-                               gradients.weight, gradients.bias)) {
-          gradients.weight = wanted[1] ? gradients.weight.contiguous(output_memory_format(weight)) : Tensor();
+                               rearrange ? indices.contiguous() : indices, wanted[1] ? input : Tensor(),
+                               wanted[0] ? weight.contiguous() : Tensor(), gradients.input, gradients.weight,
+                               gradients.bias)) {
           if (!wanted[2]) gradients.bias = Tensor();
           return gradients;
         }
@@ -308,9 +328,11 @@ Tensor conv_relu_max_pool2d_cpu(const char* op, const Tensor& input, const Tenso
 }
 
 LayerGradients conv_relu_max_pool2d_backward_cpu(const char* op, const Tensor& grad_output, const Tensor& indices,
-                                                 const Tensor& input, const Tensor& weight,
-                                                 const ConvPoolOptions& options, GradientMask wanted) {
-  return ConvReluMaxPool2dHost<ConvPoolCpu>::backward(op, grad_output, indices, input, weight, options, wanted);
+                                                 const Tensor& input, const Tensor& weight, at::IntArrayRef input_size,
+                                                 at::IntArrayRef weight_size, const ConvPoolOptions& options,
+                                                 GradientMask wanted) {
+  return ConvReluMaxPool2dHost<ConvPoolCpu>::backward(op, grad_output, indices, input, weight, input_size, weight_size,
+                                                      options, wanted);
 }
 
 TORCH_LIBRARY_IMPL(lenet_ext, CPU, m) { ConvReluMaxPool2dHost<ConvPoolCpu>::register_operators(m); }

@@ -82,27 +82,29 @@ struct ConvPoolCuda {
   static LayerGradients backward(const char* op, const ConvPoolShape& s, const Tensor& grad_output,
                                  const Tensor& indices, const Tensor& input, const Tensor& weight,
                                  const ConvPoolOptions& o, GradientMask wanted) {
-    const CudaScope scope(input);
-    const cuda::DType dtype = cuda_dtype(op, input);
-    const at::MemoryFormat format = output_memory_format(input), weight_format = output_memory_format(weight);
+    const CudaScope scope(grad_output);
+    const cuda::DType dtype = cuda_dtype(op, grad_output);
+    const at::MemoryFormat format = output_memory_format(indices);
+    const at::TensorOptions like = grad_output.options();
+    const std::array<int64_t, 4> input_size = {s.batch, s.in_channels, s.height, s.width};
+    const std::array<int64_t, 4> weight_size = {s.out_channels, s.in_channels / s.groups, s.kernel_h, s.kernel_w};
     LayerGradients gradients;
-    if (wanted[2]) gradients.bias = at::empty({s.out_channels}, weight.options());
+    if (wanted[2]) gradients.bias = at::empty({s.out_channels}, like);
 
     if (conv_pool_algorithm_cuda(s, dtype, true) == Algorithm::Direct) {
-      if (wanted[0]) gradients.input = at::empty(input.sizes(), input.options(), format);
-      if (wanted[1]) gradients.weight = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::Contiguous);
+      if (wanted[0]) gradients.input = at::empty(input_size, like, format);
+      if (wanted[1]) gradients.weight = at::empty(weight_size, like);
       const bool lenet = cuda::has_lenet_kernels(dtype, s) && format == at::MemoryFormat::Contiguous;
       auto laid_out = [lenet](const Tensor& tensor) { return lenet ? tensor.contiguous() : tensor; };
-      launch_backward(scope, s, op, laid_out(grad_output), laid_out(indices), laid_out(input), weight.contiguous(),
-                      gradients);
-      if (wanted[1]) gradients.weight = gradients.weight.contiguous(weight_format);
+      launch_backward(scope, s, op, laid_out(grad_output), laid_out(indices), wanted[1] ? laid_out(input) : Tensor(),
+                      wanted[0] ? weight.contiguous() : Tensor(), gradients);
       return gradients;
     }
 
     // The bias gradient needs the winners only, not the dense gradient that the vendor would read once more.
-    if (wanted[2]) launch_backward(scope, s, op, grad_output, indices, input, weight, {{}, {}, gradients.bias});
+    if (wanted[2]) launch_backward(scope, s, op, grad_output, indices, Tensor(), Tensor(), {{}, {}, gradients.bias});
     if (wanted[0] || wanted[1]) {
-      const Tensor grad_conv = at::empty({s.batch, s.out_channels, s.conv_h, s.conv_w}, input.options(), format);
+      const Tensor grad_conv = at::empty({s.batch, s.out_channels, s.conv_h, s.conv_w}, like, format);
       const cuda::BiasReluPoolBackward call{s,
                                             grad_output.const_data_ptr(),
                                             cuda_strides(grad_output),
@@ -110,13 +112,15 @@ struct ConvPoolCuda {
                                             cuda_strides(indices),
                                             grad_conv.mutable_data_ptr(),
                                             cuda_strides(grad_conv)};
-      check_launch(op, cuda::launch_bias_relu_pool_backward(dtype, call, scope.stream), input);
-      const VendorConvolution v = vendor_convolution_input(input, o);
+      check_launch(op, cuda::launch_bias_relu_pool_backward(dtype, call, scope.stream), grad_output);
+      // The vendor wants both operands, although it does not read the values of one that is not needed.
+      const VendorConvolution v = vendor_convolution_input(wanted[1] ? input : at::empty(input_size, like, format), o);
+      const Tensor kernel = wanted[0] ? weight : at::empty(weight_size, like);
       auto [grad_input, grad_weight, unused] =
-          at::convolution_backward(grad_conv, v.input, weight, std::nullopt, o.stride, v.padding, o.dilation, false,
+          at::convolution_backward(grad_conv, v.input, kernel, std::nullopt, o.stride, v.padding, o.dilation, false,
                                    {0, 0}, o.groups, {wanted[0], wanted[1], false});
       if (wanted[0]) gradients.input = crop_vendor_grad_input(grad_input, s, o).contiguous(format);
-      if (wanted[1]) gradients.weight = grad_weight.contiguous(weight_format);
+      if (wanted[1]) gradients.weight = grad_weight.contiguous();
     }
     return gradients;
   }
@@ -141,27 +145,28 @@ struct ConvPoolCuda {
   static void launch_backward(const CudaScope& scope, const ConvPoolShape& s, const char* op, const Tensor& grad_output,
                               const Tensor& indices, const Tensor& input, const Tensor& weight,
                               const LayerGradients& gradients) {
-    const cuda::DType dtype = cuda_dtype(op, input);
+    const cuda::DType dtype = cuda_dtype(op, grad_output);
     Tensor workspace;
     if (gradients.weight.defined() || gradients.bias.defined()) {
       const int64_t bytes = cuda::conv_pool_backward_workspace(dtype, s, gradients.weight.defined());
-      workspace = at::empty({bytes}, input.options().dtype(at::kByte));
+      workspace = at::empty({bytes}, grad_output.options().dtype(at::kByte));
     }
     auto writable = [](const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; };
+    const cuda::Strides4 contiguous{s.in_channels * s.height * s.width, s.height * s.width, s.width, 1};
     const cuda::ConvPoolBackward call{s,
                                       grad_output.const_data_ptr(),
                                       cuda_strides(grad_output),
                                       indices.const_data_ptr<uint8_t>(),
                                       cuda_strides(indices),
-                                      input.const_data_ptr(),
-                                      cuda_strides(input),
-                                      weight.const_data_ptr(),
+                                      data_or_null(input),
+                                      input.defined() ? cuda_strides(input) : contiguous,
+                                      data_or_null(weight),
                                       writable(gradients.input),
                                       gradients.input.defined() ? cuda_strides(gradients.input) : cuda::Strides4{},
                                       writable(gradients.weight),
                                       writable(gradients.bias),
                                       writable(workspace)};
-    check_launch(op, cuda::launch_conv_pool_backward(dtype, call, scope.stream), input);
+    check_launch(op, cuda::launch_conv_pool_backward(dtype, call, scope.stream), grad_output);
   }
 };
 
@@ -173,9 +178,11 @@ Tensor conv_relu_max_pool2d_cuda(const char* op, const Tensor& input, const Tens
 }
 
 LayerGradients conv_relu_max_pool2d_backward_cuda(const char* op, const Tensor& grad_output, const Tensor& indices,
-                                                  const Tensor& input, const Tensor& weight,
-                                                  const ConvPoolOptions& options, GradientMask wanted) {
-  return ConvReluMaxPool2dHost<ConvPoolCuda>::backward(op, grad_output, indices, input, weight, options, wanted);
+                                                  const Tensor& input, const Tensor& weight, at::IntArrayRef input_size,
+                                                  at::IntArrayRef weight_size, const ConvPoolOptions& options,
+                                                  GradientMask wanted) {
+  return ConvReluMaxPool2dHost<ConvPoolCuda>::backward(op, grad_output, indices, input, weight, input_size, weight_size,
+                                                       options, wanted);
 }
 
 TORCH_LIBRARY_IMPL(lenet_ext, LENET_EXT_CUDA_KEY, m) { ConvReluMaxPool2dHost<ConvPoolCuda>::register_operators(m); }

@@ -39,17 +39,18 @@ class ConvReluMaxPool2dHost {
   }
 
   static LayerGradients backward(const char* op, const Tensor& grad_output, const Tensor& indices, const Tensor& input,
-                                 const Tensor& weight, const ConvPoolOptions& options, GradientMask wanted) {
-    const ConvPoolShape s =
-        check_conv_relu_max_pool2d_backward(op, grad_output, indices, input, weight, std::nullopt, options);
+                                 const Tensor& weight, Ints input_size, Ints weight_size,
+                                 const ConvPoolOptions& options, GradientMask wanted) {
+    const ConvPoolShape s = check_conv_relu_max_pool2d_backward(op, grad_output, indices, input, weight, input_size,
+                                                                weight_size, options, wanted);
     Device::check(op, s);
     if (grad_output.numel() != 0) {
       return Device::backward(op, s, grad_output, indices, input, weight, options, wanted);
     }
     LayerGradients zeros;
-    if (wanted[0]) zeros.input = at::zeros(input.sizes(), input.options());
-    if (wanted[1]) zeros.weight = at::zeros(weight.sizes(), weight.options()).contiguous(output_memory_format(weight));
-    if (wanted[2]) zeros.bias = at::zeros({s.out_channels}, weight.options());
+    if (wanted[0]) zeros.input = at::zeros(input_size, grad_output.options());
+    if (wanted[1]) zeros.weight = at::zeros(weight_size, grad_output.options());
+    if (wanted[2]) zeros.bias = at::zeros({s.out_channels}, grad_output.options());
     return zeros;
   }
 
@@ -82,24 +83,23 @@ class ConvReluMaxPool2dHost {
     return {std::move(output), std::move(indices)};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> operator_backward(const Tensor& grad_output, const Tensor& indices,
-                                                              const Tensor& input, const Tensor& weight, Ints stride,
-                                                              Ints padding, Ints dilation, int64_t groups,
-                                                              Ints pool_kernel_size, Ints pool_stride,
-                                                              Ints pool_padding, Ints pool_dilation,
-                                                              GradientMask output_mask) {
+  static std::tuple<Tensor, Tensor, Tensor> operator_backward(
+      const Tensor& grad_output, const Tensor& indices, const OptionalTensor& input, const OptionalTensor& weight,
+      Ints input_size, Ints weight_size, Ints stride, Ints padding, Ints dilation, int64_t groups,
+      Ints pool_kernel_size, Ints pool_stride, Ints pool_padding, Ints pool_dilation, GradientMask output_mask) {
     const LayerGradients gradients = backward(
-        "conv_relu_max_pool2d_backward", grad_output, indices, input, weight,
+        "conv_relu_max_pool2d_backward", grad_output, indices, input.value_or(Tensor()), weight.value_or(Tensor()),
+        input_size, weight_size,
         {stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding, pool_dilation}, output_mask);
-    return to_outputs(gradients, input.options());
+    return to_outputs(gradients, grad_output.options());
   }
 
   static Tensor operator_at_indices(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                     const Tensor& indices, Ints stride, Ints padding, Ints dilation, int64_t groups,
                                     Ints pool_kernel_size, Ints pool_stride, Ints pool_padding, Ints pool_dilation) {
     constexpr const char* op = "conv_at_indices";
-    const ConvPoolShape s = check_conv_relu_max_pool2d_backward(
-        op, Tensor(), indices, input, weight, bias,
+    const ConvPoolShape s = check_conv_at_indices(
+        op, input, weight, bias, indices,
         {stride, padding, dilation, groups, pool_kernel_size, pool_stride, pool_padding, pool_dilation});
     Device::check(op, s);
     const at::MemoryFormat format = output_memory_format(input);

@@ -13,9 +13,12 @@ using ConvReluMaxPool2d = at::Tensor(const char* op, const at::Tensor& input, co
                                      bool ceil_mode, at::Tensor* indices);
 ConvReluMaxPool2d conv_relu_max_pool2d_cpu, conv_relu_max_pool2d_cuda;
 
+// `input` may be undefined where no gradient of weight is wanted, and `weight` where none of input is. The gradient of
+// input is laid out as `indices`, that of weight contiguous.
 using ConvReluMaxPool2dBackward = LayerGradients(const char* op, const at::Tensor& grad_output,
                                                  const at::Tensor& indices, const at::Tensor& input,
-                                                 const at::Tensor& weight, const ConvPoolOptions& options,
+                                                 const at::Tensor& weight, at::IntArrayRef input_size,
+                                                 at::IntArrayRef weight_size, const ConvPoolOptions& options,
                                                  GradientMask wanted);
 ConvReluMaxPool2dBackward conv_relu_max_pool2d_backward_cpu, conv_relu_max_pool2d_backward_cuda;
 

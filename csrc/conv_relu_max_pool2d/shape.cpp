@@ -77,17 +77,17 @@ void check_options(const char* op, const ConvPoolOptions& o) {
 }
 
 // Everything but the pooled size.
-ConvPoolShape check_convolution(const char* op, const at::Tensor& input, const at::Tensor& weight,
+ConvPoolShape check_convolution(const char* op, at::IntArrayRef input, at::IntArrayRef weight,
                                 const std::optional<at::Tensor>& bias, const ConvPoolOptions& o) {
-  TORCH_CHECK(input.dim() == 4, op, ": input must be 4-D (batch, channels, height, width), got shape ", input.sizes());
-  TORCH_CHECK(weight.dim() == 4, op,
+  TORCH_CHECK(input.size() == 4, op, ": input must be 4-D (batch, channels, height, width), got shape ", input);
+  TORCH_CHECK(weight.size() == 4, op,
               ": weight must be 4-D (out_channels, in_channels / groups, kernel_height, kernel_width), got shape ",
-              weight.sizes());
+              weight);
   check_options(op, o);
 
   ConvPoolShape s{};
-  s.batch = input.size(0), s.in_channels = input.size(1), s.height = input.size(2), s.width = input.size(3);
-  s.out_channels = weight.size(0), s.kernel_h = weight.size(2), s.kernel_w = weight.size(3), s.groups = o.groups;
+  s.batch = input[0], s.in_channels = input[1], s.height = input[2], s.width = input[3];
+  s.out_channels = weight[0], s.kernel_h = weight[2], s.kernel_w = weight[3], s.groups = o.groups;
   s.stride_h = o.stride[0], s.stride_w = o.stride[1];
   s.pad_top = o.padding[0], s.pad_bottom = o.padding[1], s.pad_left = o.padding[2], s.pad_right = o.padding[3];
   s.dilation_h = o.dilation[0], s.dilation_w = o.dilation[1];
@@ -97,15 +97,13 @@ ConvPoolShape check_convolution(const char* op, const at::Tensor& input, const a
   s.pool_dilation_h = o.pool_dilation[0], s.pool_dilation_w = o.pool_dilation[1];
 
   TORCH_CHECK(s.in_channels > 0 && s.height > 0 && s.width > 0, op,
-              ": input may be empty in its batch dimension alone, got shape ", input.sizes());
+              ": input may be empty in its batch dimension alone, got shape ", input);
   TORCH_CHECK(s.out_channels > 0 && s.kernel_h > 0 && s.kernel_w > 0, op,
-              ": weight must have at least one output channel and a kernel that is not empty, got shape ",
-              weight.sizes());
+              ": weight must have at least one output channel and a kernel that is not empty, got shape ", weight);
   TORCH_CHECK(s.out_channels % s.groups == 0, op, ": weight's ", s.out_channels,
               " output channels must be divisible by groups=", s.groups);
-  TORCH_CHECK(s.in_channels == weight.size(1) * s.groups, op, ": input must have ", weight.size(1) * s.groups,
-              " channels for weight of shape ", weight.sizes(), " and groups=", s.groups, ", got shape ",
-              input.sizes());
+  TORCH_CHECK(s.in_channels == weight[1] * s.groups, op, ": input must have ", weight[1] * s.groups,
+              " channels for weight of shape ", weight, " and groups=", s.groups, ", got shape ", input);
   check_bias(op, bias, s.out_channels);
 
   const int64_t extent_h = s.dilation_h * (s.kernel_h - 1) + 1, extent_w = s.dilation_w * (s.kernel_w - 1) + 1;
@@ -115,6 +113,24 @@ ConvPoolShape check_convolution(const char* op, const at::Tensor& input, const a
   s.conv_h = convolution_size(s.height, s.pad_top, s.pad_bottom, s.dilation_h, s.kernel_h, s.stride_h);
   s.conv_w = convolution_size(s.width, s.pad_left, s.pad_right, s.dilation_w, s.kernel_w, s.stride_w);
   return s;
+}
+
+// Takes the pooled size from `indices`, which belong to a tensor like `first`.
+void set_pooled_size(const char* op, ConvPoolShape& s, const NamedTensor& first, const at::Tensor& indices) {
+  TORCH_CHECK(indices.device() == first.tensor.device() && indices.scalar_type() == at::kByte &&
+                  indices.layout() == at::kStrided,
+              op, ": indices must be a dense uint8 tensor on ", first.tensor.device(), ", got ", indices.scalar_type(),
+              " on ", indices.device());
+  TORCH_CHECK(indices.dim() == 4 && indices.size(0) == s.batch && indices.size(1) == s.out_channels, op,
+              ": indices must have shape [", s.batch, ", ", s.out_channels, ", *, *], got ", indices.sizes());
+  s.out_h = indices.size(2), s.out_w = indices.size(3);
+  auto fits = [](int64_t out, int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+    return out > 0 && (out == pooled_size(size, kernel, stride, pad, dilation, false) ||
+                       out == pooled_size(size, kernel, stride, pad, dilation, true));
+  };
+  TORCH_CHECK(fits(s.out_h, s.conv_h, s.pool_kernel_h, s.pool_stride_h, s.pool_pad_h, s.pool_dilation_h) &&
+                  fits(s.out_w, s.conv_w, s.pool_kernel_w, s.pool_stride_w, s.pool_pad_w, s.pool_dilation_w),
+              op, ": indices of shape ", indices.sizes(), " do not belong to this input, weight and pooling");
 }
 
 }  // namespace
@@ -127,7 +143,7 @@ ConvPoolShape check_conv_relu_max_pool2d(const char* op, const at::Tensor& input
   } else {
     check_same_device_and_dtype(op, {{"input", input}, {"weight", weight}});
   }
-  ConvPoolShape s = check_convolution(op, input, weight, bias, options);
+  ConvPoolShape s = check_convolution(op, input.sizes(), weight.sizes(), bias, options);
   s.out_h = pooled_size(s.conv_h, s.pool_kernel_h, s.pool_stride_h, s.pool_pad_h, s.pool_dilation_h, ceil_mode);
   s.out_w = pooled_size(s.conv_w, s.pool_kernel_w, s.pool_stride_w, s.pool_pad_w, s.pool_dilation_w, ceil_mode);
   TORCH_CHECK(s.out_h > 0 && s.out_w > 0, op, ": pool_kernel_size=", options.pool_kernel_size,
@@ -136,32 +152,39 @@ ConvPoolShape check_conv_relu_max_pool2d(const char* op, const at::Tensor& input
   return s;
 }
 
-ConvPoolShape check_conv_relu_max_pool2d_backward(const char* op, const at::Tensor& grad_output,
-                                                  const at::Tensor& indices, const at::Tensor& input,
-                                                  const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                                                  const ConvPoolOptions& options) {
+ConvPoolShape check_conv_at_indices(const char* op, const at::Tensor& input, const at::Tensor& weight,
+                                    const std::optional<at::Tensor>& bias, const at::Tensor& indices,
+                                    const ConvPoolOptions& options) {
   check_same_device_and_dtype(op, {{"input", input}, {"weight", weight}});
   if (bias.has_value()) check_same_device_and_dtype(op, {{"input", input}, {"bias", *bias}});
-  ConvPoolShape s = check_convolution(op, input, weight, bias, options);
-  TORCH_CHECK(
-      indices.device() == input.device() && indices.scalar_type() == at::kByte && indices.layout() == at::kStrided, op,
-      ": indices must be a dense uint8 tensor on ", input.device(), ", got ", indices.scalar_type(), " on ",
-      indices.device());
-  TORCH_CHECK(indices.dim() == 4 && indices.size(0) == s.batch && indices.size(1) == s.out_channels, op,
-              ": indices must have shape [", s.batch, ", ", s.out_channels, ", *, *], got ", indices.sizes());
-  s.out_h = indices.size(2), s.out_w = indices.size(3);
-  auto fits = [](int64_t out, int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-    return out > 0 && (out == pooled_size(size, kernel, stride, pad, dilation, false) ||
-                       out == pooled_size(size, kernel, stride, pad, dilation, true));
-  };
-  TORCH_CHECK(fits(s.out_h, s.conv_h, s.pool_kernel_h, s.pool_stride_h, s.pool_pad_h, s.pool_dilation_h) &&
-                  fits(s.out_w, s.conv_w, s.pool_kernel_w, s.pool_stride_w, s.pool_pad_w, s.pool_dilation_w),
-              op, ": indices of shape ", indices.sizes(), " do not belong to this input, weight and pooling");
-  if (grad_output.defined()) {
-    check_same_device_and_dtype(op, {{"input", input}, {"grad_output", grad_output}});
-    TORCH_CHECK(grad_output.sizes() == indices.sizes(), op, ": grad_output must have the shape of indices ",
-                indices.sizes(), ", got ", grad_output.sizes());
+  ConvPoolShape s = check_convolution(op, input.sizes(), weight.sizes(), bias, options);
+  set_pooled_size(op, s, {"input", input}, indices);
+  return s;
+}
+
+ConvPoolShape check_conv_relu_max_pool2d_backward(const char* op, const at::Tensor& grad_output,
+                                                  const at::Tensor& indices, const at::Tensor& input,
+                                                  const at::Tensor& weight, at::IntArrayRef input_size,
+                                                  at::IntArrayRef weight_size, const ConvPoolOptions& options,
+                                                  GradientMask wanted) {
+  TORCH_CHECK(input.defined() || !wanted[1], op, ": input is needed for the gradient of weight, got None");
+  TORCH_CHECK(weight.defined() || !wanted[0], op, ": weight is needed for the gradient of input, got None");
+  const NamedTensor first{"grad_output", grad_output};
+  check_same_device_and_dtype(op, {first});
+  if (input.defined()) {
+    check_same_device_and_dtype(op, {first, {"input", input}});
+    TORCH_CHECK(input.sizes() == input_size, op, ": input must have the shape input_size=", input_size, ", got ",
+                input.sizes());
   }
+  if (weight.defined()) {
+    check_same_device_and_dtype(op, {first, {"weight", weight}});
+    TORCH_CHECK(weight.sizes() == weight_size, op, ": weight must have the shape weight_size=", weight_size, ", got ",
+                weight.sizes());
+  }
+  ConvPoolShape s = check_convolution(op, input_size, weight_size, std::nullopt, options);
+  set_pooled_size(op, s, first, indices);
+  TORCH_CHECK(grad_output.sizes() == indices.sizes(), op, ": grad_output must have the shape of indices ",
+              indices.sizes(), ", got ", grad_output.sizes());
   return s;
 }
 

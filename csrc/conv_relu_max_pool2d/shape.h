@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "common/conv_pool_shape.h"
+#include "common/gradients.h"
 
 namespace lenet_ext {
 
@@ -22,12 +23,19 @@ ConvPoolShape check_conv_relu_max_pool2d(const char* op, const at::Tensor& input
                                          const std::optional<at::Tensor>& bias, const ConvPoolOptions& options,
                                          bool ceil_mode);
 
-// The same for the operators that get the pooled size from `indices` (ceil_mode is then known from it).
-// `grad_output` may be undefined.
+// The same for the operators that get the pooled size from `indices` (ceil_mode is then known from it). conv_at_indices
+// has input, weight and perhaps a bias:
+ConvPoolShape check_conv_at_indices(const char* op, const at::Tensor& input, const at::Tensor& weight,
+                                    const std::optional<at::Tensor>& bias, const at::Tensor& indices,
+                                    const ConvPoolOptions& options);
+
+// The backward operator has their sizes. `input` may be undefined where no gradient of weight is wanted, and `weight`
+// where none of input is.
 ConvPoolShape check_conv_relu_max_pool2d_backward(const char* op, const at::Tensor& grad_output,
                                                   const at::Tensor& indices, const at::Tensor& input,
-                                                  const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                                                  const ConvPoolOptions& options);
+                                                  const at::Tensor& weight, at::IntArrayRef input_size,
+                                                  at::IntArrayRef weight_size, const ConvPoolOptions& options,
+                                                  GradientMask wanted);
 
 // channels_last input gives channels_last output, everything else contiguous.
 at::MemoryFormat output_memory_format(const at::Tensor& input);

@@ -122,8 +122,8 @@ LenetGradients lenet_backward(const char* op, const Tensor& grad_output, const T
   check_launch(op, cuda::launch_lenet_backward(cuda_dtype(op, input), call, scope.stream), input);
   if (input_gradient) {
     // Training has no use for the gradient of the images; who wants it pays a third launch.
-    gradients.input = conv_relu_max_pool2d_backward_cuda(op, grad_pooled1, a.indices1, input, p[0], lenet_convolution(),
-                                                         {true, false, false})
+    gradients.input = conv_relu_max_pool2d_backward_cuda(op, grad_pooled1, a.indices1, Tensor(), p[0], input.sizes(),
+                                                         p[0].sizes(), lenet_convolution(), {true, false, false})
                           .input;
   }
   return gradients;

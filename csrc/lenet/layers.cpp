@@ -25,10 +25,10 @@ LenetGradients lenet_backward_by_layers(const LayerOperators& device, const char
   const LayerGradients fc3 = device.linear_backward(op, grad_output, Tensor(), a.hidden2, p[8], all);
   const LayerGradients fc2 = device.linear_backward(op, fc3.input, a.hidden2, a.hidden1, p[6], all);
   const LayerGradients fc1 = device.linear_backward(op, fc2.input, a.hidden1, features, p[4], all);
-  const LayerGradients conv2 =
-      device.conv_backward(op, fc1.input.view(a.pooled2.sizes()), a.indices2, a.pooled1, p[2].contiguous(), o, all);
-  const LayerGradients conv1 =
-      device.conv_backward(op, conv2.input, a.indices1, input, p[0].contiguous(), o, {input_gradient, true, true});
+  const LayerGradients conv2 = device.conv_backward(op, fc1.input.view(a.pooled2.sizes()), a.indices2, a.pooled1, p[2],
+                                                    a.pooled1.sizes(), p[2].sizes(), o, all);
+  const LayerGradients conv1 = device.conv_backward(op, conv2.input, a.indices1, input, p[0], input.sizes(),
+                                                    p[0].sizes(), o, {input_gradient, true, true});
   return {conv1.input,
           {conv1.weight, conv1.bias, conv2.weight, conv2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, fc3.weight,
            fc3.bias}};

@@ -70,10 +70,10 @@ struct LinearCpu {
   static LayerGradients backward(const Scope&, const char* op, const LinearShape& s, const Tensor& grad,
                                  const Tensor& mask, const Tensor& rows, const Tensor& weight, GradientMask wanted) {
     LayerGradients gradients;
-    if (wanted[0]) gradients.input = at::empty({s.rows, s.in_features}, rows.options());
-    if (wanted[1]) gradients.weight = at::empty({s.out_features, s.in_features}, weight.options());
-    if (wanted[2]) gradients.bias = at::empty({s.out_features}, weight.options());
-    dispatch(rows, op, [&](auto zero) {
+    if (wanted[0]) gradients.input = at::empty({s.rows, s.in_features}, grad.options());
+    if (wanted[1]) gradients.weight = at::empty({s.out_features, s.in_features}, grad.options());
+    if (wanted[2]) gradients.bias = at::empty({s.out_features}, grad.options());
+    dispatch(grad, op, [&](auto zero) {
       using T = decltype(zero);
       const auto& kernels = cpu::gemm_table<T>();
       const T* g = cpu::data<T>(grad);

@@ -41,14 +41,14 @@ struct LinearCuda {
                                  const Tensor& mask, const Tensor& rows, const Tensor& weight, GradientMask wanted) {
     LayerGradients gradients;
     if (wanted[0]) {  // grad * weight
-      gradients.input = at::empty({s.rows, s.in_features}, rows.options());
+      gradients.input = at::empty({s.rows, s.in_features}, grad.options());
       cuda::SmallMatrixProduct call{};
       call.rows = s.rows, call.columns = s.in_features, call.depth = s.out_features;
       call.a = grad.const_data_ptr(), call.a_row_stride = s.out_features, call.a_depth_stride = 1;
       call.a_mask = data_or_null(mask);
       call.b = weight.const_data_ptr(), call.b_row_stride = 1, call.b_depth_stride = s.in_features;
       call.output = gradients.input.mutable_data_ptr();
-      launch(scope, op, call, rows);
+      launch(scope, op, call, grad);
     }
     if (wanted[1] || wanted[2]) {  // grad^T * rows; the bias gradient comes along
       cuda::SmallMatrixProduct call{};
@@ -60,21 +60,21 @@ struct LinearCuda {
       call.a_mask = data_or_null(mask);
       call.b = product ? rows.const_data_ptr() : grad.const_data_ptr();
       call.b_row_stride = 1, call.b_depth_stride = product ? s.in_features : s.out_features;
-      const Tensor out = at::empty({s.out_features, call.columns}, weight.options());
-      if (wanted[1]) gradients.weight = product ? out : at::zeros(weight.sizes(), weight.options());
+      const Tensor out = at::empty({s.out_features, call.columns}, grad.options());
+      if (wanted[1]) gradients.weight = product ? out : at::zeros({s.out_features, s.in_features}, grad.options());
       call.output = out.mutable_data_ptr();
       if (wanted[2]) {
-        gradients.bias = at::empty({s.out_features}, weight.options());
+        gradients.bias = at::empty({s.out_features}, grad.options());
         call.a_row_sums = gradients.bias.mutable_data_ptr();
       }
-      launch(scope, op, call, rows);
+      launch(scope, op, call, grad);
     }
     return gradients;
   }
 
  private:
-  static void launch(const Scope& scope, const char* op, const cuda::SmallMatrixProduct& call, const Tensor& rows) {
-    check_launch(op, cuda::launch_small_matrix_product(cuda_dtype(op, rows), call, scope.stream), rows);
+  static void launch(const Scope& scope, const char* op, const cuda::SmallMatrixProduct& call, const Tensor& tensor) {
+    check_launch(op, cuda::launch_small_matrix_product(cuda_dtype(op, tensor), call, scope.stream), tensor);
   }
 };
 

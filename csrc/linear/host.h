@@ -4,7 +4,8 @@
 //   Device::Scope(tensor)                                     holds while the operator runs (device, no autograd)
 //   Device::algorithm(shape, dtype)
 //   Device::forward(scope, op, shape, rows, weight, bias, relu, output)      `bias` may be undefined
-//   Device::backward(scope, op, shape, grad, mask, rows, weight, wanted)     `mask`, linear_relu's output, may be, too
+//   Device::backward(scope, op, shape, grad, mask, rows, weight, wanted)     so may `mask`, linear_relu's output, and
+//                                                                            `rows` and `weight` where not needed
 #pragma once
 
 #include <ATen/ops/addmm.h>
@@ -50,27 +51,29 @@ class LinearHost {
 
   static LayerGradients backward(const char* op, const Tensor& grad_output, const Tensor& output, const Tensor& input,
                                  const Tensor& weight, GradientMask wanted) {
-    const LinearShape s = check_linear_backward(op, grad_output, output, input, weight);
-    const typename Device::Scope scope(input);
+    const LinearShape s = check_linear_backward(op, grad_output, output, input, weight, wanted);
+    const typename Device::Scope scope(grad_output);
+    std::vector<int64_t> input_sizes = grad_output.sizes().vec();
+    input_sizes.back() = s.in_features;
     LayerGradients gradients;
     if (s.rows == 0 || s.out_features == 0) {
-      if (wanted[0]) gradients.input = at::zeros(input.sizes(), input.options());
-      if (wanted[1]) gradients.weight = at::zeros(weight.sizes(), weight.options());
-      if (wanted[2]) gradients.bias = at::zeros({s.out_features}, weight.options());
+      if (wanted[0]) gradients.input = at::zeros(input_sizes, grad_output.options());
+      if (wanted[1]) gradients.weight = at::zeros({s.out_features, s.in_features}, grad_output.options());
+      if (wanted[2]) gradients.bias = at::zeros({s.out_features}, grad_output.options());
       return gradients;
     }
     Tensor grad = grad_output.contiguous().view({s.rows, s.out_features});
-    const Tensor rows = input.contiguous().view({s.rows, s.in_features});
+    const Tensor rows = wanted[1] ? input.contiguous().view({s.rows, s.in_features}) : Tensor();
     const Tensor mask = output.defined() ? output.contiguous().view({s.rows, s.out_features}) : Tensor();
-    if (Device::algorithm(s, input.scalar_type()) == Algorithm::Direct) {
-      gradients = Device::backward(scope, op, s, grad, mask, rows, weight.contiguous(), wanted);
+    if (Device::algorithm(s, grad.scalar_type()) == Algorithm::Direct) {
+      gradients = Device::backward(scope, op, s, grad, mask, rows, wanted[0] ? weight.contiguous() : Tensor(), wanted);
     } else {
       if (mask.defined()) grad = at::threshold_backward(grad, mask, 0);
       if (wanted[0]) gradients.input = at::mm(grad, weight);
       if (wanted[1]) gradients.weight = at::mm(grad.t(), rows);
       if (wanted[2]) gradients.bias = at::sum(grad, 0);
     }
-    if (wanted[0]) gradients.input = gradients.input.view(input.sizes());
+    if (wanted[0]) gradients.input = gradients.input.view(input_sizes);
     return gradients;
   }
 
@@ -90,18 +93,24 @@ class LinearHost {
     return forward("linear_relu", input, weight, bias, true);
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> operator_linear_backward(const Tensor& grad_output, const Tensor& input,
-                                                                     const Tensor& weight, GradientMask output_mask) {
-    return to_outputs(backward("linear_backward", grad_output, Tensor(), input, weight, output_mask), input.options());
+  static std::tuple<Tensor, Tensor, Tensor> operator_linear_backward(const Tensor& grad_output,
+                                                                     const OptionalTensor& input,
+                                                                     const OptionalTensor& weight,
+                                                                     GradientMask output_mask) {
+    return to_outputs(backward("linear_backward", grad_output, Tensor(), input.value_or(Tensor()),
+                               weight.value_or(Tensor()), output_mask),
+                      grad_output.options());
   }
 
   static std::tuple<Tensor, Tensor, Tensor> operator_linear_relu_backward(const Tensor& grad_output,
-                                                                          const Tensor& output, const Tensor& input,
-                                                                          const Tensor& weight,
+                                                                          const Tensor& output,
+                                                                          const OptionalTensor& input,
+                                                                          const OptionalTensor& weight,
                                                                           GradientMask output_mask) {
     TORCH_CHECK(output.defined(), "linear_relu_backward: output is undefined");
-    return to_outputs(backward("linear_relu_backward", grad_output, output, input, weight, output_mask),
-                      input.options());
+    return to_outputs(backward("linear_relu_backward", grad_output, output, input.value_or(Tensor()),
+                               weight.value_or(Tensor()), output_mask),
+                      grad_output.options());
   }
 };
 

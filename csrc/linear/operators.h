@@ -12,7 +12,8 @@ using LinearOperator = at::Tensor(const char* op, const at::Tensor& input, const
                                   const std::optional<at::Tensor>& bias, bool relu);
 LinearOperator linear_cpu, linear_cuda;
 
-// `output`, which linear_relu needs and plain linear does not, may be undefined.
+// `output`, which linear_relu needs and plain linear does not, may be undefined, and so may `input` where no gradient
+// of weight is wanted and `weight` where none of input is.
 using LinearBackwardOperator = LayerGradients(const char* op, const at::Tensor& grad_output, const at::Tensor& output,
                                               const at::Tensor& input, const at::Tensor& weight, GradientMask wanted);
 LinearBackwardOperator linear_backward_cpu, linear_backward_cuda;

@@ -5,6 +5,8 @@
 
 #include <optional>
 
+#include "common/gradients.h"
+
 namespace lenet_ext {
 
 struct LinearShape {
@@ -14,8 +16,9 @@ struct LinearShape {
 LinearShape check_linear(const char* op, const at::Tensor& input, const at::Tensor& weight,
                          const std::optional<at::Tensor>& bias);
 
-// `output`, of linear_relu, may be undefined.
+// `output`, of linear_relu, may be undefined, and so may `input` where no gradient of weight is wanted and `weight`
+// where none of input is. in_features is 0 where both are.
 LinearShape check_linear_backward(const char* op, const at::Tensor& grad_output, const at::Tensor& output,
-                                  const at::Tensor& input, const at::Tensor& weight);
+                                  const at::Tensor& input, const at::Tensor& weight, GradientMask wanted);
 
 }  // namespace lenet_ext
