@@ -477,7 +477,10 @@ def _operators(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]
     calls: dict[str, tuple[Any, ...]] = {
         "conv_relu_max_pool2d": (images, weight, bias, *options, False),
         "conv_relu_max_pool2d_with_indices": (images, weight, bias, *options, False),
-        "conv_relu_max_pool2d_backward": (torch.randn(2, 4, 4, 4), indices, images, weight, *options, mask),
+        "conv_relu_max_pool2d_backward": (
+            *(torch.randn(2, 4, 4, 4), indices, images, weight),
+            *(images.shape, weight.shape, *options, mask),
+        ),
         "conv_at_indices": (images, weight, bias, indices, *options),
         "linear": (rows, matrix, bias),
         "linear_relu": (rows, matrix, bias),

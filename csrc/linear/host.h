@@ -37,7 +37,8 @@ class LinearHost {
     sizes.back() = s.out_features;
     if (s.rows == 0 || s.out_features == 0) return at::empty(sizes, input.options());
     const Tensor rows = input.contiguous().view({s.rows, s.in_features});
-    if (Device::algorithm(s, input.scalar_type()) == Algorithm::Vendor) {
+    // An empty sum is the vendor's, too: kernels that walk along in_features would write nothing.
+    if (s.in_features == 0 || Device::algorithm(s, input.scalar_type()) == Algorithm::Vendor) {
       // Not at::_addmm_activation, although its ReLU is free: whether it lets NaN pass is the GEMM library's secret.
       const Tensor output = bias.has_value() ? at::addmm(*bias, rows, weight.t()) : at::mm(rows, weight.t());
       if (relu) output.relu_();

@@ -126,7 +126,7 @@ def test_convolution_is_exact_and_independent_of_the_schedule(ops, control, name
     assert torch.equal(indices == 255, output == 0)
 
     def backward():
-        return ops.conv_relu_max_pool2d_backward(g, indices, x, w, *options, [True, True, True])
+        return ops.conv_relu_max_pool2d_backward(g, indices, x, w, x.shape, w.shape, *options, [True, True, True])
 
     for got, want in zip(
         under_schedules(control, algorithm, backward), torch.autograd.grad(expected, leaves, g.double()), strict=True
@@ -142,8 +142,8 @@ def test_only_the_gradients_that_are_wanted(ops, control, algorithm, mask):
     options = list(PLAIN.values())
     output, indices = ops.conv_relu_max_pool2d_with_indices(x, w, None, *options, False)
     g = torch.randn_like(output)
-    every = ops.conv_relu_max_pool2d_backward(g, indices, x, w, *options, [True] * 3)
-    some = ops.conv_relu_max_pool2d_backward(g, indices, x, w, *options, list(mask))
+    every = ops.conv_relu_max_pool2d_backward(g, indices, x, w, x.shape, w.shape, *options, [True] * 3)
+    some = ops.conv_relu_max_pool2d_backward(g, indices, x, w, x.shape, w.shape, *options, list(mask))
     x2, w2, g2 = torch.randn(5, 7), torch.randn(3, 7), torch.randn(5, 3)
     every += ops.linear_relu_backward(g2, g2, x2, w2, [True] * 3)
     some += ops.linear_relu_backward(g2, g2, x2, w2, list(mask))
@@ -175,8 +175,8 @@ def test_layouts_of_convolution(ops, control, algorithm, layout):
     channels_last = layout == "channels_last"
     assert got.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     g = integers(3, 16, 1, 1, dtype=torch.float32).expand(3, 16, 5, 5)
-    expected = ops.conv_relu_max_pool2d_backward(g.contiguous(), indices, x, w, *options, [True] * 3)
-    gradients = ops.conv_relu_max_pool2d_backward(g, got_indices, y, w, *options, [True] * 3)
+    expected = ops.conv_relu_max_pool2d_backward(g.contiguous(), indices, x, w, x.shape, w.shape, *options, [True] * 3)
+    gradients = ops.conv_relu_max_pool2d_backward(g, got_indices, y, w, y.shape, w.shape, *options, [True] * 3)
     for one, other in zip(gradients, expected, strict=True):
         assert torch.equal(one, other)
     assert gradients[0].is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

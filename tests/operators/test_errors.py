@@ -428,7 +428,12 @@ BAD_BACKWARD = {
     "weight dims": {"weight": t(4, 3, 3)},
     "weight channels": {"weight": t(4, 2, 3, 3)},
     "weight device": {"weight": t(4, 3, 3, 3, device="meta")},
-    "weight larger than input": {"weight": t(4, 3, 30, 30)},
+    "weight larger than input": {"weight": t(4, 3, 30, 30), "weight_size": [4, 3, 30, 30]},
+    "weight missing": {"weight": None},
+    "input missing": {"input": None},
+    "input_size": {"input_size": [2, 3, 19, 20]},
+    "input_size dims": {"input_size": [3, 20, 20], "input": t(3, 20, 20)},
+    "weight_size": {"weight_size": [4, 3, 3, 2]},
 }
 
 
@@ -440,10 +445,11 @@ def test_backward_operator_refuses_tensors_that_do_not_fit(row):
         "input": t(2, 3, 20, 20),
         "weight": t(4, 3, 3, 3),
     }
+    sizes = {"input_size": [2, 3, 20, 20], "weight_size": [4, 3, 3, 3]}
     op = torch.ops.lenet_ext.conv_relu_max_pool2d_backward
-    op(**good, **OPTIONS, output_mask=[True] * 3)
+    op(**good, **sizes, **OPTIONS, output_mask=[True] * 3)
     with pytest.raises((RuntimeError, ValueError)) as info:
-        op(**{**good, **BAD_BACKWARD[row]}, **OPTIONS, output_mask=[True] * 3)
+        op(**{**good, **sizes, **BAD_BACKWARD[row]}, **OPTIONS, output_mask=[True] * 3)
     assert re.search(r"grad_output|indices|input|weight", str(info.value)), str(info.value)
 
 

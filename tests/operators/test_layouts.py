@@ -252,18 +252,11 @@ def test_nothing_is_written_outside_of_the_operands(device, layouts):
 @pytest.mark.parametrize("input_layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("channels", [2, 32])
 def test_gradients_are_laid_out_like_their_tensors(device, channels, input_layout, weight_layout):
-    """So that autograd keeps them as they are; the same formats as stock's after it has."""
+    """So that optimizers work on tensors that are laid out alike; the same formats as stock's."""
     x = LAYOUTS[input_layout](integers(2, channels, 9, 9, device=device)).requires_grad_()
     w = LAYOUTS[weight_layout](integers(4, channels, 3, 3, device=device)).requires_grad_()
     functional.conv_relu_max_pool2d(x, w).sum().backward()
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-    weight_gradient = torch.ops.lenet_ext.conv_relu_max_pool2d_backward(
-        torch.ones(2, 4, 3, 3, device=device),
-        torch.zeros(2, 4, 3, 3, dtype=torch.uint8, device=device),
-        x.detach(),
-        w.detach(),
-        *([1, 1], [0] * 4, [1, 1], 1, [2, 2], [2, 2], [0, 0], [1, 1]),
-        [True] * 3,
-    )[1]
+    (weight_gradient,) = torch.autograd.grad(functional.conv_relu_max_pool2d(x, w).sum(), w)
     assert weight_gradient.is_contiguous(memory_format=formats.get(weight_layout, torch.contiguous_format))
     assert x.grad.is_contiguous(memory_format=formats[input_layout])

@@ -84,7 +84,7 @@ def test_backward_of_made_up_codes(layer, codes):
     indices = torch.randint(4 if codes == "valid" else 256, (21, shape[0], size, size)).byte()
     x, w, grad = integers(21, *image), integers(*shape), integers(21, shape[0], size, size)
     backward = torch.ops.lenet_ext.conv_relu_max_pool2d_backward
-    ours = backward(grad, indices, x, w, *options, [True] * 3)
-    expected = backward(grad.double(), indices, x.double(), w.double(), *options, [True] * 3)
+    ours = backward(grad, indices, x, w, x.shape, w.shape, *options, [True] * 3)
+    expected = backward(grad.double(), indices, x.double(), w.double(), x.shape, w.shape, *options, [True] * 3)
     for what, a, e in zip(("input", "weight", "bias"), ours, expected, strict=True):
         assert_equal(a, e.float(), f"grad of {what}")

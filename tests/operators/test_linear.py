@@ -158,3 +158,16 @@ def test_bias_gradient_of_a_layer_without_inputs(name):
         function(x, w, bias).sum().backward()
         gradients.append(bias.grad)
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 6, 40])
+def test_a_sum_of_nothing_is_the_bias(device, name, bias, rows):
+    """Without input features the kernels have nothing to add up, and still an output to write."""
+    ones = torch.ones(4096, device=device)  # so that memory handed out again does not happen to be zero
+    del ones
+    b = torch.tensor([2.0, -1.0, 0.0], device=device) if bias else None
+    output = getattr(functional, name)(torch.ones(rows, 0, device=device), torch.ones(3, 0, device=device), b)
+    expected = getattr(reference, name)(torch.ones(rows, 0), torch.ones(3, 0), None if b is None else b.cpu())
+    assert_equal(output.cpu(), expected, "output")

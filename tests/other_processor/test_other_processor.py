@@ -121,7 +121,7 @@ def test_convolution(driver, case, dtype):
     # In float64, rounded at the end: stock's bfloat16 gradients are rounded on the way.
     exact = [t.double() for t in (g, codes, x, w)]
     expected = torch.ops.lenet_ext.conv_relu_max_pool2d_backward(
-        exact[0], codes, exact[2], exact[3], *options, [True, True, True]
+        exact[0], codes, exact[2], exact[3], x.shape, w.shape, *options, [True, True, True]
     )
     for name, like, want in zip(("grad_input", "grad_weight", "grad_bias"), (x, w, b), expected, strict=True):
         assert torch.equal(answer.take(like.shape, dtype), want.to(dtype)), name
