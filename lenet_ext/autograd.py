@@ -2,8 +2,8 @@ r"""The derivatives, written down: ``torch.autograd.Function`` subclasses with h
 
 The operators themselves have these derivatives (``csrc/<op>/autograd.cpp``, a node of autograd's graph in C++), so that
 ``torch.compile``, ``torch.export``, tracers and ``torch.func`` find them, too. The Functions here are the same in the
-language that people read: they call the same operators, and give bit by bit what the nodes give. Tensors come first among
-the arguments, then the options as the operator takes them. :mod:`lenet_ext.functional` is the stable way in.
+language that people read: they call the same operators, and give bit by bit what the nodes give. Tensors come first
+among the arguments, then the options as the operator takes them. :mod:`lenet_ext.functional` is the stable way in.
 
 Derivatives of any order by ``backward``, ``torch.func.grad`` and ``vmap`` are right; forward-mode AD is the operators'.
 """

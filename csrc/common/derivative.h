@@ -83,7 +83,7 @@ class DerivativeNode final : public torch::autograd::Node {
   // Compiled autograd (torch._dynamo.compiled_autograd): what the graph depends on, and the node as a function of it.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(std::string(Derivative::kName));
-    args.collect(tensors_, false);
+    args.collect(tensors_, true);  // as saved() unpacks them
     args.collect(sizes_);
     args.collect(options_);
     for (size_t i = 0; i < num_outputs(); ++i) args.collect(should_compute_output(i));
