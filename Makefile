@@ -14,8 +14,8 @@ LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 help:
 	@echo "make demo     train on real digits, then compare with stock PyTorch"
 	@echo "make test     run the tests; PYTEST_ARGS='-k linear' passes arguments on"
-	@echo "make bench    the full benchmark of this machine (most of an hour), results in benchmarks/results"
-	@echo "make tables   the README's tables and picture from those results"
+	@echo "make bench    the full benchmark of this machine (most of an hour), a small file of it in benchmarks/results"
+	@echo "make tables   the READMEs' tables and the picture from those files"
 	@echo "make gpu-check   everything that needs a GPU, with the Python and torch that are there; STAGE=check|bench OUT=DIR MNIST_ROOT=DIR"
 	@echo "make lint     ruff, mypy and clang-format; make format applies what they can mend"
 
@@ -40,24 +40,28 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	cd tests && $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# The raw run stays in an ignored folder, where an interrupted one is continued; what the tables show becomes one small
+# file of this processor in benchmarks/results.
+RAW := runs/bench
 bench: $(VENV)/installed
-	mkdir -p benchmarks/results
+	mkdir -p $(RAW)
 	$(BIN)/pip install --quiet ".[bench]"
-	$(BIN)/lenet-ext bench --resume --json benchmarks/results/cpu.json --csv benchmarks/results/cpu.csv
-	$(BIN)/python benchmarks/fuse_zoo.py --json benchmarks/results/cpu.json
-	$(BIN)/python benchmarks/time_to_accuracy.py --json benchmarks/results/cpu.json
+	$(BIN)/lenet-ext bench --resume --json $(RAW)/unfinished.json
+	$(BIN)/python benchmarks/fuse_zoo.py --json $(RAW)/unfinished.json
+	$(BIN)/python benchmarks/time_to_accuracy.py --json $(RAW)/unfinished.json
+	$(BIN)/python benchmarks/summary.py $(RAW)/unfinished.json
+	mv $(RAW)/unfinished.json $(RAW)/last.json
+	$(MAKE) tables
 
 # The tables and the picture of the results that are there, into the files that show them.
 RESULTS := benchmarks/results
 tables: $(VENV)/installed
-	$(BIN)/python benchmarks/to_markdown.py $(RESULTS)/cpu.json --update README.md
-	$(BIN)/python benchmarks/to_markdown.py $(RESULTS)/cpu.json --update $(RESULTS)/README.md
-	$(BIN)/python benchmarks/to_markdown.py $(RESULTS)/cpu.json --plot $(RESULTS)/net.png --cases net
+	$(BIN)/python benchmarks/to_markdown.py $(RESULTS)/*.json --update README.md $(RESULTS)/README.md --plot $(RESULTS)/net.png
 
 # Without a virtual environment and without a network: it installs into a temporary folder of its own, against PYTHON's
 # torch, and leaves PYTHON's environment as it is. MNIST_ROOT: a folder with the four files of MNIST.
 STAGE ?= all
-OUT ?= benchmarks/results/gpu
+OUT ?= runs/gpu
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --stage $(STAGE) --out $(OUT) $(if $(MNIST_ROOT),--mnist-root $(MNIST_ROOT))
 

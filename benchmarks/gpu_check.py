@@ -280,7 +280,7 @@ def print_tables(report: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["check", "bench", "all"], default="all")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu")
     parser.add_argument("--only", help="only the steps whose name contains this, and the builds")
     parser.add_argument("--mnist-root", default=os.environ.get("LENET_EXT_MNIST_ROOT"), help="the four files of MNIST")
     options = parser.parse_args(arguments)

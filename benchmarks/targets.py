@@ -1,4 +1,4 @@
-"""What the package is meant to reach, and what was measured: ``python targets.py results/cpu.json``.
+"""What the package is meant to reach, and what was measured: ``python targets.py results/cpu-PROCESSOR-DATE.json``.
 
 A target is a ratio and must hold in every cell it names, for every number of threads: the worst one counts.
 """
@@ -6,14 +6,16 @@ A target is a ratio and must hold in every cell it names, for every number of th
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FUSED = ("fused", "fused_channels_last")
-EAGER = ("eager", "channels_last")
+import summary
+
+from lenet_ext.bench.providers import EAGER_LAYOUTS as EAGER
+from lenet_ext.bench.providers import FUSED_LAYOUTS as FUSED
+
 TRAINERS = (*EAGER, "compile", "compile_cl")
 SERVERS = ("onnxruntime", "openvino", "torchscript", "torchscript_cl")
 ANYBODY = (*TRAINERS, *SERVERS, "compile_max")
@@ -122,15 +124,13 @@ HEADER = ("what", "target", "stretch", "measured", "worst at", "verdict")
 
 
 def outcomes(content: dict[str, Any]) -> list[Outcome]:
-    """Every target against the results of ``lenet-ext bench --json``."""
-    cells: dict[tuple[str, str, int, int], dict[str, dict[str, Any]]] = {}
-    for row in content["rows"]:
-        cells.setdefault((row["case"], row["mode"], row["batch"], row["threads"]), {})[row["provider"]] = row
+    """Every target against a machine's results, as `summary.read` gives them."""
+    cells = summary.workloads(content, "net", "layers", "general")
     named = {
         (case, target.mode, batch)
         for target in TARGETS
         for case in target.cases
-        for batch in target.batches or {key[2] for key in cells}
+        for batch in target.batches or {batch for _, _, batch, _ in cells}
     }
     found = []
     for target in TARGETS:
@@ -160,17 +160,14 @@ def _values(
             wanted = case in target.cases and (not target.batches or batch in target.batches)
         else:
             wanted = case != "net" and (case, mode, batch) not in named
-        group = next(iter(rows.values()))["group"]
-        if not wanted or mode != target.mode or group == "overhead" or "fused" not in rows:
+        if not wanted or mode != target.mode:
             continue
-        others = [rows[name] for name in target.over if name in rows]
         where = f"{case}, batch {batch}, {threads} thread{'s' * (threads > 1)}"
-        if not target.over and rows["fused"]["peak_share"] is not None:
-            yield rows["fused"]["peak_share"], where
-        elif others:
-            fastest = min(others, key=lambda row: row["median_us"])
-            ours = min((rows[name] for name in FUSED if name in rows), key=lambda row: row["median_us"])
-            yield fastest["fused_speedup"] / ours["fused_speedup"], f"{where}, against {fastest['provider']}"
+        ours, other = summary.fastest(rows, FUSED), summary.fastest(rows, target.over)
+        if not target.over and ours is not None and ours["peak_share"] is not None:
+            yield ours["peak_share"], where
+        elif other is not None:
+            yield other["over"], f"{where}, against {other['provider']}"
 
 
 def main() -> None:
@@ -181,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
     table = Table(*HEADER)
-    for outcome in outcomes(json.loads(parser.parse_args().file.read_text())):
+    for outcome in outcomes(summary.read(parser.parse_args().file)):
         table.add_row(*outcome.cells())
     console = Console()
     Console(width=None if console.is_terminal else 180).print(table)

@@ -89,7 +89,12 @@ def graphed(function: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return graph.replay
+
+    def replay(kept: Callable[[], Any] = function) -> None:
+        # A graph does not keep the network and the optimizer alive whose memory it reads and writes.
+        graph.replay()
+
+    return replay
 
 
 def set_precision(precision: str) -> Any:

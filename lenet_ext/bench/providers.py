@@ -17,7 +17,7 @@ from lenet_ext.bench.cases import MODES, FunctionCall, Workload
 from lenet_ext.bench.peak import cxx_compiler
 from lenet_ext.environment.device import resolve_device
 
-__all__ = ["PROVIDERS", "Program", "Provider"]
+__all__ = ["DEFAULT_PROVIDERS", "EAGER_LAYOUTS", "FUSED_LAYOUTS", "PROVIDERS", "Program", "Provider"]
 
 
 @dataclass(frozen=True)
@@ -254,3 +254,6 @@ _LIST: tuple[Provider, ...] = (
 )
 PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _LIST}
 DEFAULT_PROVIDERS = ("fused", "eager", "channels_last", "compile")
+FUSED_LAYOUTS = ("fused", "fused_channels_last")
+"""Ours, of which the faster one is compared with others, where both were measured."""
+EAGER_LAYOUTS = tuple(name for name, provider in PROVIDERS.items() if provider.kind == "eager")

@@ -167,17 +167,19 @@ def figures(value: float) -> str:
         >>> figures(12345.6), figures(12.345), figures(0.1234)
         ('12346', '12.3', '0.12')
     """
-    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value >= 1 else f"{value:.2f}"
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
 def where(content: dict[str, Any]) -> str:
     """Processor or GPU, instruction set and torch, in a line."""
     machine = content["machine"].get("gpu") or content["machine"]["cpu"]
-    return f"{machine}, {content['cpu_capability']}, torch {content['torch']}"
+    return f"{machine}, {content['cpu_capability']}, torch {content['versions']['torch']}"
 
 
 def plot_results(content: dict[str, Any], path: str | Path, cases: Sequence[str] | None = None) -> None:
-    """Draws time per image over the batch size: a column of panels per case, a line per mode and number of threads.
+    """Draws time per image over the batch size, a line per provider.
+
+    Of one case there is a row of panels per mode and a column per number of threads, of several a column per case.
 
     Args:
         content: as in the JSON file.
@@ -189,10 +191,8 @@ def plot_results(content: dict[str, Any], path: str | Path, cases: Sequence[str]
         OSError: the file cannot be written.
         ValueError: there is nothing to draw.
     """
-    from lenet_ext.environment.extras import require
-    from lenet_ext.training.plots import COLORS, new_figure, save_figure, tidy
+    from lenet_ext.training.plots import new_figure, save_figure
 
-    ticker = require("matplotlib.ticker", "pictures", extra="bench")
     rows = [
         row
         for row in content["rows"]
@@ -200,58 +200,71 @@ def plot_results(content: dict[str, Any], path: str | Path, cases: Sequence[str]
     ]
     if not rows:
         raise ValueError("the results hold nothing to draw")
-    columns = list(dict.fromkeys(row["case"] for row in rows))
-    lines = sorted({(row["mode"], row["threads"]) for row in rows})
-    figure = new_figure(max(5.0, 3.2 * len(columns)), 3.0 * len(lines) + 0.9)
-    grid = figure.subplots(len(lines), len(columns), squeeze=False, sharex="col")
-    used = {row["provider"] for row in rows}
-    names = [name for name in PROVIDERS if name in used]
-    # More providers than colors: the second turn is dashed.
-    styles = {
-        name: (COLORS[i % len(COLORS)], ("-", "--", ":")[i // len(COLORS) % 3]) for i, name in enumerate(PROVIDERS)
-    }
+    drawn = list(dict.fromkeys(row["case"] for row in rows))
+    modes, threads = (sorted({row[key] for row in rows}) for key in ("mode", "threads"))
+    if len(drawn) == 1:
+        panels = [[(drawn[0], mode, count) for count in threads] for mode in modes]
+    else:
+        panels = [[(case, mode, count) for case in drawn] for mode in modes for count in threads]
+    figure = new_figure(max(7.5, 3.2 * len(panels[0])), 2.7 * len(panels) + 1.0)
+    grid = figure.subplots(
+        len(panels), len(panels[0]), squeeze=False, sharex="col", sharey="row" if len(drawn) == 1 else False
+    )
     handles: dict[str, Any] = {}
-    for i, (mode, threads) in enumerate(lines):
-        for j, case in enumerate(columns):
-            axes = grid[i][j]
-            for name in names:
-                points = [
-                    row for row in rows if (*_key(row), row["provider"]) == (case, mode, row["batch"], threads, name)
-                ]
-                if not points:
-                    continue
-                color, dashes = styles[name]
-                batches = [row["batch"] for row in points]
-                (handles[name],) = axes.plot(
-                    batches,
-                    [row["us_per_image"] for row in points],
-                    color=color,
-                    linestyle=dashes,
-                    linewidth=2.2 if name == "fused" else 1.4,
-                    marker="o",
-                    markersize=3.5,
-                )
-                low, high = ([row[key] / row["batch"] for row in points] for key in ("p20_us", "p80_us"))
-                axes.fill_between(batches, low, high, color=color, alpha=0.15, linewidth=0)
-            tidy(axes)
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-            what = "whole net" if case == "net" else f"{case} ({CASES[case].title})" if case in CASES else case
-            axes.set_title(f"{what}\n{mode}, {threads} thread{'s' * (threads > 1)}", fontsize=9)
-    for j, case in enumerate(columns):
-        ticks = sorted({row["batch"] for row in rows if row["case"] == case})
-        grid[-1][j].set(xlabel="batch size", xticks=ticks, xticklabels=[str(tick) for tick in ticks])
-    for line in grid:
-        line[0].set_ylabel("us per image")
+    for axes_line, line in zip(grid, panels, strict=True):
+        for axes, (case, mode, count) in zip(axes_line, line, strict=True):
+            there = [row for row in rows if (row["case"], row["mode"], row["threads"]) == (case, mode, count)]
+            handles.update(_draw_panel(axes, there))
+            batches = sorted({row["batch"] for row in rows if row["case"] == case})
+            axes.set_xticks(batches, [str(batch) for batch in batches])
+            what = CASES[case].title if case in CASES else case
+            axes.set_title(f"{what}\n{mode}, {count} thread{'s' * (count > 1)}", fontsize=9)
+        axes_line[0].set_ylabel("us per image")
+    for axes in grid[-1]:
+        axes.set_xlabel("batch size")
     figure.suptitle(where(content), fontsize=10)
+    names = [name for name in PROVIDERS if name in handles]
     figure.legend(
         [handles[name] for name in names],
         [PROVIDERS[name].title for name in names],
         loc="outside lower center",
         ncols=min(4, len(names)),
         frameon=False,
+        fontsize=9,
     )
     save_figure(figure, path)
+
+
+def _draw_panel(axes: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A line per provider, which it returns, and for ours a band from the 20th to the 80th percentile."""
+    from lenet_ext.environment.extras import require
+    from lenet_ext.training.plots import COLORS, tidy
+
+    ticker = require("matplotlib.ticker", "pictures", extra="bench")
+    handles = {}
+    dashes = ("-", "--", ":")  # more providers than colors: the second turn is dashed
+    for number, name in enumerate(PROVIDERS):
+        points = [row for row in rows if row["provider"] == name]
+        if not points:
+            continue
+        color = COLORS[number % len(COLORS)]
+        batches = [row["batch"] for row in points]
+        low, middle, high = ([row[key] / row["batch"] for row in points] for key in ("p20_us", "median_us", "p80_us"))
+        (handles[name],) = axes.plot(
+            batches,
+            middle,
+            color=color,
+            linestyle=dashes[number // len(COLORS) % 3],
+            linewidth=2.2 if name == "fused" else 1.2,
+            marker="o",
+            markersize=3.5 if name == "fused" else 2.5,
+        )
+        if name == "fused":
+            axes.fill_between(batches, low, high, color=color, alpha=0.2, linewidth=0)
+    tidy(axes)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    return handles

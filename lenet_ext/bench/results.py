@@ -1,7 +1,7 @@
 """Results as plain values: what ``--json`` writes, pieces of a run put together, and the same as CSV.
 
-The table on the terminal, the picture and the README's tables are all made of these values, so that a number exists
-once. Keys of the content:
+The table on the terminal and the picture are made of these values, and so is the small file of a machine in
+``benchmarks/results``, so that a number exists once. Keys of the content:
 
 - ``machine``, ``versions``, ``cpu_capability``: of all results in the file; results of different ones do not mix.
 - ``runs``: per group the date, commit, effort, load and what was left out.

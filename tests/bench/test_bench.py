@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib.util
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -317,78 +315,3 @@ def test_csv_has_a_line_per_row(tmp_path: Path) -> None:
         lines = list(csv.DictReader(file))
     assert [float(line["median_us"]) for line in lines] == [row["median_us"] for row in content["rows"]]
     assert {line["cpu"] for line in lines} == {content["machine"]["cpu"]}
-
-
-# --- the scripts in benchmarks/ ---------------------------------------------------------------------------------------
-
-
-def script(name: str):
-    """A module of benchmarks/, which is no part of the installed package."""
-    folder = Path(__file__).resolve().parents[2] / "benchmarks"
-    sys.path.insert(0, str(folder))
-    try:
-        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(folder))
-
-
-def test_tables_of_a_markdown_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    content = results(cases=("fc3", "call_linear"), batch_sizes=(1,))
-    (tmp_path / "results.json").write_text(json.dumps(content))
-    text = "before\n<!-- bench:layers -->\nstale\n<!-- /bench -->\nafter\n"
-    (tmp_path / "README.md").write_text(text)
-    to_markdown = script("to_markdown")
-
-    def run(option: str) -> int:
-        arguments = ["to_markdown", str(tmp_path / "results.json"), option, str(tmp_path / "README.md")]
-        monkeypatch.setattr(sys, "argv", arguments)
-        return to_markdown.main()
-
-    assert run("--check") == 1
-    assert "out of date" in capsys.readouterr().err
-    assert run("--update") == 0
-    assert run("--check") == 0
-    written = (tmp_path / "README.md").read_text()
-    assert written.startswith("before\n<!-- bench:layers -->\n")
-    assert written.endswith("<!-- /bench -->\nafter\n")
-    assert "stale" not in written
-    fused = next(row for row in content["rows"] if row["case"] == "fc3" and row["provider"] == "fused")
-    assert f"{fused['images_per_second']:,.0f}" in written
-    (tmp_path / "README.md").write_text("<!-- bench:memory -->\n<!-- /bench -->")
-    with pytest.raises(SystemExit):
-        run("--update")
-    assert "no results for the table 'memory'" in capsys.readouterr().err
-    assert "call" in to_markdown.TABLES["overhead"](content)
-
-
-def test_targets_take_the_worst_cell() -> None:
-    targets = script("targets")
-
-    def rows(batch: int, fused: float, eager: float, channels_last: float) -> list[dict]:
-        common = {"case": "net", "mode": "forward", "batch": batch, "threads": 1, "group": "net"}
-        times = {"fused": fused, "eager": eager, "channels_last": channels_last}
-        return [
-            {**common, "provider": name, "median_us": us, "fused_speedup": us / fused, "peak_share": fused / 100}
-            for name, us in times.items()
-        ]
-
-    content = {"rows": [*rows(256, 10.0, 200.0, 120.0), *rows(1024, 50.0, 300.0, 400.0), *rows(4096, 10.0, 90.0, 99.0)]}
-    outcomes = {outcome.what: outcome for outcome in targets.outcomes(content)}
-    over_eager = outcomes["inference, batch 256 to 4096: over stock eager"]
-    assert over_eager.measured == 6.0
-    assert over_eager.where == "net, batch 1024, 1 thread, against eager"
-    assert over_eager.verdict == "missed"
-    assert outcomes["inference, batch 256 to 4096: share of peak"].measured == 0.1
-    assert outcomes["inference, batch 8: over stock eager"].verdict == "not measured"
-
-
-@pytest.mark.parametrize("name", ["README.md", "benchmarks/results/README.md"])
-def test_the_tables_of_the_repository_are_of_the_results(name: str) -> None:
-    root = Path(__file__).resolve().parents[2]
-    content = json.loads((root / "benchmarks/results/cpu.json").read_text())
-    text = (root / name).read_text()
-    assert "<!-- bench:" in text
-    assert script("to_markdown").updated(text, content) == text, f"make tables brings {name} up to date"

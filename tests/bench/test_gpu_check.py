@@ -3,10 +3,14 @@ the verdicts, and that every measurement runs (on the CPU, in small)."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,6 +226,24 @@ def test_targets():
     assert found["MNIST to 99%: milliseconds, median"] == (pytest.approx(145.0), "met")
     assert found["any shape of the sweep: over stock"] == (0.97, "missed")
     gpu_check.print_tables(report)
+
+
+def test_a_graph_keeps_what_it_computes_with(monkeypatch):
+    """Replays write into memory of the network; freed, it would be somebody else's."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(measurements, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda other: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    net = torch.nn.Linear(1, 1)
+    alive = weakref.ref(net)
+    replay = measurements.graphed(lambda net=net: net(torch.ones(1)))
+    del net
+    gc.collect()
+    assert alive() is not None
+    replay()
 
 
 @pytest.fixture

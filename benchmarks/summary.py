@@ -1,0 +1,234 @@
+"""The small file of a machine's results: what a table or the picture shows, and nothing else.
+
+    python summary.py ../runs/bench/last.json         # of 'lenet-ext bench', fuse_zoo.py and time_to_accuracy.py
+    python summary.py ../runs/gpu/gpu_check.json      # of gpu_check.py
+
+It goes to ``results/``, named by processor and date, and replaces what was there of the same processor. Raw runs are
+not kept in the repository. The file is JSON with a line for each cell:
+
+- ``source``: ``"bench"`` or ``"gpu_check"``; ``machine``, ``versions``; ``runs``: date and commits of each part.
+- ``columns``, ``rows``: the times. Of ``bench``, in microseconds a call: median and 20th and 80th percentile; ``over``
+  is that time over the time of ours (of the faster layout, where there are two), within the same rounds, likewise; and
+  the share of the processor's peak. Of ``gpu_check``: median, 10th and 90th percentile.
+- the other parts as they were measured: ``memory``, ``neighbour``, ``zoo``, ``accuracy``; ``checks``, ``ceilings``,
+  ``mnist``.
+
+`read`, `workloads` and `fastest` are for the scripts that show it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lenet_ext.bench.cases import CASES
+from lenet_ext.environment.files import atomic_path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BENCH_COLUMNS = ["case", "mode", "threads", "batch", "provider"]
+BENCH_COLUMNS += ["p20_us", "median_us", "p80_us", "over_p20", "over", "over_p80", "peak_share"]
+GPU_COLUMNS = ["case", "mode", "batch", "precision", "provider", "p10_us", "median_us", "p90_us"]
+BENCH_SECTIONS = ["memory", "neighbour", "zoo", "accuracy"]
+
+
+def of_bench(raw: dict[str, Any]) -> dict[str, Any]:
+    """The small content of a file of ``lenet-ext bench --json``.
+
+    Everybody is kept for the whole net, which has a picture; elsewhere the compared layout of ours, the faster layout
+    of stock, and the fastest of all others.
+
+    Raises:
+        ValueError: it is of a GPU.
+    """
+    if "gpu" in raw["machine"]:
+        raise ValueError("the run is of a GPU: gpu_check.py measures those")
+    compared = {_workload(line): line for line in raw["comparisons"]}
+    rows = []
+    for row in raw["rows"]:
+        line = compared.get(_workload(row))
+        if line is None:
+            continue
+        over = _over(row, line)
+        if over is not None:
+            rows.append({**row, **dict(zip(("over_p20", "over", "over_p80"), over, strict=True))})
+    runs = {}
+    for group, run in raw["runs"].items():
+        # A group may have been measured in pieces.
+        commits = {row["commit"] for row in raw["rows"] if row["group"] == group} or {run["commit"]}
+        runs[group] = {"date": run["date"], "commits": sorted(commit or "unknown" for commit in commits)}
+    return {
+        "source": "bench",
+        **{name: raw[name] for name in ("machine", "cpu_capability", "versions")},
+        "runs": runs,
+        "rows": rows,
+        **{name: raw[name] for name in BENCH_SECTIONS if raw.get(name)},
+    }
+
+
+def _workload(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["case"], row["mode"], row["threads"], row["batch"]
+
+
+def _over(row: dict[str, Any], line: dict[str, Any]) -> list[float] | None:
+    """The row's time over that of the layout of ours that is compared; None for a row that is not shown."""
+    percentiles = ("_p20", "", "_p80")
+    if row["provider"] == line["best_fused"]:
+        return [1.0, 1.0, 1.0]
+    if row["provider"] == line["best_eager"]:
+        return [line[f"speedup{name}"] for name in percentiles]
+    if row["provider"] == line["best_peer"]:
+        return [line[f"peer_speedup{name}"] for name in percentiles]
+    if row["group"] == "net" and line["best_fused"] == "fused":
+        return [row[f"fused_speedup{name}"] for name in percentiles]
+    return None
+
+
+def of_gpu_check(report: dict[str, Any]) -> dict[str, Any]:
+    """The small content of the report of ``gpu_check.py``.
+
+    Raises:
+        ValueError: a row has a case of another form.
+    """
+    steps, environment = report["steps"], report["environment"]
+    rows = []
+    for name in steps:
+        for row in (steps[name].get("result") or []) if name.split()[0] in ("net", "layers") else []:
+            found = re.fullmatch(r"(?:(\w+) )?(forward|forward \+ backward|step) batch (\d+)", row["case"])
+            if found is None:
+                raise ValueError(f"step {name!r} has the case {row['case']!r}")
+            place = {"case": found[1] or "net", "mode": found[2], "batch": int(found[3]), "precision": row["precision"]}
+            for provider, us in row["us"].items():
+                times = {"p10_us": us["p10"], "median_us": us["median"], "p90_us": us["p90"]}
+                rows.append({**place, "provider": provider, **times})
+    checks = [
+        {"step": name, "status": steps[name]["status"], "said": _last_line(steps[name].get("tail", ""))}
+        for name in ("driver", "memcheck", "racecheck", "synccheck", "initcheck", "tests", "parity")
+        if name in steps
+    ]
+    name, driver = [part.strip() for part in environment["nvidia_smi"].splitlines()[-1].split(",")[:2]]
+    return {
+        "source": "gpu_check",
+        "machine": {"gpu": name, "driver": driver},
+        "versions": {key: environment[key] for key in ("torch", "cuda", "cudnn", "python")},
+        "runs": {"gpu": {"date": environment["time"], "commits": [environment["commit"]]}},
+        "rows": rows,
+        "checks": checks,
+        "ceilings": [steps["ceilings"]["result"]] if "result" in steps.get("ceilings", {}) else [],
+        "mnist": steps.get("mnist", {}).get("result") or [],
+    }
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1].strip("= ")
+
+
+def file_name(content: dict[str, Any]) -> str:
+    """By processor and date, e.g. ``cpu-amd-epyc-avx512-2026-11-24.json``."""
+    date = max(run["date"] for run in content["runs"].values())[:10]
+    return f"{_processor(content)}-{date}.json"
+
+
+def _processor(content: dict[str, Any]) -> str:
+    if content["source"] == "bench":
+        name = f"cpu {re.sub(r'[(](R|TM)[)]|CPU|Processor|@.*', '', content['machine']['cpu'])} "
+        name += content["cpu_capability"]
+    else:
+        name = "gpu " + re.sub(r"NVIDIA|\s\d+GB.*", "", content["machine"]["gpu"])
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def dump(content: dict[str, Any]) -> str:
+    """As JSON: a line for each key, and for each cell."""
+    columns = BENCH_COLUMNS if content["source"] == "bench" else GPU_COLUMNS
+    rows = [[row.get(name) for name in columns] for row in content["rows"]]
+    content = {**{key: value for key, value in content.items() if key != "rows"}, "columns": columns, "rows": rows}
+    lines = []
+    for key, value in content.items():
+        if isinstance(value, list) and key != "columns":
+            # Without spaces, for there are a thousand of them.
+            cells = ",\n".join(
+                "  " + json.dumps(_rounded(cell), allow_nan=False, separators=(",", ":")) for cell in value
+            )
+            lines.append(f'"{key}": [\n{cells}\n ]')
+        elif key == "runs":
+            runs = ",\n".join(f'  "{group}": {json.dumps(run)}' for group, run in value.items())
+            lines.append(f'"{key}": {{\n{runs}\n }}')
+        else:
+            lines.append(f'"{key}": {json.dumps(value, allow_nan=False)}')
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits, two more than a table shows."""
+    if isinstance(value, float):
+        short = float(f"{value:.5g}")
+        return int(short) if short.is_integer() else short
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return value
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A small file; each row as a dict by the names of the columns, with the group of its case.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or "columns" not in content:
+        raise ValueError(f"{path} is no summary; summary.py makes one of a raw run")
+    content["rows"] = [dict(zip(content["columns"], row, strict=True)) for row in content["rows"]]
+    for row in content["rows"]:
+        row["group"] = CASES[row["case"]].group
+    return content
+
+
+def workloads(content: dict[str, Any], *groups: str) -> dict[tuple[str, str, int, int], dict[str, dict[str, Any]]]:
+    """Case, mode, batch and threads of each workload (of some groups), with the rows by provider."""
+    found: dict[tuple[str, str, int, int], dict[str, dict[str, Any]]] = {}
+    for row in content["rows"]:
+        if not groups or row["group"] in groups:
+            place = row["case"], row["mode"], row["batch"], row["threads"]
+            found.setdefault(place, {})[row["provider"]] = row
+    return found
+
+
+def fastest(rows: dict[str, dict[str, Any]], providers: Iterable[str]) -> dict[str, Any] | None:
+    """The row of the one with the smallest median among those that were measured."""
+    present = [rows[name] for name in providers if name in rows]
+    return min(present, key=lambda row: row["median_us"], default=None)
+
+
+def write(content: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes the file, and removes others of the same processor."""
+    path = folder / file_name(content)
+    with atomic_path(path) as temporary:
+        temporary.write_text(dump(content), encoding="utf-8")
+    for other in folder.glob(f"{_processor(content)}-????-??-??.json"):
+        if other != path:
+            other.unlink()
+    return path
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("raw", type=Path)
+    parser.add_argument("--into", type=Path, default=RESULTS, metavar="DIR")
+    arguments = parser.parse_args()
+    raw = json.loads(arguments.raw.read_text())
+    try:
+        path = write(of_gpu_check(raw) if "steps" in raw else of_bench(raw), arguments.into)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"wrote {path}, {path.stat().st_size // 1000} kB")
+
+
+if __name__ == "__main__":
+    main()
