@@ -10,5 +10,6 @@ check_build()
 from lenet_ext import autograd, batching, functional, nn  # noqa: E402, F401  only after the check
 from lenet_ext.fusion.fuse import fuse  # noqa: E402
 from lenet_ext.net import Net, ReferenceNet  # noqa: E402
+from lenet_ext.training_step import TrainingStep  # noqa: E402
 
-__all__ = ["Net", "ReferenceNet", "__version__", "autograd", "build_info", "functional", "fuse", "nn"]
+__all__ = ["Net", "ReferenceNet", "TrainingStep", "__version__", "autograd", "build_info", "functional", "fuse", "nn"]

@@ -143,7 +143,7 @@ PyObject* untouched_parameters(PyObject*, PyObject* const* arguments, Py_ssize_t
   END_HANDLE_TH_ERRORS
 }
 
-// is_ordinary_lenet(input, parameters) -> bool. Ordinary is a batch of float32 images (on CUDA of the 16-bit types,
+// is_ordinary_lenet(input, parameters) -> bool. Ordinary is a batch of float32 or float64 images (on CUDA of the 16-bit types,
 // too) for ten parameters (weight and bias of conv1, conv2, fc1, fc2, fc3; of exactly that type) of LeNet's shapes,
 // where no dispatch mode, no tracer and no transform of torch.func would miss the layers.
 PyObject* is_ordinary_lenet(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
@@ -153,7 +153,7 @@ PyObject* is_ordinary_lenet(PyObject*, PyObject* const* arguments, Py_ssize_t co
     return answer(false);
   }
   const at::Tensor& input = THPVariable_Unpack(arguments[0]);
-  const bool dtype = input.scalar_type() == at::kFloat || (input.is_cuda() && input.scalar_type() != at::kDouble);
+  const bool dtype = input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble || input.is_cuda();
   if (!dtype || input.dim() != 4 || !has_kernels(input)) return answer(false);
   std::array<c10::IntArrayRef, 10> shapes;
   for (Py_ssize_t i = 0; i < 10; ++i) {

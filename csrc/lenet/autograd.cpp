@@ -142,9 +142,27 @@ std::tuple<Tensor, std::vector<Tensor>> lenet_backward(c10::DispatchKeySet keys,
                                            indices1, pooled2, indices2, hidden1, hidden2, input_gradient);
 }
 
+// A training step is an update, not a function: nothing can be differentiated through it, and what it changes has a new
+// version, so that a graph that still needs the old values says so.
+Tensor lenet_training_step(c10::DispatchKeySet keys, const Tensor& input, const Tensor& targets,
+                           const std::optional<Tensor>& weight, TensorList parameters, TensorList state,
+                           c10::string_view loss, double label_smoothing, int64_t ignore_index,
+                           c10::string_view optimizer, at::ArrayRef<double> options) {
+  Tensor result = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return call::lenet_training_step().redispatch(keys & c10::after_autograd_keyset, input, targets, weight, parameters,
+                                                  state, loss, label_smoothing, ignore_index, optimizer, options);
+  }();
+  for (const TensorList list : {parameters, state}) {
+    for (const Tensor& tensor : list) torch::autograd::impl::bump_version(tensor);
+  }
+  return result;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lenet_ext, Autograd, m) {
+  m.impl("lenet_training_step", TORCH_FN(lenet_training_step));
   m.impl("lenet", TORCH_FN(lenet));
   m.impl("lenet_with_activations", TORCH_FN(lenet_with_activations));
   m.impl("lenet_backward", TORCH_FN(lenet_backward));

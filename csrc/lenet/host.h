@@ -6,12 +6,15 @@
 //                                                                                      `input` and `parameters`
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "lenet/layers.h"
+#include "lenet/loss.h"
+#include "lenet/optimizer.h"
 
 namespace lenet_ext {
 
@@ -24,6 +27,7 @@ class LenetHost {
     m.impl("lenet", &operator_forward);
     m.impl("lenet_with_activations", &operator_with_activations);
     m.impl("lenet_backward", &operator_backward);
+    m.impl("lenet_training_step", &operator_training_step);
   }
 
  private:
@@ -53,6 +57,24 @@ class LenetHost {
     LenetGradients gradients = Device::backward(op, grad, input, parameters, layers, input_gradient);
     if (!gradients.input.defined()) gradients.input = at::empty({0}, input.options());
     return {std::move(gradients.input), std::move(gradients.parameters)};
+  }
+
+  // Everything is checked before anything is changed.
+  static Tensor operator_training_step(const Tensor& input, const Tensor& targets, const std::optional<Tensor>& weight,
+                                       at::TensorList parameters, at::TensorList state, c10::string_view loss,
+                                       double label_smoothing, int64_t ignore_index, c10::string_view optimizer,
+                                       at::ArrayRef<double> options) {
+    constexpr const char* op = "lenet_training_step";
+    check_lenet(op, input, parameters);
+    TORCH_CHECK(input.size(0) > 0, op, ": input must have at least one image, got shape ", input.sizes());
+    const OptimizerState optimizer_state = check_optimizer(op, optimizer, parameters, state, options);
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const LenetLayers layers = Device::forward(op, input, parameters, true);
+    const LossAndGradient result =
+        loss_and_gradient(op, layers.output, targets, {loss, weight, label_smoothing, ignore_index});
+    const LenetGradients gradients = Device::backward(op, result.gradient, input, parameters, layers, false);
+    update(optimizer, parameters, gradients.parameters, optimizer_state, options);
+    return result.loss;
   }
 };
 

@@ -6,6 +6,8 @@
 #include "conv_relu_max_pool2d/shape.cpp"
 #include "lenet/cuda.cpp"
 #include "lenet/layers.cpp"
+#include "lenet/loss.cpp"
+#include "lenet/optimizer.cpp"
 #include "lenet/shape.cpp"
 #include "linear/cuda.cpp"
 #include "linear/shape.cpp"

@@ -1,0 +1,27 @@
+// The loss of a training step and its gradient, without autograd.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+
+namespace lenet_ext {
+
+struct LossOptions {
+  std::string_view name;  // "cross_entropy" or "mse", both averaged
+  std::optional<at::Tensor> weight;
+  double label_smoothing;
+  int64_t ignore_index;
+};
+
+struct LossAndGradient {
+  at::Tensor loss, gradient;  // a scalar; of the shape of `output`
+};
+
+// Throws where stock does: std::out_of_range's torch counterpart, IndexError in Python, for a target outside [0,
+// classes).
+LossAndGradient loss_and_gradient(const char* op, const at::Tensor& output, const at::Tensor& targets,
+                                  const LossOptions& options);
+
+}  // namespace lenet_ext

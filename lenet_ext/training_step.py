@@ -1,0 +1,293 @@
+"""A step of training as one call: forward, loss, backward and update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import optimizer as global_hooks
+
+from lenet_ext import ops
+from lenet_ext.net import Net
+
+__all__ = ["TrainingStep"]
+
+ONE_OPERATOR = "one operator"
+
+_LOSSES = ("cross_entropy", "mse")
+_OPTIMIZERS: dict[type[Optimizer], str] = {SGD: "sgd", Adam: "adam", AdamW: "adamw"}
+_DTYPES = frozenset({torch.float32, torch.float64})
+
+
+class TrainingStep:
+    """What a training loop does with a batch, as one call::
+
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(images), targets, weight=weight, ignore_index=..., label_smoothing=...)
+        loss.backward()
+        optimizer.step()
+
+    For an unmodified :class:`lenet_ext.Net` with ``torch.optim.SGD``, ``Adam`` or ``AdamW`` this is one operator, which
+    changes the network's parameters and the optimizer's state in place, without autograd. For everything else it is the
+    loop above; :attr:`path` says which it is, and why. Either way the parameters, the optimizer's ``state_dict`` and the
+    loss are those of the loop, within rounding, and a loop can go on where steps ended, or the other way round.
+    ``param_groups`` are read at each call, so schedulers work.
+
+    Args:
+        net: the network; any module, and a :class:`lenet_ext.Net` for the one operator.
+        optimizer: of the network's parameters.
+        loss: ``"cross_entropy"`` (``F.cross_entropy``) or ``"mse"`` (``F.mse_loss``), the mean over the batch.
+        label_smoothing, weight, ignore_index: of ``F.cross_entropy``.
+
+    Raises:
+        TypeError: ``net`` is no module, ``optimizer`` no ``torch.optim.Optimizer``, or ``weight`` no tensor.
+        ValueError: another loss; an option of cross entropy with ``"mse"``; ``label_smoothing`` outside [0, 1].
+
+    Note:
+        The one operator leaves ``.grad`` of the parameters as it was; the loop leaves the batch's gradients there.
+
+    Example:
+        >>> import torch, lenet_ext
+        >>> net = lenet_ext.Net()
+        >>> step = lenet_ext.TrainingStep(net, torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9))
+        >>> loss = step(torch.randn(64, 1, 32, 32), torch.randint(10, (64,)))
+        >>> loss.shape, step.path
+        (torch.Size([]), 'one operator')
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: Optimizer,
+        loss: str = "cross_entropy",
+        *,
+        label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+    ) -> None:
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"TrainingStep: net must be an nn.Module, got {type(net).__name__}")
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"TrainingStep: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if loss not in _LOSSES:
+            raise ValueError(f"TrainingStep: loss must be one of {', '.join(_LOSSES)}, got {loss!r}")
+        if weight is not None and not isinstance(weight, Tensor):
+            raise TypeError(f"TrainingStep: weight must be a Tensor, got {type(weight).__name__}")
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"TrainingStep: label_smoothing must be between 0 and 1, got {label_smoothing}")
+        if loss == "mse" and (label_smoothing != 0.0 or weight is not None or ignore_index != -100):
+            raise ValueError(
+                "TrainingStep: label_smoothing, weight and ignore_index belong to cross_entropy, not to mse"
+            )
+        self.net = net
+        self.optimizer = optimizer
+        self.loss = loss
+        self.label_smoothing = float(label_smoothing)
+        self.weight = weight
+        self.ignore_index = ignore_index
+        self._path = ""
+
+    @property
+    def path(self) -> str:
+        """How the last call was done: ``"one operator"``, or ``"plain loop: "`` and why; ``""`` before the first call."""
+        return self._path
+
+    def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Trains on a batch.
+
+        Args:
+            images: ``(N, C, 32, 32)`` for a :class:`lenet_ext.Net`.
+            targets: as the loss takes them: ``(N,)`` int64, or for ``"mse"`` of the output's shape.
+
+        Returns:
+            The batch's loss before the update, a 0-dim tensor without a graph. The host does not wait for the device.
+
+        Raises:
+            IndexError: a target is no class of the network (on the CPU).
+            RuntimeError: shapes, dtypes or devices do not fit together.
+        """
+        parameters = self._ordinary(images, targets)
+        return (
+            self._plain_loop(images, targets) if parameters is None else self._one_operator(parameters, images, targets)
+        )
+
+    def _plain_loop(self, images: Tensor, targets: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        output = self.net(images)
+        if self.loss == "mse":
+            loss = F.mse_loss(output, targets)
+        else:
+            loss = F.cross_entropy(
+                output, targets, self.weight, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
+            )
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def _ordinary(self, images: Tensor, targets: Tensor) -> list[Tensor] | None:
+        """The network's parameters where one operator does what the loop would, else None; notes the path."""
+        reason = None
+        parameters = None
+        if torch.compiler.is_compiling():
+            reason = "torch.compile"
+        elif type(self.net) is not Net:
+            reason = f"the network is a {type(self.net).__name__}"
+        elif _watched(self.net):
+            reason = "the network has a hook or a forward of its own"
+        elif not isinstance(images, Tensor) or (parameters := self.net._parameters_of_whole_network(images)) is None:
+            reason = "the network was changed, has hooks, or does not take these images as one operator"
+        else:
+            reason = self._reason(parameters, images, targets)
+        self._path = ONE_OPERATOR if reason is None else f"plain loop: {reason}"
+        return parameters if reason is None else None
+
+    def _reason(self, parameters: list[Tensor], images: Tensor, targets: Tensor) -> str | None:
+        optimizer = self.optimizer
+        if type(optimizer) not in _OPTIMIZERS:
+            return f"the optimizer is {type(optimizer).__name__}"
+        if images.dtype not in _DTYPES:
+            return f"the dtype is {images.dtype}"
+        if not torch.is_grad_enabled() or torch.is_anomaly_enabled() or torch.is_inference_mode_enabled():
+            return "gradients are switched off, or anomaly detection on"
+        if images.requires_grad or not len(images):
+            return "the images are none, or require a gradient"
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            return "hooks on saved tensors"
+        for parameter in parameters:
+            if not parameter.requires_grad:
+                return "a parameter is frozen"
+            if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+                return "a parameter has a hook"
+        if not self._fits(targets, images, parameters):
+            return "the targets are not class indices, or not of the output's shape"
+        return _reason_in_optimizer(optimizer, parameters)
+
+    def _fits(self, targets: Any, images: Tensor, parameters: list[Tensor]) -> bool:
+        if type(targets) is not Tensor or targets.requires_grad or targets.device != images.device:
+            return False
+        if self.weight is not None and (self.weight.requires_grad or type(self.weight) is not Tensor):
+            return False
+        if self.loss == "mse":
+            return targets.dtype == images.dtype and targets.shape == (len(images), len(parameters[-1]))
+        return targets.dtype == torch.int64 and targets.dim() == 1
+
+    def _one_operator(self, parameters: list[Tensor], images: Tensor, targets: Tensor) -> Tensor:
+        optimizer = self.optimizer
+        groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+        keep = _keep_sgd if type(optimizer) is SGD else _keep_adam
+        state, options, store = keep(optimizer, parameters, groups)
+        with torch.no_grad():
+            loss = ops.lenet_training_step(
+                images,
+                targets,
+                self.weight,
+                parameters,
+                state,
+                self.loss,
+                self.label_smoothing,
+                self.ignore_index,
+                _OPTIMIZERS[type(optimizer)],
+                options,
+            )
+        # Only now: a call that raises has changed nothing.
+        store()
+        if "step" in optimizer.__dict__:
+            optimizer._opt_called = True  # type: ignore[attr-defined] # what a scheduler asks for
+        return loss
+
+
+def _watched(net: Net) -> bool:
+    """Could anything see or change what the network does as a whole?"""
+    hooks = (net._forward_hooks, net._forward_pre_hooks, net._backward_hooks, net._backward_pre_hooks)
+    return any(hooks) or "forward" in net.__dict__
+
+
+def _reason_in_optimizer(optimizer: Optimizer, parameters: list[Tensor]) -> str | None:
+    if (
+        optimizer._optimizer_step_pre_hooks  # type: ignore[attr-defined]
+        or optimizer._optimizer_step_post_hooks  # type: ignore[attr-defined]
+        or global_hooks._global_optimizer_pre_hooks
+        or global_hooks._global_optimizer_post_hooks
+    ):
+        return "the optimizer has hooks"
+    own_step = optimizer.__dict__.get("step")
+    if own_step is not None and not getattr(own_step, "_wrapped_by_lr_sched", False):
+        return "the optimizer's step was replaced"
+    count = 0
+    adam = type(optimizer) is not SGD
+    amsgrad = optimizer.param_groups[0].get("amsgrad")
+    for group in optimizer.param_groups:
+        count += len(group["params"])
+        if group.get("differentiable") or group.get("capturable") or isinstance(group["lr"], Tensor):
+            return "the optimizer is differentiable, capturable, or has a tensor for its rate"
+        if adam and (group["amsgrad"] != amsgrad or any(isinstance(beta, Tensor) for beta in group["betas"])):
+            return "the optimizer's groups differ in amsgrad, or its betas are tensors"
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if count != len(parameters) or known != {id(parameter) for parameter in parameters}:
+        return "the optimizer's parameters are not those of the network"
+    return None
+
+
+_Kept = tuple[list[Tensor], list[float], Callable[[], None]]
+
+
+def _keep_sgd(optimizer: Optimizer, parameters: list[Tensor], groups: dict[Tensor, dict[str, Any]]) -> _Kept:
+    """State and options as the operator takes them, and what stores the state after it."""
+    state: list[Tensor] = []
+    options: list[float] = []
+    new: list[tuple[Tensor, Tensor]] = []
+    with_momentum = any(group["momentum"] for group in optimizer.param_groups)
+    for parameter in parameters:
+        group = groups[parameter]
+        buffer = optimizer.state[parameter].get("momentum_buffer") if group["momentum"] else None
+        first = buffer is None
+        if with_momentum:
+            if buffer is None:
+                buffer = torch.empty_like(parameter, requires_grad=False)
+                if group["momentum"]:
+                    new.append((parameter, buffer))
+            state.append(buffer)
+        options += (group["lr"], group["momentum"], group["dampening"], group["weight_decay"])
+        options += (group["nesterov"], group["maximize"], first)
+
+    def store() -> None:
+        for parameter, buffer in new:
+            optimizer.state[parameter]["momentum_buffer"] = buffer
+
+    return state, options, store
+
+
+def _keep_adam(optimizer: Optimizer, parameters: list[Tensor], groups: dict[Tensor, dict[str, Any]]) -> _Kept:
+    names = ["exp_avg", "exp_avg_sq"]
+    if optimizer.param_groups[0]["amsgrad"]:
+        names.append("max_exp_avg_sq")
+    options: list[float] = []
+    kept: list[dict[str, Any]] = []
+    new: list[tuple[Tensor, dict[str, Any]]] = []
+    for parameter in parameters:
+        group = groups[parameter]
+        own = optimizer.state.get(parameter)
+        if not own:
+            own = {name: torch.zeros_like(parameter, requires_grad=False) for name in names}
+            own = {"step": _first_step(parameter, group), **own}
+            new.append((parameter, own))
+        kept.append(own)
+        options += (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
+
+    def store() -> None:
+        for parameter, own in new:
+            optimizer.state[parameter] = own
+
+    return [own[name] for name in (*names, "step") for own in kept], options, store
+
+
+def _first_step(parameter: Tensor, group: dict[str, Any]) -> Tensor:
+    """As torch.optim.Adam makes it: on the device for its fused kernels, else on the CPU."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.zeros(
+        (), dtype=torch.float32 if group["fused"] else dtype, device=parameter.device if group["fused"] else None
+    )
