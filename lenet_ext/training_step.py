@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as global_hooks
 
 from lenet_ext import ops
+from lenet_ext._C import are_plain_leaves
 from lenet_ext.net import Net
 
 __all__ = ["TrainingStep"]
@@ -33,8 +34,8 @@ class TrainingStep:
 
     For an unmodified :class:`lenet_ext.Net` with ``torch.optim.SGD``, ``Adam`` or ``AdamW`` this is one operator, which
     changes the network's parameters and the optimizer's state in place, without autograd. For everything else it is the
-    loop above; :attr:`path` says which it is, and why. Either way the parameters, the optimizer's ``state_dict`` and the
-    loss are those of the loop, within rounding, and a loop can go on where steps ended, or the other way round.
+    loop above; :attr:`path` says which it is, and why. Either way the parameters, the optimizer's ``state_dict`` and
+    the loss are those of the loop, within rounding, and a loop can go on where steps ended, or the other way round.
     ``param_groups`` are read at each call, so schedulers work.
 
     Args:
@@ -90,10 +91,11 @@ class TrainingStep:
         self.weight = weight
         self.ignore_index = ignore_index
         self._path = ""
+        self._view: _View | None = None
 
     @property
     def path(self) -> str:
-        """How the last call was done: ``"one operator"``, or ``"plain loop: "`` and why; ``""`` before the first call."""
+        """How the last call was done: ``"one operator"``, or ``"plain loop: "`` and why. Empty before the first."""
         return self._path
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
@@ -146,9 +148,8 @@ class TrainingStep:
         return parameters if reason is None else None
 
     def _reason(self, parameters: list[Tensor], images: Tensor, targets: Tensor) -> str | None:
-        optimizer = self.optimizer
-        if type(optimizer) not in _OPTIMIZERS:
-            return f"the optimizer is {type(optimizer).__name__}"
+        if type(self.optimizer) not in _OPTIMIZERS:
+            return f"the optimizer is {type(self.optimizer).__name__}"
         if images.dtype not in _DTYPES:
             return f"the dtype is {images.dtype}"
         if not torch.is_grad_enabled() or torch.is_anomaly_enabled() or torch.is_inference_mode_enabled():
@@ -157,14 +158,13 @@ class TrainingStep:
             return "the images are none, or require a gradient"
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             return "hooks on saved tensors"
-        for parameter in parameters:
-            if not parameter.requires_grad:
-                return "a parameter is frozen"
-            if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-                return "a parameter has a hook"
+        if not are_plain_leaves(parameters):
+            return "a parameter is frozen or has a hook"
         if not self._fits(targets, images, parameters):
             return "the targets are not class indices, or not of the output's shape"
-        return _reason_in_optimizer(optimizer, parameters)
+        if self._view is None or not self._view.holds(self.optimizer, parameters):
+            self._view = _View(self.optimizer, parameters)
+        return self._view.reason or _reason_in_optimizer(self.optimizer)
 
     def _fits(self, targets: Any, images: Tensor, parameters: list[Tensor]) -> bool:
         if type(targets) is not Tensor or targets.requires_grad or targets.device != images.device:
@@ -177,24 +177,26 @@ class TrainingStep:
 
     def _one_operator(self, parameters: list[Tensor], images: Tensor, targets: Tensor) -> Tensor:
         optimizer = self.optimizer
-        groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-        keep = _keep_sgd if type(optimizer) is SGD else _keep_adam
-        state, options, store = keep(optimizer, parameters, groups)
-        with torch.no_grad():
-            loss = ops.lenet_training_step(
-                images,
-                targets,
-                self.weight,
-                parameters,
-                state,
-                self.loss,
-                self.label_smoothing,
-                self.ignore_index,
-                _OPTIMIZERS[type(optimizer)],
-                options,
-            )
-        # Only now: a call that raises has changed nothing.
-        store()
+        assert self._view is not None
+        state, options = self._view.read()
+        try:
+            with torch.no_grad():
+                loss = ops.lenet_training_step(
+                    images,
+                    targets,
+                    self.weight,
+                    parameters,
+                    state,
+                    self.loss,
+                    self.label_smoothing,
+                    self.ignore_index,
+                    _OPTIMIZERS[type(optimizer)],
+                    options,
+                )
+        except BaseException:
+            self._view = None  # its new buffers hold nothing yet
+            raise
+        self._view.store()
         if "step" in optimizer.__dict__:
             optimizer._opt_called = True  # type: ignore[attr-defined] # what a scheduler asks for
         return loss
@@ -202,11 +204,16 @@ class TrainingStep:
 
 def _watched(net: Net) -> bool:
     """Could anything see or change what the network does as a whole?"""
-    hooks = (net._forward_hooks, net._forward_pre_hooks, net._backward_hooks, net._backward_pre_hooks)
-    return any(hooks) or "forward" in net.__dict__
+    return bool(
+        net._forward_hooks
+        or net._forward_pre_hooks
+        or net._backward_hooks
+        or net._backward_pre_hooks
+        or "forward" in net.__dict__
+    )
 
 
-def _reason_in_optimizer(optimizer: Optimizer, parameters: list[Tensor]) -> str | None:
+def _reason_in_optimizer(optimizer: Optimizer) -> str | None:
     if (
         optimizer._optimizer_step_pre_hooks  # type: ignore[attr-defined]
         or optimizer._optimizer_step_post_hooks  # type: ignore[attr-defined]
@@ -217,77 +224,101 @@ def _reason_in_optimizer(optimizer: Optimizer, parameters: list[Tensor]) -> str 
     own_step = optimizer.__dict__.get("step")
     if own_step is not None and not getattr(own_step, "_wrapped_by_lr_sched", False):
         return "the optimizer's step was replaced"
-    count = 0
-    adam = type(optimizer) is not SGD
-    amsgrad = optimizer.param_groups[0].get("amsgrad")
     for group in optimizer.param_groups:
-        count += len(group["params"])
         if group.get("differentiable") or group.get("capturable") or isinstance(group["lr"], Tensor):
             return "the optimizer is differentiable, capturable, or has a tensor for its rate"
-        if adam and (group["amsgrad"] != amsgrad or any(isinstance(beta, Tensor) for beta in group["betas"])):
-            return "the optimizer's groups differ in amsgrad, or its betas are tensors"
-    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if count != len(parameters) or known != {id(parameter) for parameter in parameters}:
-        return "the optimizer's parameters are not those of the network"
+        if "betas" in group and any(isinstance(beta, Tensor) for beta in group["betas"]):
+            return "the optimizer has tensors for its betas"
     return None
 
 
-_Kept = tuple[list[Tensor], list[float], Callable[[], None]]
+class _View:
+    """What an optimizer keeps for the network's parameters, found once, and again when something in it was replaced.
 
+    Finding it costs more than a small kernel; whether it still holds is a matter of comparing identities.
+    """
 
-def _keep_sgd(optimizer: Optimizer, parameters: list[Tensor], groups: dict[Tensor, dict[str, Any]]) -> _Kept:
-    """State and options as the operator takes them, and what stores the state after it."""
-    state: list[Tensor] = []
-    options: list[float] = []
-    new: list[tuple[Tensor, Tensor]] = []
-    with_momentum = any(group["momentum"] for group in optimizer.param_groups)
-    for parameter in parameters:
-        group = groups[parameter]
-        buffer = optimizer.state[parameter].get("momentum_buffer") if group["momentum"] else None
-        first = buffer is None
-        if with_momentum:
-            if buffer is None:
-                buffer = torch.empty_like(parameter, requires_grad=False)
-                if group["momentum"]:
-                    new.append((parameter, buffer))
-            state.append(buffer)
-        options += (group["lr"], group["momentum"], group["dampening"], group["weight_decay"])
-        options += (group["nesterov"], group["maximize"], first)
+    def __init__(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
+        self.optimizer = optimizer
+        self.parameters = parameters
+        self.signature = self._signature()
+        self.reason: str | None = None
+        self.stored = True
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        if count != len(parameters) or groups.keys() != {id(parameter) for parameter in parameters}:
+            self.reason = "the optimizer's parameters are not those of the network"
+            return
+        self.groups: list[dict[str, Any]] = [groups[id(parameter)] for parameter in parameters]
+        self.kept: list[dict[str, Any]] = [optimizer.state.get(parameter) or {} for parameter in parameters]
+        self.adam = type(optimizer) is not SGD
+        self.amsgrad = self.groups[0].get("amsgrad", False)
+        if any(group.get("amsgrad", False) != self.amsgrad for group in self.groups):
+            self.reason = "the optimizer's groups differ in amsgrad"
 
-    def store() -> None:
-        for parameter, buffer in new:
-            optimizer.state[parameter]["momentum_buffer"] = buffer
+    def _signature(self) -> list[int]:
+        identities = [id(self.optimizer.state), *map(id, self.optimizer.state.values())]
+        for group in self.optimizer.param_groups:
+            identities += map(id, group["params"])
+        return identities
 
-    return state, options, store
+    def holds(self, optimizer: Optimizer, parameters: list[Tensor]) -> bool:
+        return (
+            optimizer is self.optimizer
+            and all(map(is_, parameters, self.parameters))
+            and self.signature == self._signature()
+            and self.amsgrad == optimizer.param_groups[0].get("amsgrad", False)
+        )
 
+    def read(self) -> tuple[list[Tensor], list[float]]:
+        """State and options as the operator takes them: of one parameter where those of all are equal."""
+        read_options = self._adam_options if self.adam else self._sgd_options
+        of_all = [read_options(group, own) for group, own in zip(self.groups, self.kept, strict=True)]
+        equal = of_all.count(of_all[0]) == len(of_all)
+        options = list(of_all[0]) if equal else [option for options in of_all for option in options]
+        return self._adam_state() if self.adam else self._sgd_state(), options
 
-def _keep_adam(optimizer: Optimizer, parameters: list[Tensor], groups: dict[Tensor, dict[str, Any]]) -> _Kept:
-    names = ["exp_avg", "exp_avg_sq"]
-    if optimizer.param_groups[0]["amsgrad"]:
-        names.append("max_exp_avg_sq")
-    options: list[float] = []
-    kept: list[dict[str, Any]] = []
-    new: list[tuple[Tensor, dict[str, Any]]] = []
-    for parameter in parameters:
-        group = groups[parameter]
-        own = optimizer.state.get(parameter)
-        if not own:
-            own = {name: torch.zeros_like(parameter, requires_grad=False) for name in names}
-            own = {"step": _first_step(parameter, group), **own}
-            new.append((parameter, own))
-        kept.append(own)
-        options += (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
+    def _sgd_options(self, group: dict[str, Any], own: dict[str, Any]) -> tuple[float, ...]:
+        first = own.get("momentum_buffer") is None
+        values = (group["lr"], group["momentum"], group["dampening"], group["weight_decay"])
+        return (*values, group["nesterov"], group["maximize"], first)
 
-    def store() -> None:
-        for parameter, own in new:
-            optimizer.state[parameter] = own
+    def _adam_options(self, group: dict[str, Any], own: dict[str, Any]) -> tuple[float, ...]:
+        return (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
 
-    return [own[name] for name in (*names, "step") for own in kept], options, store
+    def _sgd_state(self) -> list[Tensor]:
+        if not any(group["momentum"] for group in self.optimizer.param_groups):
+            return []
+        for parameter, group, own in zip(self.parameters, self.groups, self.kept, strict=True):
+            if own.get("momentum_buffer") is None:
+                own["momentum_buffer"] = torch.empty_like(parameter, requires_grad=False) if group["momentum"] else None
+                self.stored = False
+        return [
+            parameter if own["momentum_buffer"] is None else own["momentum_buffer"]  # one that is not read
+            for parameter, own in zip(self.parameters, self.kept, strict=True)
+        ]
+
+    def _adam_state(self) -> list[Tensor]:
+        names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if self.amsgrad else ("exp_avg", "exp_avg_sq")
+        for parameter, group, own in zip(self.parameters, self.groups, self.kept, strict=True):
+            if not own:
+                own["step"] = _first_step(parameter, group)
+                own.update((name, torch.zeros_like(parameter, requires_grad=False)) for name in names)
+                self.stored = False
+        return [own[name] for name in (*names, "step") for own in self.kept]
+
+    def store(self) -> None:
+        """Puts what is new into the optimizer's state. Only after the step: one that raised has changed nothing."""
+        if not self.stored:
+            for parameter, own in zip(self.parameters, self.kept, strict=True):
+                if own.get("momentum_buffer", True) is not None:
+                    self.optimizer.state[parameter] = own
+            self.signature = self._signature()
+            self.stored = True
 
 
 def _first_step(parameter: Tensor, group: dict[str, Any]) -> Tensor:
     """As torch.optim.Adam makes it: on the device for its fused kernels, else on the CPU."""
-    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return torch.zeros(
-        (), dtype=torch.float32 if group["fused"] else dtype, device=parameter.device if group["fused"] else None
-    )
+    if group["fused"]:
+        return torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return torch.zeros((), dtype=torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32)

@@ -143,9 +143,9 @@ PyObject* untouched_parameters(PyObject*, PyObject* const* arguments, Py_ssize_t
   END_HANDLE_TH_ERRORS
 }
 
-// is_ordinary_lenet(input, parameters) -> bool. Ordinary is a batch of float32 or float64 images (on CUDA of the 16-bit types,
-// too) for ten parameters (weight and bias of conv1, conv2, fc1, fc2, fc3; of exactly that type) of LeNet's shapes,
-// where no dispatch mode, no tracer and no transform of torch.func would miss the layers.
+// is_ordinary_lenet(input, parameters) -> bool. Ordinary is a batch of float32 or float64 images (on CUDA of the 16-bit
+// types, too) for ten parameters (weight and bias of conv1, conv2, fc1, fc2, fc3; of exactly that type) of LeNet's
+// shapes, where no dispatch mode, no tracer and no transform of torch.func would miss the layers.
 PyObject* is_ordinary_lenet(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 2 || Py_TYPE(arguments[0]) != reinterpret_cast<PyTypeObject*>(THPVariableClass) ||
@@ -174,6 +174,24 @@ PyObject* is_ordinary_lenet(PyObject*, PyObject* const* arguments, Py_ssize_t co
   END_HANDLE_TH_ERRORS
 }
 
+// are_plain_leaves(parameters) -> bool. All require a gradient, and no hook waits for it.
+PyObject* are_plain_leaves(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 1 || !PyList_CheckExact(arguments[0])) return answer(false);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(arguments[0]); ++i) {
+    PyObject* object = PyList_GET_ITEM(arguments[0], i);
+    if (!is_parameter(object)) return answer(false);
+    const auto* variable = reinterpret_cast<THPVariable*>(object);
+    const at::Tensor& parameter = THPVariable_Unpack(object);
+    if (!parameter.requires_grad() || variable->backward_hooks != nullptr ||
+        variable->post_accumulate_grad_hooks != nullptr || !torch::autograd::impl::hooks(parameter).empty()) {
+      return answer(false);
+    }
+  }
+  return answer(true);
+  END_HANDLE_TH_ERRORS
+}
+
 template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
 PyMethodDef fast(const char* name, const char* doc) {
   // Python's own way to store a function of this signature.
@@ -184,6 +202,7 @@ PyMethodDef fast(const char* name, const char* doc) {
 
 PyMethodDef call_path_functions[] = {
     fast<is_ordinary>("is_ordinary", "is_ordinary(input, weight, bias): bool"),
+    fast<are_plain_leaves>("are_plain_leaves", "are_plain_leaves(parameters): bool"),
     fast<untouched_parameters>("untouched_parameters", "untouched_parameters(modules, children): list or None"),
     fast<is_ordinary_lenet>("is_ordinary_lenet", "is_ordinary_lenet(input, parameters): bool"),
     {nullptr, nullptr, 0, nullptr},

@@ -47,8 +47,9 @@ OptimizerState check_optimizer(const char* op, std::string_view optimizer, Tenso
   const size_t count = parameters.size();
   TORCH_CHECK(optimizer == "sgd" || optimizer == "adam" || optimizer == "adamw", op,
               ": optimizer must be 'sgd', 'adam' or 'adamw', got '", optimizer, "'");
-  TORCH_CHECK(options.size() == count * options_of(optimizer), op, ": options must hold ", options_of(optimizer),
-              " numbers for each of ", count, " parameters, got ", options.size());
+  const size_t width = options_of(optimizer);
+  TORCH_CHECK(options.size() == width || options.size() == count * width, op, ": options must hold ", width,
+              " numbers for all or for each of ", count, " parameters, got ", options.size());
   const size_t lists = state.size() / count;
   const bool fits = optimizer == "sgd" ? lists <= 1 : lists == 3 || lists == 4;
   TORCH_CHECK(state.size() % count == 0 && fits, op, ": state must hold ",
@@ -70,7 +71,8 @@ void update(std::string_view optimizer, TensorList parameters, TensorList gradie
             at::ArrayRef<double> options) {
   // Neighbours with the same options, which all parameters of a group are, are updated together.
   const int64_t width = options_of(optimizer);
-  const auto of = [&](size_t i) { return options.slice(i * width, width); };
+  const bool same = options.size() == static_cast<size_t>(width);
+  const auto of = [&](size_t i) { return options.slice(same ? 0 : i * width, width); };
   for (size_t begin = 0, end; begin < parameters.size(); begin = end) {
     for (end = begin + 1; end < parameters.size() && of(end) == of(begin); ++end) {
     }

@@ -17,7 +17,8 @@ struct OptimizerState {
 constexpr int64_t kSgdOptions = 7;   // lr, momentum, dampening, weight_decay, nesterov, maximize, is_first_step
 constexpr int64_t kAdamOptions = 6;  // lr, beta1, beta2, eps, weight_decay, maximize
 
-// Checks the lists; `optimizer` is "sgd", "adam" or "adamw", `options` those of all parameters in turn.
+// Checks the lists; `optimizer` is "sgd", "adam" or "adamw", `options` those of each parameter in turn,
+// or once where they are the same for all.
 OptimizerState check_optimizer(const char* op, std::string_view optimizer, at::TensorList parameters,
                                at::TensorList state, at::ArrayRef<double> options);
 
