@@ -221,7 +221,8 @@ def conv_relu_max_pool2d(
         pool_dilation,
         ceil_mode,
     )
-    kernel_size = (weight.shape[2], weight.shape[3])
+    # "same" depends on the kernel; as numbers, where a tracer has symbols, since padding is one of the operator's.
+    kernel_size = (int(weight.shape[2]), int(weight.shape[3])) if isinstance(padding, str) else (0, 0)
     cacheable = not torch.compiler.is_compiling() and _SCALARS.issuperset(map(type, arguments))
     options = (_cached_options if cacheable else normalize_options)(*arguments, kernel_size)
     return conv_relu_max_pool2d_normalized(input, weight, bias, options)
@@ -249,6 +250,11 @@ def _stock_conv_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor | No
     """The composition that the kernels replace, for what has no kernel."""
     batched = input.unsqueeze(0) if input.dim() == 3 else input
     ops.pooled_shape("conv_relu_max_pool2d", batched, weight, bias, *options)  # our messages name our arguments
+    return stock_composition(input, weight, bias, *options)
+
+
+def stock_composition(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    """What conv_relu_max_pool2d computes, with options from :func:`normalize_options`, in PyTorch's own operators."""
     stride, (top, bottom, left, right), dilation, groups, *pool = options
     if (top, left) != (bottom, right):
         input, top, left = F.pad(input, (left, right, top, bottom)), 0, 0

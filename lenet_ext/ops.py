@@ -65,7 +65,7 @@ def _memory_format(input: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _convolution_size(size: int, pad_before: int, pad_after: int, dilation: int, kernel: int, stride: int) -> int:
+def convolution_size(size: int, pad_before: int, pad_after: int, dilation: int, kernel: int, stride: int) -> int:
     """Source: PyTorch documentation of ``torch.nn.Conv2d``, "Shape"."""
     return (size + pad_before + pad_after - dilation * (kernel - 1) - 1) // stride + 1
 
@@ -146,7 +146,7 @@ def pooled_shape(
         )
     shape = [batch, out_channels]
     for i in range(2):
-        convolved = _convolution_size(size[i], padding[2 * i], padding[2 * i + 1], dilation[i], kernel[i], stride[i])
+        convolved = convolution_size(size[i], padding[2 * i], padding[2 * i + 1], dilation[i], kernel[i], stride[i])
         _check(
             convolved > 0,
             f"{op}: input of shape {tuple(input.shape)} is smaller than the kernel of weight",
@@ -300,7 +300,7 @@ def _(input, parameters):
 
 
 # What the forward pass keeps for the backward pass: shapes of one image.
-_LENET_ACTIVATIONS = {
+LENET_ACTIVATIONS = {
     "pooled1": (6, 14, 14),
     "indices1": (6, 14, 14),
     "pooled2": (16, 5, 5),
@@ -322,7 +322,7 @@ def _(input, parameters):
         input.new_empty(batch, parameters[8].shape[0]),
         *(
             input.new_empty(batch, *shape, dtype=_activation_dtype(name, input))
-            for name, shape in _LENET_ACTIVATIONS.items()
+            for name, shape in LENET_ACTIVATIONS.items()
         ),
     )
 
@@ -332,7 +332,7 @@ def _(grad_output, input, parameters, *rest):
     op = "lenet_backward"
     _check_lenet(op, input, parameters)
     *activations, input_gradient = rest
-    shapes = {"grad_output": (parameters[8].shape[0],), **_LENET_ACTIVATIONS}
+    shapes = {"grad_output": (parameters[8].shape[0],), **LENET_ACTIVATIONS}
     for (name, image), tensor in zip(shapes.items(), (grad_output, *activations), strict=True):
         shape, dtype = (input.shape[0], *image), _activation_dtype(name, input)
         _check(

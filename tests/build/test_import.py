@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
 import json
 import os
 import platform
@@ -9,12 +12,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
 import torch
 
 import lenet_ext
+from lenet_ext import on_import
 from lenet_ext._build import REBUILD, check_build, require_cuda
 
 PACKAGE = Path(lenet_ext.__file__).resolve().parent
@@ -215,3 +221,66 @@ def test_the_command_line_is_installed(tmp_path: Path, start: str) -> None:
     assert done.returncode == 0, done.stderr
     assert lenet_ext.__version__ in done.stdout
     assert torch.__version__ in done.stdout
+
+
+# --- registrations with parts of torch that `import torch` leaves out ---
+
+# As expressions: what each part knows about the operators.
+REGISTRATIONS = {
+    "torch.utils.flop_counter": "torch.ops.lenet_ext.linear in torch.utils.flop_counter.flop_registry",
+    "torch.onnx": "'lenet_ext.onnx_symbolics' in sys.modules",
+}
+
+
+def test_parts_of_torch_are_not_imported_but_followed(tmp_path: Path) -> None:
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import lenet_ext
+for part, known in {REGISTRATIONS!r}.items():
+    assert (part in sys.modules) == (part in before), part
+    __import__(part)
+    assert eval(known), part
+"""
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def test_parts_of_torch_that_were_imported_before(tmp_path: Path) -> None:
+    code = f"""
+import sys, torch
+for part in {REGISTRATIONS!r}:
+    __import__(part)
+import lenet_ext
+for part, known in {REGISTRATIONS!r}.items():
+    assert eval(known), part
+"""
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+@pytest.fixture
+def follower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a module that is followed by another, which does not exist."""
+    (tmp_path / "some_part.py").write_text("value = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(on_import._REGISTRATIONS, "some_part", "lenet_ext.absent")
+    yield "some_part"
+    sys.modules.pop("some_part", None)
+
+
+def test_a_registration_that_fails_is_a_warning(follower: str) -> None:
+    with pytest.warns(RuntimeWarning, match=r"could not be registered with some_part.*lenet_ext\.absent"):
+        module = importlib.import_module(follower)
+    assert module.value == 3
+    assert isinstance(module.__spec__.loader, SourceFileLoader)
+    assert inspect.getsource(module) == "value = 3\n"
+
+
+def test_looking_for_a_part_does_not_use_up_its_registration(follower: str) -> None:
+    assert importlib.util.find_spec(follower) is not None
+    assert importlib.util.find_spec("no_such_module") is None
+    with pytest.warns(RuntimeWarning, match="could not be registered"):
+        importlib.import_module(follower)
