@@ -17,6 +17,7 @@ __all__ = ["register_on_import"]
 
 # PyTorch's module, and ours that registers the operators there when it is imported itself.
 _REGISTRATIONS = {
+    "torch.distributed.tensor": "lenet_ext.sharding",
     "torch.onnx": "lenet_ext.onnx_symbolics",
     "torch.utils.flop_counter": "lenet_ext.flops",
 }

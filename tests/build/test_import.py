@@ -229,6 +229,7 @@ def test_the_command_line_is_installed(tmp_path: Path, start: str) -> None:
 REGISTRATIONS = {
     "torch.utils.flop_counter": "torch.ops.lenet_ext.linear in torch.utils.flop_counter.flop_registry",
     "torch.onnx": "'lenet_ext.onnx_symbolics' in sys.modules",
+    "torch.distributed.tensor": "'lenet_ext.sharding' in sys.modules",
 }
 
 
