@@ -65,7 +65,7 @@ class Net(nn.Module):
         return self.fc3(self.fc2(self.fc1(features.flatten(-3))))
 
     def to_reference(self) -> ReferenceNet:
-        """The same network from stock layers, for what knows no other: exporters, quantizers, other runtimes.
+        """The same network from stock layers, for what knows no other: quantizers, tools that go by a type.
 
         Returns:
             A network with copies of the parameters, on their device, of their dtype, trainable where they are, in the
