@@ -164,5 +164,5 @@ def test_an_input_of_inference_mode_that_is_needed_is_refused(name):
     with torch.inference_mode():
         input = ones(SHAPES[name][0])
     for module in (functional, reference):
-        with pytest.raises(RuntimeError, match="[Ii]nference tensors cannot be saved"):
+        with pytest.raises(RuntimeError, match=r"[Ii]nference tensors cannot be saved"):
             getattr(module, name)(input, ones(SHAPES[name][1], requires_grad=True))
