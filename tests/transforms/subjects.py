@@ -59,7 +59,7 @@ _MAKE: dict[str, Callable[[], tuple[nn.Module, nn.Module, tuple[int, ...]]]] = {
 SUBJECTS = list(_MAKE)
 
 
-def subject(name: str, dtype: torch.dtype = torch.float32) -> Subject:
+def subject(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Subject:
     """The two with the same small integers as parameters: most sums are exact, and ties are the same ones."""
     ours, stock, shape = _MAKE[name]()
     values = {}
@@ -68,7 +68,7 @@ def subject(name: str, dtype: torch.dtype = torch.float32) -> Subject:
         values[key] = integers(*parameter.shape, low=-1, high=1) * sparse
     for module in (ours, stock):
         module.load_state_dict(values)
-    return Subject(ours.to(dtype), stock.to(dtype), integers(*shape, dtype=dtype))
+    return Subject(ours.to(device, dtype), stock.to(device, dtype), integers(*shape, dtype=dtype, device=device))
 
 
 def loss(output: Tensor) -> Tensor:

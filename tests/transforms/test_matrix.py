@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -170,8 +171,12 @@ def compiled_autograd(module: nn.Module, input: Tensor) -> Any:
 # --- the rest --------------------------------------------------------------------------------------------------------
 
 
+def unpacked(saved: tuple[torch.device, Any]) -> Tensor:
+    return torch.from_numpy(saved[1]).to(saved[0])
+
+
 def with_saved_tensors_hooks(module: nn.Module, input: Tensor) -> Any:
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone().numpy(), torch.from_numpy):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (t.device, t.cpu().numpy().copy()), unpacked):
         return eager(module, input)
 
 
@@ -284,8 +289,8 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-def check(row: Row, name: str, dtype: torch.dtype) -> None:
-    ours, stock, input = subject(name, dtype)
+def check(row: Row, name: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    ours, stock, input = subject(name, dtype, device)
     try:
         actual = row.run(ours, input)
     except Exception as error:
@@ -307,8 +312,8 @@ def check(row: Row, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", SUBJECTS)
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_as_stock(transform, name, dtype):
-    check(TRANSFORMS[transform], name, dtype)
+def test_as_stock(device, transform, name, dtype):
+    check(TRANSFORMS[transform], name, dtype, device)
 
 
 SOONER = "linear_relu"
@@ -320,10 +325,14 @@ FAULTS = {
 }
 
 
+NO_COMPILER = shutil.which("g++") is None and shutil.which("clang++") is None
+
+
 def marks(transform: str, name: str) -> list[pytest.MarkDecorator]:
-    fault = FAULTS.get((transform, name))
+    inductor, fault = transform == "compile inductor", FAULTS.get((transform, name))
     return [
-        *([] if name == SOONER else [pytest.mark.extended]),
+        *([pytest.mark.extended] if inductor or name != SOONER else []),
+        *([pytest.mark.skipif(NO_COMPILER, reason="inductor needs a compiler")] if inductor else []),
         *([pytest.mark.xfail(strict=True, reason=fault)] if fault else []),
     ]
 
@@ -331,8 +340,8 @@ def marks(transform: str, name: str) -> list[pytest.MarkDecorator]:
 @pytest.mark.parametrize(
     ("transform", "name"), [pytest.param(t, n, marks=marks(t, n)) for t in COMPILED for n in SUBJECTS]
 )
-def test_compiled_as_stock(transform, name):
-    check(COMPILED[transform], name, torch.float32)
+def test_compiled_as_stock(device, transform, name):
+    check(COMPILED[transform], name, torch.float32, device)
 
 
 def test_the_check_notices():
