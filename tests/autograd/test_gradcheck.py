@@ -173,9 +173,13 @@ def test_linear(device, name, leading, bias):
     assert gradgradcheck(spelled_out, tensors, gen_non_contig_grad_outputs=True)
 
 
-@pytest.mark.parametrize("wanted", [(0,), (2, 5), (4, 9), (10,), (0, 1, 10)], ids=str)
+@pytest.mark.parametrize(
+    "wanted", [tuple(range(10)), tuple(range(11)), (0,), (2, 5), (4, 9), (10,), (0, 1, 10)], ids=str
+)
 def test_the_network(wanted):
-    """Some of its parameters, and the image (10): the derivative of the layers; its second order always is."""
+    """All parameters: one operator each way. Some of them, the second derivative, forward mode: the layers'. (10: the
+    image.)
+    """
     torch.manual_seed(1)
     net = Net(dtype=torch.float64)
     tensors = [*(p.detach() for p in net.parameters()), distinct(1, 1, 32, 32)]

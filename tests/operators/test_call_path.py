@@ -125,9 +125,10 @@ def test_the_whole_network() -> None:
     with torch.no_grad():
         assert is_ordinary_lenet(image, parameters)
     assert is_ordinary_lenet(image.clone().requires_grad_(), parameters)
+    assert is_ordinary_lenet(image.double(), list(lenet_ext.Net(dtype=torch.float64).parameters()))
     with NoDispatch():  # it would miss the layers
         assert not is_ordinary_lenet(image, parameters)
-    for other in (image[0], image.double(), image[..., 1:], image.expand(2, 3, 32, 32), image.as_subclass(Subclass)):
+    for other in (image[0], image.bfloat16(), image[..., 1:], image.expand(2, 3, 32, 32), image.as_subclass(Subclass)):
         assert not is_ordinary_lenet(other, parameters)
     for i in range(10):
         plain: list[Any] = list(parameters)

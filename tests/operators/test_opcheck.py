@@ -68,7 +68,7 @@ def _check(op, args, kwargs, dynamic=False):
     result = opcheck(op, args, kwargs, test_utils=checks)
     assert set(result.values()) == {"SUCCESS"}, result
 
-    detached = tree_map_only(torch.Tensor, torch.Tensor.detach, args)
+    detached = tree_map_only(torch.Tensor, lambda t: t.detach().clone(memory_format=torch.preserve_format), args)
     expected = tree_map_only(torch.Tensor, _metadata, op(*detached, **kwargs))
     with FakeTensorMode():
         fake = tree_map_only(
@@ -206,6 +206,18 @@ class TestLeNet:
             batch == 3,
         )
 
+    @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+    @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+    def test_training_step(self, optimizer, loss):
+        """It changes the parameters and what the optimizer keeps, and says so in its schema."""
+        x, parameters = self._operands(3)
+        targets = torch.tensor([1, 0, 9]) if loss == "cross_entropy" else integers(3, 10)
+        state = [torch.zeros_like(p) for p in parameters * (1 if optimizer == "sgd" else 2)]
+        state += [] if optimizer == "sgd" else [torch.zeros(()) for _ in parameters]
+        options = [0.1, 0.9, 0.0, 0.0, False, False, True] if optimizer == "sgd" else [0.1, 0.9, 0.99, 1e-8, 0.0, False]
+        arguments = (x, targets, None, parameters, state, loss, 0.0, -100, optimizer, options * len(parameters))
+        _check(OPS.lenet_training_step.default, arguments, {}, optimizer == "sgd")
+
 
 @pytest.mark.parametrize("op", [OPS.lenet_with_activations, OPS.lenet_backward], ids=str)
 def test_what_has_no_derivative_says_so(op):
@@ -245,6 +257,7 @@ def test_every_operator_is_checked_here():
         "lenet",
         "lenet_with_activations",
         "lenet_backward",
+        "lenet_training_step",
     }
     assert names == checked, "an operator that this file does not check, or one that is gone"
 

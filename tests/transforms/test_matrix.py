@@ -318,11 +318,7 @@ def test_as_stock(device, transform, name, dtype):
 
 SOONER = "linear_relu"
 SYMBOLIC = "is_ordinary asks a tensor of torch.func for its sizes, and the question becomes a node of the graph"
-SAVED_OUTPUT = "compiled_args collects a saved output without its node"
-FAULTS = {
-    **{("make_fx symbolic", name): SYMBOLIC for name in SUBJECTS},
-    **{("compiled autograd", name): SAVED_OUTPUT for name in ("linear_relu", "fused")},
-}
+FAULTS = {("make_fx symbolic", name): SYMBOLIC for name in SUBJECTS}
 
 
 NO_COMPILER = shutil.which("g++") is None and shutil.which("clang++") is None
