@@ -144,9 +144,13 @@ def _linear(operator: Callable[..., Tensor], info: Any, in_dims: tuple, *argumen
         return operator(input.movedim(in_dims[0], 0), weight, bias), 0
     size = info.batch_size
     samples = _mapped_first(input, in_dims[0], size)
-    output = samples.reshape(size, -1, samples.shape[-1]).bmm(_mapped_first(weight, in_dims[1], size).transpose(1, 2))
-    if bias is not None:
-        output = output + _mapped_first(bias, in_dims[2], size).unsqueeze(1)
+    factors = samples.reshape(size, -1, samples.shape[-1]), _mapped_first(weight, in_dims[1], size).transpose(1, 2)
+    # Not a sum behind the product: autocast would cast the one and not the other.
+    output = (
+        torch.bmm(*factors)
+        if bias is None
+        else torch.baddbmm(_mapped_first(bias, in_dims[2], size).unsqueeze(1), *factors)
+    )
     return output.reshape(*samples.shape[:-1], output.shape[-1]), 0
 
 

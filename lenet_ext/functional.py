@@ -22,18 +22,15 @@ _CUDA_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfl
 _AUTOCAST_DEVICES = frozenset({"cpu", "cuda"})  # elsewhere the stock composition does it
 _KERNEL_DTYPES = {"cpu": _CPU_DTYPES, "cuda": _CUDA_DTYPES, "meta": _CUDA_DTYPES}
 
-_INTEGER_DTYPES = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+_INTEGER_DTYPES = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _is_integral(value: Any) -> bool:
-    """Of tensors, stock takes those of one integer as an int."""
-    return not isinstance(value, Tensor) or (value.dim() == 0 and value.dtype in _INTEGER_DTYPES)
-
-
 def _integer(name: str, value: Any) -> int:
-    if isinstance(value, (bool, float, str)) or not hasattr(value, "__index__") or not _is_integral(value):
+    if isinstance(value, Tensor) and value.numel() == 1 and value.dtype in _INTEGER_DTYPES:
+        value = int(value)  # as stock does; a bool among them, though not one of Python's
+    if isinstance(value, (bool, float, str, Tensor)) or not hasattr(value, "__index__"):
         raise TypeError(f"conv_relu_max_pool2d: {name} must be an int or a pair of ints, got {value!r}")
     number = index(value)
     if not -(2**63) <= number < 2**63:
@@ -314,7 +311,7 @@ def _broadcasts(bias: Tensor | None, weight: Tensor) -> bool:
 
 def _stock_linear(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear, for what has no kernel: it also takes a vector as weight, and a bias that broadcasts."""
-    if bias is not None and weight.dim() == 2:
+    if bias is not None and weight.dim() == 2 and not input.is_nested:
         output_shape = (*input.shape[:-1], weight.shape[0])
         fits = bias.dim() <= len(output_shape) and all(
             have in (1, want) for have, want in zip(reversed(bias.shape), reversed(output_shape), strict=False)

@@ -1,4 +1,6 @@
-"""The autograd Functions: which gradients are computed, what is saved, what may be changed in place, the graph."""
+"""The derivatives in eager mode: which gradients are computed, what may be changed in place, the graph; and the
+Functions that spell them out, which give bit by bit what the operators' own nodes give.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,11 @@ import reference
 import torch
 from failures import failure, kind
 from reference import assert_equal, integers
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from lenet_ext import autograd, functional
+from lenet_ext import autograd, functional, ops
 
 NAMES = ["conv_relu_max_pool2d", "linear", "linear_relu"]
 SHAPES = {
@@ -82,7 +85,7 @@ def test_one_operator_each_way(device, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_function_where_no_gradient_is_needed(device, name):
+def test_nothing_is_kept_where_no_gradient_is_needed(device, name):
     tensors = [t.detach() for t in _operands(name, device=device)]
     for context in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
         with context, Recorder() as record:
@@ -94,14 +97,26 @@ def test_no_function_where_no_gradient_is_needed(device, name):
         )
 
 
+NODES = {
+    "conv_relu_max_pool2d": "ConvReLUMaxPool2DBackward",
+    "linear": "LinearBackward",
+    "linear_relu": "LinearReLUBackward",
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_grad_fn(name):
-    """The node in the graph is ours, and its edges lead to the operands."""
+    """The node in the graph is ours, and its edges lead to the operands, in their order."""
     tensors = _operands(name)
     output = getattr(functional, name)(*tensors)
-    assert FUNCTIONS[name].__name__ in output.grad_fn.name()
-    edges = [edge[0] for edge in output.grad_fn.next_functions if edge[0] is not None]
-    assert {id(edge.variable) for edge in edges} == {id(t) for t in tensors}
+    assert output.grad_fn.name() == NODES[name]
+    edges = [edge[0] for edge in output.grad_fn.next_functions]
+    assert [id(edge.variable) for edge in edges] == [id(t) for t in tensors]
+    *_, bias = getattr(functional, name)(tensors[0].detach(), tensors[1]).grad_fn.next_functions
+    assert bias[0] is None
+
+
+# --- the Functions ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -114,26 +129,78 @@ def test_setup_context_style(name):
     assert "\\partial" in (cls.__doc__ or ""), "the derivative in symbols"
 
 
-def test_apply_of_linear():
-    """The Functions themselves, through the public `apply`: tensors first."""
-    for name in ("linear", "linear_relu"):
-        tensors = _operands(name)
-        output = FUNCTIONS[name].apply(*tensors)
-        assert_equal(output, getattr(reference, name)(*tensors), "output")
-        assert_equal(
-            torch.autograd.grad(output.sum(), tensors[1])[0], _grad(getattr(reference, name), tensors, 1), "grad"
-        )
+OPTIONS = {
+    "plain": {},
+    "asymmetric padding": {"padding": (1, 0, 0, 2)},
+    "strides and dilation": {"stride": (2, 1), "dilation": (1, 2)},
+    "groups": {"groups": 3, "padding": (1, 1, 1, 1)},
+    "overlapping, padded pool": {"pool_kernel_size": (3, 3), "pool_stride": (2, 1), "pool_padding": (1, 1)},
+    "ceil, dilated pool": {"pool_stride": (1, 3), "pool_dilation": (2, 1), "ceil_mode": True},
+}
+DEFAULTS = {"stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": (1, 1), "groups": 1, "pool_kernel_size": (2, 2)}
+DEFAULTS |= {"pool_stride": (2, 2), "pool_padding": (0, 0), "pool_dilation": (1, 1), "ceil_mode": False}
+CASES = [*(("conv_relu_max_pool2d", options) for options in OPTIONS), ("linear", "plain"), ("linear_relu", "plain")]
 
 
-def test_apply_of_conv():
-    """Then the options as the registered operator takes them."""
-    tensors = _operands("conv_relu_max_pool2d")
-    options = [[1, 1], [1, 1, 0, 0], [1, 1], 1, [2, 2], [2, 2], [0, 0], [1, 1], False]
-    output, indices = autograd.ConvReLUMaxPool2dFunction.apply(*tensors, *options)
-    expected = reference.conv_relu_max_pool2d(*tensors, padding=(1, 0))
-    assert_equal(output, expected, "output")
+def _bits(tensors):
+    return [None if t is None else t.detach().contiguous().view(torch.uint8) for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wanted", SUBSETS, ids=str)
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_functions_give_bit_by_bit_what_the_operators_give(device, name, options, wanted, dtype):
+    """Output, gradients, and the gradients of these."""
+    chosen = {**DEFAULTS, **OPTIONS[options]}
+    others = list(chosen.values()) if name == "conv_relu_max_pool2d" else []
+    shapes = [(2, 6, 9, 10), (6, 6 // chosen["groups"], 3, 3), (6,)] if others else SHAPES[name]
+    values = [torch.randn(s).to(device, dtype) for s in shapes]
+    results = []
+    for call in (getattr(ops, name), FUNCTIONS[name].apply):
+        leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(values)]
+        output = call(*leaves, *others)
+        output = output[0] if isinstance(output, tuple) else output
+        chosen_leaves = [leaves[i] for i in wanted]
+        first = torch.autograd.grad(output.cos().sum(), chosen_leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.sin().sum() for g in first), chosen_leaves)
+        results.append(_bits([output, *first, *second]))
+    assert all(bits.any() for bits in results[0])
+    for ours, spelled_out in zip(*results, strict=True):
+        assert torch.equal(ours, spelled_out)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_functions_have_no_forward_mode(name):
+    """It is the operators': a tangent is refused, never dropped."""
+    others = list(DEFAULTS.values()) if name == "conv_relu_max_pool2d" else []
+    x, *rest = (t.detach() for t in _operands(name))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"(?i)forward[- ]mode"):
+        FUNCTIONS[name].apply(forward_ad.make_dual(x, torch.ones_like(x)), *rest, *others)
+
+
+def test_indices_of_the_function_have_no_gradient():
+    output, indices = FUNCTIONS["conv_relu_max_pool2d"].apply(*_operands("conv_relu_max_pool2d"), *DEFAULTS.values())
+    assert output.requires_grad
     assert indices.dtype == torch.uint8
     assert not indices.requires_grad
+
+
+@pytest.mark.parametrize("mask", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_functions_under_vmap_of_grad(name, mask):
+    others = list(DEFAULTS.values()) if name == "conv_relu_max_pool2d" else []
+    operands = [torch.stack([t, t.flip(0), -t]).detach() for t in _operands(name, dtype=torch.float64)]
+
+    def loss(function):
+        def of(*tensors):
+            output = function(*tensors, *others)
+            return (output[0] if isinstance(output, tuple) else output).pow(2).sum()
+
+        return torch.func.vmap(torch.func.grad(of, argnums=mask))(*operands)
+
+    for actual, expected in zip(loss(FUNCTIONS[name].apply), loss(getattr(ops, name)), strict=True):
+        assert expected.any()
+        assert_equal(actual, expected, "grad")
 
 
 def _grad(function, tensors, which):
@@ -295,8 +362,7 @@ def test_the_convolution_is_never_stored():
     conv_size = 512 * 6 * 28 * 28 * 4
     allocated = {e.name: e.self_cpu_memory_usage for e in profile.events() if "lenet_ext" in e.name}
     assert {name.split("::")[1] for name in allocated} == {
-        "conv_relu_max_pool2d",
-        "conv_relu_max_pool2d_with_indices",
+        "conv_relu_max_pool2d",  # also with a gradient: its node calls the operator that keeps the indices
         "conv_relu_max_pool2d_backward",
     }
     children = [e for e in profile.events() if e.cpu_parent is not None and "lenet_ext" in e.cpu_parent.name]

@@ -1,4 +1,7 @@
-"""First and second derivatives against finite differences, in float64, away from every kink."""
+"""First and second derivatives, in both modes, against finite differences, in float64, away from every kink.
+
+Of the operators, and of the Functions that spell their derivatives out (these have no forward mode).
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,41 @@ import torch
 from reference import clear_winners, distinct
 from torch.autograd import gradcheck, gradgradcheck
 
-from lenet_ext import functional
+from lenet_ext import Net, autograd, functional
+
+FUNCTIONS = {"linear": autograd.LinearFunction.apply, "linear_relu": autograd.LinearReLUFunction.apply}
+FORWARD_TOO = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+
+
+def check(function, tensors, **options):
+    """An operator's derivatives: reverse, forward, forward over reverse, and each of them under vmap."""
+    assert gradcheck(function, tensors, **{**FORWARD_TOO, **options})
+    assert gradgradcheck(
+        function,
+        tensors,
+        fast_mode=options.get("fast_mode", False),
+        gen_non_contig_grad_outputs=True,
+        check_fwd_over_rev=True,
+        check_rev_over_rev=True,
+        check_batched_grad=True,
+    )
+
+
+def convolution(input, weight, bias=None, **options):
+    """The Function with the arguments of the functional call."""
+    batched = input if input.dim() == 4 else input.unsqueeze(0)
+    defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "pool_kernel_size": 2, "pool_stride": None}
+    defaults |= {"pool_padding": 0, "pool_dilation": 1, "ceil_mode": False}
+    normal = functional.normalize_options(*{**defaults, **options}.values(), tuple(weight.shape[2:]))
+    output, _ = autograd.ConvReLUMaxPool2dFunction.apply(batched, weight, bias, *normal)
+    return output if input.dim() == 4 else output.squeeze(0)
+
 
 CONV_CASES = {
     "plain": ((2, 2, 7, 6), (3, 2, 3, 3), {}),
     "unbatched": ((2, 7, 6), (3, 2, 3, 3), {}),
     "strided and padded": ((1, 2, 7, 8), (2, 2, 3, 2), {"stride": (2, 1), "padding": (1, 1)}),
+    "asymmetric": ((1, 2, 5, 6), (2, 2, 4, 2), {"padding": "same"}),
     "same, dilated": ((1, 2, 6, 5), (2, 2, 2, 3), {"padding": "same", "dilation": (2, 1)}),
     "groups": ((2, 4, 5, 5), (6, 2, 2, 2), {"groups": 2}),
     "depthwise": ((1, 3, 6, 6), (6, 1, 3, 3), {"groups": 3, "padding": 1}),
@@ -50,7 +82,20 @@ def test_conv_relu_max_pool2d(device, name, bias):
     def function(*arguments):
         return functional.conv_relu_max_pool2d(*arguments, **options)
 
+    # A window of more than 255 goes through stock, whose pooling has no batching rule for this last check.
+    check(function, tensors, fast_mode=True, check_batched_forward_grad=name != "window of 272")
     assert gradcheck(function, tensors, fast_mode=False)
+
+
+@pytest.mark.parametrize("name", [name for name in CONV_CASES if name != "window of 272"])
+def test_the_function_of_conv_relu_max_pool2d(device, name):
+    image, weight, options = CONV_CASES[name]
+    tensors = _conv_operands(image, weight, device)
+
+    def function(*arguments):
+        return convolution(*arguments, **options)
+
+    assert gradcheck(function, tensors, fast_mode=True, check_batched_grad=True)
     assert gradgradcheck(function, tensors, fast_mode=True, gen_non_contig_grad_outputs=True)
 
 
@@ -65,15 +110,27 @@ def test_conv_relu_max_pool2d_subsets(device, wanted):
             arguments[i] = tensor
         return functional.conv_relu_max_pool2d(*arguments)
 
-    chosen = [tensors[i].clone().requires_grad_() for i in wanted]
-    assert gradcheck(function, chosen, fast_mode=True)
-    assert gradgradcheck(function, chosen, fast_mode=True)
+    check(function, [tensors[i].clone().requires_grad_() for i in wanted], fast_mode=True)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)], ids=str)
+@pytest.mark.parametrize("name", ["linear", "linear_relu"])
+def test_linear_subsets(device, name, wanted):
+    tensors = [distinct(*s, device=device) for s in [(3, 4), (5, 4), (5,)]]
+
+    def function(*chosen):
+        arguments = list(tensors)
+        for i, tensor in zip(wanted, chosen, strict=True):
+            arguments[i] = tensor
+        return getattr(functional, name)(*arguments)
+
+    check(function, [tensors[i].clone().requires_grad_() for i in wanted])
 
 
 def test_conv_relu_max_pool2d_in_full():
-    """gradgradcheck's slow mode: every element, not a random projection."""
+    """The slow modes: every element, not a random projection."""
     tensors = _conv_operands((1, 2, 5, 4), (2, 2, 2, 2), "cpu")
-    assert gradgradcheck(lambda *a: functional.conv_relu_max_pool2d(*a, padding=1), tensors, fast_mode=False)
+    check(lambda *a: functional.conv_relu_max_pool2d(*a, padding=1), tensors)
 
 
 def test_third_derivative():
@@ -107,8 +164,35 @@ def test_linear(device, name, leading, bias):
     if name == "linear_relu":
         assert bool((before > 0).any())
         assert bool((before < 0).any())
-    assert gradcheck(function, tensors, fast_mode=False)
-    assert gradgradcheck(function, tensors, gen_non_contig_grad_outputs=True)
+    check(function, tensors)
+
+    def spelled_out(*chosen):
+        return FUNCTIONS[name](*chosen, *([] if bias else [None]))
+
+    assert gradcheck(spelled_out, tensors, check_batched_grad=True)
+    assert gradgradcheck(spelled_out, tensors, gen_non_contig_grad_outputs=True)
+
+
+@pytest.mark.parametrize(
+    "wanted", [tuple(range(10)), tuple(range(11)), (0,), (2, 5), (4, 9), (10,), (0, 1, 10)], ids=str
+)
+def test_the_network(wanted):
+    """All parameters: one operator each way. Some of them, the second derivative, forward mode: the layers'. (10: the
+    image.)
+    """
+    torch.manual_seed(1)
+    net = Net(dtype=torch.float64)
+    tensors = [*(p.detach() for p in net.parameters()), distinct(1, 1, 32, 32)]
+
+    def function(*chosen):
+        arguments = list(tensors)
+        for i, tensor in zip(wanted, chosen, strict=True):
+            arguments[i] = tensor
+        return torch.ops.lenet_ext.lenet(arguments[10], arguments[:10])
+
+    chosen = [tensors[i].clone().requires_grad_() for i in wanted]
+    assert gradcheck(function, chosen, fast_mode=True, check_forward_ad=True)
+    assert gradgradcheck(function, chosen, fast_mode=True, check_fwd_over_rev=True)
 
 
 def test_gradcheck_would_notice():

@@ -1,23 +1,19 @@
-"""Which way a call takes: straight to the operator, through the autograd.Function, or the general code."""
+"""Which calls are ordinary, so that they go straight to the operator; all else takes the general way."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from lenet_ext._C import call_path, lenet_path, untouched_parameters
+from lenet_ext._C import is_ordinary, is_ordinary_lenet, untouched_parameters
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lenet_ext
-from lenet_ext.functional import FUNCTION, OPERATOR
-
-GENERAL = 0
 
 
 class Subclass(Tensor):
@@ -40,18 +36,16 @@ def linear_arguments(**make: Any) -> list[Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_ordinary(dtype: torch.dtype) -> None:
+    """With and without a gradient: derivatives are the operators' own."""
     x, w, b = linear_arguments(dtype=dtype)
-    assert call_path(x, w, b) == OPERATOR
-    assert call_path(x, w, None) == OPERATOR
-    assert call_path(torch.ones(1, 1, 8, 8, dtype=dtype), torch.ones(4, 1, 3, 3, dtype=dtype), b) == OPERATOR
-    for i in range(3):
-        arguments = linear_arguments(dtype=dtype)
-        arguments[i] = nn.Parameter(arguments[i]) if i else arguments[i].requires_grad_()
-        assert call_path(*arguments) == FUNCTION
+    assert is_ordinary(x, w, None)
+    assert is_ordinary(torch.ones(1, 1, 8, 8, dtype=dtype), torch.ones(4, 1, 3, 3, dtype=dtype), b)
+    for tensors in ((x, w, b), (x.requires_grad_(), w, b), (x, nn.Parameter(w), nn.Parameter(b))):
+        assert is_ordinary(*tensors)
         with torch.no_grad():
-            assert call_path(*arguments) == OPERATOR
+            assert is_ordinary(*tensors)
         with torch.inference_mode():
-            assert call_path(*arguments) == OPERATOR
+            assert is_ordinary(*tensors)
 
 
 @pytest.mark.parametrize(
@@ -74,69 +68,78 @@ def test_ordinary(dtype: torch.dtype) -> None:
     ],
 )
 def test_not_ordinary(change: Callable[..., tuple]) -> None:
-    assert call_path(*change(*linear_arguments())) == GENERAL
+    assert not is_ordinary(*change(*linear_arguments()))
 
 
-@contextlib.contextmanager
-def in_forward_mode() -> Any:
-    with forward_ad.dual_level():
-        yield
-
-
-MODES = {
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "function mode": Nothing,
-    "forward-mode AD": in_forward_mode,
-}
+MODES = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16), "function mode": Nothing}
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_modes(mode: str) -> None:
     net, image = lenet_ext.Net(), torch.ones(1, 1, 32, 32)
     parameters = list(net.parameters())
-    assert call_path(*linear_arguments()) == OPERATOR
-    assert lenet_path(image, parameters) == FUNCTION
+    assert is_ordinary(*linear_arguments())
+    assert is_ordinary_lenet(image, parameters)
     with MODES[mode]():
-        assert call_path(*linear_arguments()) == GENERAL
-        assert lenet_path(image, parameters) == GENERAL
-    assert call_path(*linear_arguments()) == OPERATOR
+        assert not is_ordinary(*linear_arguments())
+        assert not is_ordinary_lenet(image, parameters)
+    assert is_ordinary(*linear_arguments())
 
 
-def test_torch_func() -> None:
-    seen = []
+def test_forward_mode_is_ordinary() -> None:
+    """The operators have tangents."""
+    net = lenet_ext.Net()
+    with forward_ad.dual_level():
+        image = forward_ad.make_dual(torch.ones(1, 1, 32, 32), torch.ones(1, 1, 32, 32))
+        assert is_ordinary(image, net.conv1.weight, net.conv1.bias)
+        assert is_ordinary_lenet(image, list(net.parameters()))
+
+
+def test_torch_func_looks_between_the_layers() -> None:
+    net, seen = lenet_ext.Net(), []
 
     def function(x: Tensor) -> Tensor:
-        seen.append(call_path(torch.ones(2, 3), torch.ones(4, 3), None))
+        seen.append(is_ordinary_lenet(torch.ones(1, 1, 32, 32), list(net.parameters())))
         return x.sum()
 
     torch.func.grad(function)(torch.ones(2))
     torch.func.vmap(function)(torch.ones(2, 2))
-    assert seen == [GENERAL, GENERAL]
+    assert seen == [False, False]
+
+
+def test_a_tracer_looks_between_the_layers() -> None:
+    net, seen = lenet_ext.Net(), []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(is_ordinary_lenet(torch.ones(1, 1, 32, 32), list(net.parameters())))
+        return x + 1
+
+    torch.jit.trace(function, torch.ones(2), check_trace=False)
+    assert seen == [False]
 
 
 def test_the_whole_network() -> None:
     net, image = lenet_ext.Net(), torch.ones(2, 1, 32, 32)
     parameters = list(net.parameters())
-    assert lenet_path(image, parameters) == FUNCTION
+    assert is_ordinary_lenet(image, parameters)
     with torch.no_grad():
-        assert lenet_path(image, parameters) == OPERATOR
-    net.requires_grad_(False)
-    assert lenet_path(image, parameters) == OPERATOR
-    assert lenet_path(image.clone().requires_grad_(), parameters) == FUNCTION
+        assert is_ordinary_lenet(image, parameters)
+    assert is_ordinary_lenet(image.clone().requires_grad_(), parameters)
+    assert is_ordinary_lenet(image.double(), list(lenet_ext.Net(dtype=torch.float64).parameters()))
     with NoDispatch():  # it would miss the layers
-        assert lenet_path(image, parameters) == GENERAL
-    for other in (image[0], image.double(), image[..., 1:], image.expand(2, 3, 32, 32), image.as_subclass(Subclass)):
-        assert lenet_path(other, parameters) == GENERAL
+        assert not is_ordinary_lenet(image, parameters)
+    for other in (image[0], image.bfloat16(), image[..., 1:], image.expand(2, 3, 32, 32), image.as_subclass(Subclass)):
+        assert not is_ordinary_lenet(other, parameters)
     for i in range(10):
         plain: list[Any] = list(parameters)
         plain[i] = plain[i].detach()
-        assert lenet_path(image, plain) == GENERAL
+        assert not is_ordinary_lenet(image, plain)
     for i in (0, 2, 4, 6):
         others: list[Any] = list(parameters)
         others[i] = nn.Parameter(others[i][:, :, 1:] if i < 4 else others[i][:, 1:])
-        assert lenet_path(image, others) == GENERAL
-    assert lenet_path(image, parameters[:9]) == GENERAL
-    assert lenet_path(image, tuple(parameters)) == GENERAL
+        assert not is_ordinary_lenet(image, others)
+    assert not is_ordinary_lenet(image, parameters[:9])
+    assert not is_ordinary_lenet(image, tuple(parameters))
 
 
 def test_untouched_parameters() -> None:

@@ -1,4 +1,7 @@
-"""torch.compile, torch.export, make_fx, torch.fx: the operators are opaque nodes with known shapes, nothing breaks."""
+"""torch.compile, torch.export, make_fx, torch.fx: the operators are opaque nodes with known shapes, nothing breaks.
+
+Values and gradients are in test_matrix.py; here is what else one expects: dtypes and layouts, no recompilation, files.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,13 @@ import io
 import shutil
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from reference import assert_equal, integers
+from reference import integers
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lenet_ext import Net, ReferenceNet, functional, nn
-
-NAMES = ["conv_relu_max_pool2d", "linear", "linear_relu"]
-SHAPES = {
-    "conv_relu_max_pool2d": [(2, 4, 12, 11), (6, 2, 3, 3), (6,)],
-    "linear": [(5, 7), (3, 7), (3,)],
-    "linear_relu": [(5, 7), (3, 7), (3,)],
-}
-OPTIONS = {"conv_relu_max_pool2d": {"groups": 2, "padding": "same", "pool_kernel_size": 3, "pool_stride": 2}}
+from lenet_ext import Net, functional, nn
 
 
 @pytest.fixture(autouse=True)
@@ -37,24 +31,6 @@ def _exact_net(**arguments):
     for p in net.parameters():
         p.data.copy_(integers(*p.shape, low=-1, high=1) * (torch.rand(p.shape) < (0.2 if p.dim() == 2 else 1)))
     return net
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("name", NAMES)
-def test_functions(device, name, training):
-    """fullgraph: a graph break would be an error. Values and gradients as in eager mode."""
-    options = OPTIONS.get(name, {})
-    tensors = [integers(*s, device=device).requires_grad_(training) for s in SHAPES[name]]
-    compiled = torch.compile(
-        lambda *t: getattr(functional, name)(*t, **options) * 2, fullgraph=True, backend="aot_eager"
-    )
-    output, expected = compiled(*tensors), getattr(reference, name)(*tensors, **options) * 2
-    assert_equal(output, expected, "output")
-    if training:
-        for a, e in zip(
-            torch.autograd.grad(output.sum(), tensors), torch.autograd.grad(expected.sum(), tensors), strict=True
-        ):
-            assert_equal(a, e, "grad")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -134,36 +110,6 @@ def test_training_step(device):
     torch.testing.assert_close(*curves, rtol=1e-4, atol=1e-5)
 
 
-def test_autocast_inside(device):
-    kind = torch.device(device).type
-    net = Net().to(device)
-
-    def forward(x):
-        with torch.autocast(kind, dtype=torch.bfloat16):
-            return net(x)
-
-    x = torch.randn(4, 1, 32, 32, device=device)
-    output = torch.compile(forward, fullgraph=True, backend="aot_eager")(x)
-    assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output, forward(x), rtol=0.02, atol=0.01)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a compiler")
-def test_inductor():
-    """The default backend, which may change strides and fuse around our operators: forward and backward."""
-    net = Net()
-    compiled = torch.compile(net, fullgraph=True, dynamic=True)
-    for batch in (3, 8):
-        x = torch.randn(batch, 1, 32, 32)
-        grads = []
-        for function in (net, compiled):
-            net.zero_grad()
-            F.log_softmax(function(x), 1).pow(2).sum().backward()
-            grads.append([p.grad.clone() for p in net.parameters()])
-        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
-
-
 # --- export --------------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +133,7 @@ def test_export_and_load_again(device, strict):
             torch.testing.assert_close(loaded(x), net(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a compiler")
 def test_ahead_of_time_package(tmp_path):
     """AOTInductor: compiled to a file without Python in it, that loads where the operators are registered."""
@@ -226,13 +172,6 @@ def test_make_fx(mode):
     torch.testing.assert_close(traced(parameters, x), net(x), rtol=1e-5, atol=1e-6)
 
 
-def test_make_fx_of_a_gradient():
-    """Forward and backward in one graph, through torch.func."""
-    x, w, b = (integers(*s) for s in [(2, 3, 9, 9), (4, 3, 3, 3), (4,)])
-    function = torch.func.grad(lambda w: functional.conv_relu_max_pool2d(x, w, b).pow(2).sum())
-    assert_equal(make_fx(function)(w)(w), function(w), "grad")
-
-
 def test_symbolic_trace():
     """torch.fx records the fused functions as calls, so graph rewriters see them."""
     net = Net()
@@ -240,15 +179,6 @@ def test_symbolic_trace():
     x = torch.randn(3, 1, 32, 32)
     torch.testing.assert_close(traced(x), net(x), rtol=1e-5, atol=1e-6)
     assert len(list(traced.parameters())) == 10
-
-
-def test_jit_trace():
-    net = Net().eval()
-    x = torch.randn(3, 1, 32, 32)
-    with torch.no_grad():
-        traced = torch.jit.trace(net, x)
-        other = torch.randn(5, 1, 32, 32)
-        torch.testing.assert_close(traced(other), net(other), rtol=1e-5, atol=1e-6)
 
 
 def test_fake_tensor_mode():
@@ -268,12 +198,3 @@ def test_errors_while_compiling():
     compiled = torch.compile(functional.conv_relu_max_pool2d, fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="input"):
         compiled(torch.randn(2, 2, 8, 8), torch.randn(4, 3, 3, 3))
-
-
-def test_reference_net_is_compiled_the_same_way():
-    """The two nets agree when both are compiled: what the benchmark compares."""
-    ours, stock = Net(), ReferenceNet()
-    ours.load_state_dict(stock.state_dict())
-    x = torch.randn(3, 1, 32, 32)
-    a, b = (torch.compile(net, fullgraph=True, backend="aot_eager")(x) for net in (ours, stock))
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

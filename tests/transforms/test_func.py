@@ -1,4 +1,4 @@
-"""torch.func: grad, vmap, per-sample gradients, jacrev, functional_call; forward mode is refused by name."""
+"""torch.func: grad, vmap, per-sample gradients, jacrev, functional_call, and forward mode."""
 
 from __future__ import annotations
 
@@ -293,38 +293,120 @@ def test_jacobian_of_the_net(device):
 
 # --- forward mode ----------------------------------------------------------------------------------------------------
 
-FORWARD_MODE = "(?i)forward[- ]mode"
+
+def _tangents(operands):
+    return tuple(t.flip(0).roll(1, -1) for t in operands)
+
+
+@pytest.mark.parametrize("argnums", [*IN_DIMS], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_jvp(device, name, argnums):
+    """Tangents of some of the operands: each has a term of its own."""
+    operands = _operands(name, device)
+    which = [i for i, d in enumerate(argnums) if d is not None]
+
+    def pushed(f):
+        def of(*chosen):
+            arguments = list(operands)
+            for i, tensor in zip(which, chosen, strict=True):
+                arguments[i] = tensor
+            return f(*arguments)
+
+        primals = tuple(operands[i] for i in which)
+        return jvp(of, primals, _tangents(primals))
+
+    _assert_close(*map(pushed, _functions(name)))
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("how", ["jvp", "jacfwd", "hessian", "dual"])
-def test_forward_mode_is_refused_by_name(device, name, how):
-    x, w, b = _operands(name, device)
-    f = _functions(name)[0]
+def test_dual_numbers(device, name):
+    """Without torch.func; also under no_grad, and of operands that require a gradient."""
+    for no_grad, requires_grad in ((True, False), (False, False), (False, True)):
+        results = []
+        for f in _functions(name):
+            torch.manual_seed(0)
+            operands = [t.requires_grad_(requires_grad) for t in _operands(name, device)]
+            with torch.set_grad_enabled(not no_grad), forward_ad.dual_level():
+                duals = [forward_ad.make_dual(t, d) for t, d in zip(operands, _tangents(operands), strict=True)]
+                output = forward_ad.unpack_dual(f(*duals))
+                results.append((output.primal, output.tangent))
+        _assert_close(*results)
 
-    def dual():
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_tangent_where_nothing_changes(name):
+    """As in stock: None, not zeros."""
+    for f in _functions(name):
         with forward_ad.dual_level():
-            f(forward_ad.make_dual(x, torch.ones_like(x)), w, b)
+            output = f(*_operands(name, "cpu"))
+            assert forward_ad.unpack_dual(output).tangent is None
 
-    calls = {
-        "jvp": lambda: jvp(lambda x: f(x, w, b), (x,), (torch.ones_like(x),)),
-        "jacfwd": lambda: jacfwd(lambda w: f(x, w, b))(w),
-        "hessian": lambda: hessian(lambda b: f(x, w, b).sum())(b),
-        "dual": dual,
-    }
-    with pytest.raises((NotImplementedError, RuntimeError), match=FORWARD_MODE):
-        calls[how]()
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("argnums", [0, 1, 2], ids=["input", "weight", "bias"])
+def test_jacfwd_and_hessian(device, name, argnums):
+    operands = _operands(name, device)
+    operands[0] = operands[0][:1, ..., :5] if name.startswith("conv") else operands[0][:1]
+    _assert_close(*(jacfwd(f, argnums=argnums)(*operands) for f in _functions(name)))
+    _assert_close(*(hessian(lambda *t, f=f: f(*t).pow(2).sum(), argnums=argnums)(*operands) for f in _functions(name)))
+
+
+@pytest.mark.parametrize("in_dims", IN_DIMS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_vmap_of_jvp(device, name, in_dims):
+    operands = [_operands(name, device, None if d is None else 3)[i] for i, d in enumerate(in_dims)]
+
+    def mapped(f):
+        return vmap(lambda *t: jvp(f, t, _tangents(t)), in_dims=in_dims)(*operands)
+
+    _assert_close(*map(mapped, _functions(name)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_jvp_of_grad_and_grad_of_jvp(device, name):
+    """Hessian-vector products: forward over reverse, reverse over forward, and forward over forward."""
+    operands = tuple(_operands(name, device))
+
+    def products(f):
+        def loss(*t):
+            return f(*t).pow(2).sum()
+
+        def changed(*t):
+            return jvp(loss, t, _tangents(operands))[1]
+
+        forward_over_reverse = jvp(grad(loss, argnums=(0, 1, 2)), operands, _tangents(operands))[1]
+        reverse_over_forward = grad(changed, argnums=(0, 1, 2))(*operands)
+        _assert_close(forward_over_reverse, reverse_over_forward)
+        return forward_over_reverse, jvp(changed, operands, _tangents(operands))
+
+    _assert_close(*map(products, _functions(name)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("no_grad", [True, False])
-def test_forward_mode_of_the_net_is_refused_by_name(dtype, no_grad):
+def test_forward_mode_of_the_net(dtype, no_grad):
     """Also where no gradient is needed: the tangent must not be dropped in silence."""
-    net, x = Net(dtype=dtype), torch.randn(1, 1, 32, 32, dtype=dtype)
+    ours, stock = _nets(dtype)
+    x, direction = torch.randn(2, 2, 1, 32, 32, dtype=dtype).unbind()
+    tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
     with torch.set_grad_enabled(not no_grad):
-        with pytest.raises(Exception, match=FORWARD_MODE):
-            jvp(net, (x,), (torch.ones_like(x),))
-        with pytest.raises(Exception, match=FORWARD_MODE), forward_ad.dual_level():
-            net(forward_ad.make_dual(x, torch.ones_like(x)))
-        with forward_ad.dual_level():  # nothing dual goes in: nothing is refused
-            assert net(x).shape == (1, 10)
+        expected = jvp(stock, (x,), (direction,))
+        assert expected[1].any()
+        torch.testing.assert_close(jvp(ours, (x,), (direction,)), expected, **tolerance)
+        with forward_ad.dual_level():
+            output = forward_ad.unpack_dual(ours(forward_ad.make_dual(x, direction)))
+            torch.testing.assert_close((output.primal, output.tangent), expected, **tolerance)
+            assert forward_ad.unpack_dual(ours(x)).tangent is None
+
+
+def test_forward_mode_of_the_net_with_a_dual_parameter():
+    ours, stock = _nets()
+    x = torch.randn(2, 1, 32, 32, dtype=torch.float64)
+    results = []
+    for net in (ours, stock):
+        for name in ("conv1.weight", "conv2.bias", "fc2.weight", "fc3.bias"):
+            value = dict(net.named_parameters())[name].detach()
+            results.append(jvp(lambda v, net=net, name=name: functional_call(net, {name: v}, (x,)), (value,), (value,)))
+    for actual, expected in zip(results[:4], results[4:], strict=True):
+        assert expected[1].any()
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
