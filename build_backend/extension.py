@@ -18,6 +18,7 @@ import torch
 from compile_objects import compile_objects
 from cpu_kernels import FLAGS, cpu_objects, supported_capabilities
 from cuda_toolkit import cuda_objects, find_cuda_toolkit
+from cxx_runtime import has_private_runtime
 from setuptools.command.build import build
 from torch.utils import cpp_extension
 
@@ -105,6 +106,14 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
             extension.extra_objects = [str(job.output) for job in objects]
             extension.extra_compile_args["cxx"] += ["-I", str(folder)]
             super().build_extensions()
+            library = Path(self.get_ext_fullpath("lenet_ext._C"))
+            if has_private_runtime(library):
+                library.unlink()
+                sys.exit(
+                    f"lenet_ext: '{shlex.join(compiler)}' linked a C++ runtime of its own into the library, which "
+                    "would crash beside torch's; unset CXX or set it to another compiler, or run: "
+                    'LDFLAGS="-Wl,--no-as-needed -l:libstdc++.so.6 -Wl,--as-needed" pip install .'
+                )
 
         def _write_config(self, folder: Path) -> None:
             """What csrc/build_info.cpp reports (written only when it changes, so that nothing is compiled for it)."""
