@@ -274,6 +274,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         RuntimeError: shapes, dtypes or devices do not fit together.
         TypeError: an argument is not a tensor.
     """
+    if torch.jit.is_scripting():
+        return _scripted_linear(input, weight, bias)
     if not torch.compiler.is_compiling() and is_ordinary(input, weight, bias):
         return ops.linear(input, weight, bias)
     if has_torch_function_variadic(input, weight, bias):
@@ -295,6 +297,8 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         tensor([[0.],
                 [0.]])
     """
+    if torch.jit.is_scripting():
+        return _scripted_linear_relu(input, weight, bias)
     if not torch.compiler.is_compiling() and is_ordinary(input, weight, bias):
         return ops.linear_relu(input, weight, bias)
     if has_torch_function_variadic(input, weight, bias):
@@ -319,3 +323,25 @@ def _stock_linear(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -
         if not fits:
             raise RuntimeError(f"{op}: bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}")
     return F.linear(input, weight, bias)
+
+
+# --- for torch.jit.script, which takes only a part of Python ---------------------------------------------------------
+
+
+def scripted_has_kernel(input: Tensor) -> bool:
+    if input.dtype == torch.float16:
+        return input.is_cuda
+    known = input.dtype == torch.float32 or input.dtype == torch.float64 or input.dtype == torch.bfloat16
+    return known and (input.is_cpu or input.is_cuda)
+
+
+def _scripted_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if scripted_has_kernel(input):
+        return torch.ops.lenet_ext.linear(input, weight, bias)
+    return F.linear(input, weight, bias)
+
+
+def _scripted_linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if scripted_has_kernel(input):
+        return torch.ops.lenet_ext.linear_relu(input, weight, bias)
+    return F.relu(F.linear(input, weight, bias))

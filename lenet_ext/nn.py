@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lenet_ext import functional
@@ -76,7 +77,42 @@ class ConvReLUMaxPool2d(nn.Conv2d):
             cached = self._normalized = (attributes, kernel_size, options)
         return cached[2]
 
+    def _scripted(self, input: Tensor) -> Tensor:
+        """What torch.jit.script makes of a forward pass: of Python it takes only a part."""
+        size = self.pool_kernel_size
+        window = size * size if isinstance(size, int) else size[0] * size[1]
+        if input.dim() != 4 or window > 255 or not functional.scripted_has_kernel(input):
+            return F.max_pool2d(
+                F.relu(self._conv_forward(input, self.weight, self.bias)),
+                self.pool_kernel_size,
+                self.pool_stride,
+                self.pool_padding,
+                self.pool_dilation,
+                self.ceil_mode,
+            )
+        if isinstance(self.padding, str):
+            left, right, top, bottom = self._reversed_padding_repeated_twice
+        else:
+            top, left = self.padding
+            bottom, right = self.padding
+        return torch.ops.lenet_ext.conv_relu_max_pool2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            [top, bottom, left, right],
+            self.dilation,
+            self.groups,
+            self.pool_kernel_size,
+            self.pool_stride,
+            self.pool_padding,
+            self.pool_dilation,
+            self.ceil_mode,
+        )
+
     def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._scripted(input)
         if torch.compiler.is_compiling() or torch.overrides.has_torch_function_variadic(input, self.weight):
             return functional.conv_relu_max_pool2d(
                 input,

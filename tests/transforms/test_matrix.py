@@ -7,6 +7,7 @@ other than zero.
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import shutil
@@ -18,10 +19,10 @@ import torch
 from failures import kind
 from subjects import SUBJECTS, loss, subject, trained
 from torch import Tensor, nn
-from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten_with_path, tree_map
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Transform = Callable[[nn.Module, Tensor], Any]
 
@@ -84,6 +85,15 @@ def func_vjp(module: nn.Module, input: Tensor) -> Any:
 def func_jvp(module: nn.Module, input: Tensor) -> Any:
     primals = parameters(module), input
     return jvp(called(module), primals, tangents(primals))
+
+
+def func_linearize(module: nn.Module, input: Tensor) -> Any:
+    output, pushed = linearize(called(module), parameters(module), input)
+    return output, pushed(*tangents((parameters(module), input)))
+
+
+def func_grad_of_compiled(module: nn.Module, input: Tensor) -> Any:
+    return grad(compiled(loss_of(module)), argnums=(0, 1))(parameters(module), input)
 
 
 def jacobian(jac: Callable[..., Any]) -> Transform:
@@ -192,6 +202,15 @@ def checkpointed(use_reentrant: bool) -> Transform:
     return transform
 
 
+def selectively_checkpointed(module: nn.Module, input: Tensor) -> Any:
+    def policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        ours = "lenet_ext" in str(operator)
+        return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    return trained(lambda x: checkpoint(module, x, use_reentrant=False, context_fn=contexts), module, input)
+
+
 def pickled(module: nn.Module, input: Tensor) -> Any:
     return eager(pickle.loads(pickle.dumps(module)), input)
 
@@ -244,9 +263,11 @@ TRANSFORMS = {
     "saved_tensors_hooks": Row(with_saved_tensors_hooks, eager),
     "checkpoint": Row(checkpointed(use_reentrant=False), eager),
     "reentrant checkpoint": Row(checkpointed(use_reentrant=True), eager),
+    "selective checkpoint": Row(selectively_checkpointed, eager),
     "func.grad": itself(func_grad),
     "vjp": itself(func_vjp),
     "jvp": itself(func_jvp),
+    "linearize": Row(func_linearize, func_jvp),
     "jacrev": itself(jacobian(jacrev)),
     "jacfwd": itself(jacobian(jacfwd)),
     "hessian": itself(func_hessian),
@@ -271,6 +292,7 @@ COMPILED = {
     "compile inductor": Row(lambda module, x: trained(compiled(module, backend="inductor"), module, x), eager),
     "compile in inference_mode": Row(lambda module, x: in_inference_mode(compiled(module), x), output_alone),
     "compile(func.grad)": Row(compiled(func_grad), func_grad),
+    "func.grad(compile)": Row(func_grad_of_compiled, func_grad),
     "compile(vmap(grad))": Row(compiled(func_vmap_of_grad), func_vmap_of_grad),
     "compile(vmap over parameters)": Row(compiled(func_ensemble), func_ensemble),
     "compile(vjp)": Row(compiled(func_vjp), func_vjp),
