@@ -21,17 +21,18 @@ namespace {
 
 PyObject* answer(bool ordinary) { return PyBool_FromLong(ordinary); }
 
-// No mode that sees Python's calls, and no autocast, whose dtype may be one without kernels.
-bool ordinary_context(const at::Tensor& input) {
-  return at::impl::PythonTorchFunctionTLS::stack_len() == 0 &&
-         !at::autocast::is_autocast_enabled(input.device().type());
-}
-
 // Inside a transform of torch.func.
 bool transformed() {
   const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
   return included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
          included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
+// No mode that sees Python's calls, no autocast, whose dtype may be one without kernels, and no transform: a size of a
+// tensor that it has wrapped would be asked of whoever traces it.
+bool ordinary_context(const at::Tensor& input) {
+  return at::impl::PythonTorchFunctionTLS::stack_len() == 0 &&
+         !at::autocast::is_autocast_enabled(input.device().type()) && !transformed();
 }
 
 bool has_kernels(const at::Tensor& input) {
@@ -53,6 +54,7 @@ PyObject* is_ordinary(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     return answer(false);
   }
   const at::Tensor &input = THPVariable_Unpack(arguments[0]), &weight = THPVariable_Unpack(arguments[1]);
+  if (!ordinary_context(input)) return answer(false);
   if (!has_kernels(input) || weight.layout() != at::kStrided ||
       !(weight.dim() == 2 || (weight.dim() == 4 && input.dim() == 4))) {
     return answer(false);
@@ -61,7 +63,7 @@ PyObject* is_ordinary(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     const at::Tensor& bias = THPVariable_Unpack(arguments[2]);
     if (bias.layout() != at::kStrided || bias.dim() != 1 || bias.size(0) != weight.size(0)) return answer(false);
   }
-  return answer(ordinary_context(input));
+  return answer(true);
   END_HANDLE_TH_ERRORS
 }
 
@@ -153,6 +155,7 @@ PyObject* is_ordinary_lenet(PyObject*, PyObject* const* arguments, Py_ssize_t co
     return answer(false);
   }
   const at::Tensor& input = THPVariable_Unpack(arguments[0]);
+  if (!ordinary_context(input)) return answer(false);
   const bool dtype = input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble || input.is_cuda();
   if (!dtype || input.dim() != 4 || !has_kernels(input)) return answer(false);
   std::array<c10::IntArrayRef, 10> shapes;
@@ -166,8 +169,8 @@ PyObject* is_ordinary_lenet(PyObject*, PyObject* const* arguments, Py_ssize_t co
   // The last layer's and the biases' sizes, dtypes and devices are the operator's to check, as they are the layers'.
   if (input.size(2) != 32 || input.size(3) != 32 || shapes[0] != c10::IntArrayRef({6, channels, 5, 5}) ||
       shapes[2] != c10::IntArrayRef({16, 6, 5, 5}) || shapes[4] != c10::IntArrayRef({120, 400}) ||
-      shapes[6] != c10::IntArrayRef({84, 120}) || !ordinary_context(input) ||
-      c10::impl::TorchDispatchModeTLS::stack_len() != 0 || torch::jit::tracer::isTracing() || transformed()) {
+      shapes[6] != c10::IntArrayRef({84, 120}) || c10::impl::TorchDispatchModeTLS::stack_len() != 0 ||
+      torch::jit::tracer::isTracing()) {
     return answer(false);
   }
   return answer(true);

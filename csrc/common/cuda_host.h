@@ -22,7 +22,7 @@ namespace lenet_ext {
 
 // Put first into every operator, before anything is allocated: makes the tensor's device current until the end of the
 // scope, and holds the stream that the caller works on there (so that CUDA graphs capture us). What ATen is called for
-// records no gradients; those flow by the Functions of lenet_ext/autograd.py.
+// records no gradients; those are the Autograd key's (csrc/<op>/autograd.cpp).
 class CudaScope {
  public:
   explicit CudaScope(const at::Tensor& tensor) : guard_(tensor.device()) {

@@ -86,7 +86,7 @@ at::MemoryFormat vendor_memory_format(const ConvPoolShape& s, at::ScalarType dty
 
 at::Tensor vendor_convolution(const ConvPoolShape& s, const Tensor& input, const Tensor& weight,
                               const OptionalTensor& bias, const ConvPoolOptions& o) {
-  // Gradients flow by the Functions in lenet_ext/autograd.py; what is called from here must not record any.
+  // Gradients are the Autograd key's (autograd.cpp); what is called from here must not record any.
   const at::AutoDispatchBelowADInplaceOrView guard;
   const at::MemoryFormat format = vendor_memory_format(s, input.scalar_type(), output_memory_format(input));
   const VendorConvolution v = vendor_convolution_input(input.contiguous(format), o);

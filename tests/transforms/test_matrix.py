@@ -339,19 +339,16 @@ def test_as_stock(device, transform, name, dtype):
 
 
 SOONER = "linear_relu"
-SYMBOLIC = "is_ordinary asks a tensor of torch.func for its sizes, and the question becomes a node of the graph"
-FAULTS = {("make_fx symbolic", name): SYMBOLIC for name in SUBJECTS}
 
 
 NO_COMPILER = shutil.which("g++") is None and shutil.which("clang++") is None
 
 
 def marks(transform: str, name: str) -> list[pytest.MarkDecorator]:
-    inductor, fault = transform == "compile inductor", FAULTS.get((transform, name))
+    inductor = transform == "compile inductor"
     return [
         *([pytest.mark.extended] if inductor or name != SOONER else []),
         *([pytest.mark.skipif(NO_COMPILER, reason="inductor needs a compiler")] if inductor else []),
-        *([pytest.mark.xfail(strict=True, reason=fault)] if fault else []),
     ]
 
 
