@@ -31,7 +31,7 @@ LEFT = {
         "followed by Dropout (2)",
     ),
     "no relu": (nn.Sequential(conv(), nn.MaxPool2d(2)), "no ReLU after its max-pool"),
-    "no pool": (nn.Sequential(conv(), nn.ReLU()), "no max-pool after its ReLU: its output is the model's output"),
+    "no pool": (nn.Sequential(conv(), nn.ReLU()), "no max-pool after its ReLU: its output is what the model returns"),
     "padding mode": (
         nn.Sequential(conv(padding=1, padding_mode="reflect"), nn.ReLU(), nn.MaxPool2d(2)),
         "padding_mode",
@@ -56,30 +56,34 @@ def test_modules_that_are_no_chain(name):
 LEFT_FORWARDS = {
     "used elsewhere": (
         lambda self, x: F.max_pool2d((y := F.relu(self.conv(x))), 2).sum() + y.sum(),
-        "used more than once",
+        "followed by `(y := F.relu(self.conv(x)))`",
     ),
-    "conv used elsewhere": (lambda self, x: (F.max_pool2d(F.relu(y := self.conv(x)), 2), y), "used more than once"),
-    "returned": (lambda self, x: (F.max_pool2d(y := F.relu(self.conv(x)), 2), y), "used more than once"),
-    "in place, and used": (lambda self, x: ((y := self.conv(x)).relu_(), F.max_pool2d(y, 2))[1], "used more than once"),
-    "shape": (lambda self, x: F.max_pool2d((y := F.relu(self.conv(x))), 2).sum() / y.shape[2], "used more than once"),
-    "with itself": (lambda self, x: (lambda y: torch.cat([y, y]))(self.conv(x)), "used more than once"),
-    "not used": (lambda self, x: (self.conv(x), x * 2)[1], "not used"),
-    "one of several outputs": (lambda self, x: (self.conv(x), x), "one of several"),
-    "scaled": (lambda self, x: F.max_pool2d(F.relu(self.conv(x) * 2), 2), "followed by mul"),
-    "average": (lambda self, x: F.avg_pool2d(F.relu(self.conv(x)), 2), "followed by avg_pool2d"),
-    "adaptive": (lambda self, x: F.adaptive_max_pool2d(F.relu(self.conv(x)), 2), "followed by adaptive_max_pool2d"),
+    "conv used elsewhere": (lambda self, x: (F.max_pool2d(F.relu(y := self.conv(x)), 2), y), "followed by `(y := "),
+    "returned": (lambda self, x: (F.max_pool2d(y := F.relu(self.conv(x)), 2), y), "followed by `(y := "),
+    "in place, and used": (lambda self, x: ((y := self.conv(x)).relu_(), F.max_pool2d(y, 2))[1], "followed by `(y := "),
+    "shape": (lambda self, x: F.max_pool2d((y := F.relu(self.conv(x))), 2).sum() / y.shape[2], "followed by `(y := "),
+    "with itself": (lambda self, x: (lambda y: torch.cat([y, y]))(self.conv(x)), "followed by "),
+    "not used": (lambda self, x: (self.conv(x), x * 2)[1], "followed by `(self.conv(x), x * 2)`"),
+    "one of several outputs": (lambda self, x: (self.conv(x), x), "followed by `(self.conv(x), x)`"),
+    "scaled": (lambda self, x: F.max_pool2d(F.relu(self.conv(x) * 2), 2), "followed by `self.conv(x) * 2`"),
+    "average": (lambda self, x: F.avg_pool2d(F.relu(self.conv(x)), 2), "followed by F.avg_pool2d"),
+    "adaptive": (lambda self, x: F.adaptive_max_pool2d(F.relu(self.conv(x)), 2), "followed by F.adaptive_max_pool2d"),
     "indices": (
         lambda self, x: F.max_pool2d(F.relu(self.conv(x)), 2, return_indices=True)[0],
-        "followed by max_pool2d",
+        "followed by F.max_pool2d",
     ),
     "computed": (lambda self, x: F.max_pool2d(F.relu(self.conv(x)), x.shape[2] // 4), "options are computed"),
     "dropout": (lambda self, x: F.max_pool2d(F.dropout(F.relu(self.conv(x)), 0.5, self.training), 2), "dropout"),
-    "activation": (lambda self, x: F.max_pool2d(F.leaky_relu(self.conv(x)), 2), "followed by leaky_relu"),
-    "twice": (lambda self, x: F.max_pool2d(self.conv(x).relu(), 2).sum() + self.conv(x).sum(), "more than once"),
+    "activation": (lambda self, x: F.max_pool2d(F.leaky_relu(self.conv(x)), 2), "followed by F.leaky_relu"),
+    "twice": (
+        lambda self, x: F.max_pool2d(self.conv(x).relu(), 2).sum() + self.conv(x).sum(),
+        "followed by `self.conv(x).sum`",
+    ),
     "gradient hook": (
         lambda self, x: ((y := self.conv(x)).register_hook(lambda g: g * 2), F.max_pool2d(F.relu(y), 2))[1],
-        "cannot be traced",
+        "followed by `(y := ",
     ),
+    "in a helper": (lambda self, x: pool_of_relu(self.conv(x)), "followed by pool_of_relu"),
 }
 
 
@@ -90,7 +94,7 @@ def test_forwards_that_are_no_chain(name):
 
 
 def test_a_relu_after_another_operation_on_linear():
-    assert "followed by sin" in reason(module_like(Linear, lambda self, x: F.relu(self.fc(x).sin())), "fc")
+    assert "followed by `self.fc(x).sin`" in reason(module_like(Linear, lambda self, x: F.relu(self.fc(x).sin())), "fc")
 
 
 class OwnConv(nn.Conv2d):
@@ -105,7 +109,7 @@ class OwnReLU(nn.ReLU):
 
 def test_subclasses_with_a_forward_of_their_own():
     assert "subclass" in reason(nn.Sequential(OwnConv(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2)), "0")
-    assert "followed by add" in reason(nn.Sequential(conv(), OwnReLU(), nn.MaxPool2d(2)), "0")
+    assert "followed by OwnReLU (1)" in reason(nn.Sequential(conv(), OwnReLU(), nn.MaxPool2d(2)), "0")
 
 
 def test_parametrized_layers():
@@ -136,8 +140,10 @@ def test_a_forward_replaced_on_the_instance():
 
 def test_a_shared_layer():
     shared = nn.Linear(12, 12)
-    assert "more than once" in reason(nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU()), "0")
-    assert "more than once" in reason(nn.Sequential(nn.Sequential(shared, nn.ReLU()), shared), "0.0")
+    check(nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU()), ["0"])
+    assert "its output is what the model returns" in reason(
+        nn.Sequential(nn.Sequential(shared, nn.ReLU()), shared), "0.0"
+    )
     # A block may well be used twice, as long as the chain is inside it.
     block = nn.Sequential(nn.Linear(12, 12), nn.ReLU())
     check(nn.Sequential(block, nn.Sigmoid(), block), ["0.0"])
@@ -164,7 +170,7 @@ class WithAnotherMethod(Conv):
 
 
 def test_a_layer_that_another_method_calls():
-    assert "also called by WithAnotherMethod.features" in reason(WithAnotherMethod(), "conv")
+    assert "its output is what WithAnotherMethod.features returns" in reason(WithAnotherMethod(), "conv")
 
 
 # --- hooks -----------------------------------------------------------------------------------------------------------
@@ -192,7 +198,7 @@ def test_hooks_outside_of_a_chain_survive(kind):
     HOOKS[kind](model[0])
     HOOKS[kind](model[1])
     check(model, ["0.0"])
-    model = module_like(Conv, lambda self, x: pool_of_relu(self.conv(x)))
+    model = module_like(Conv, lambda self, x: F.max_pool2d(F.relu(self.conv(x)), 2))
     HOOKS[kind](model)
     check(model, ["conv"])
 
@@ -227,21 +233,21 @@ class Remembers(nn.Module):
 
 
 def _none_until_the_child_ran(self, x):
-    x = self.child(pool_of_relu(self.conv(x)))
+    x = self.child(F.max_pool2d(F.relu(self.conv(x)), 2))
     return x if self.child.last is None else x + self.child.last
 
 
 def _returns_what_the_child_left(self, x):
-    return self.child(pool_of_relu(self.conv(x))), self.child.last
+    return self.child(F.max_pool2d(F.relu(self.conv(x)), 2)), self.child.last
 
 
 def _branches_on_what_the_child_left(self, x):
-    x = self.child(pool_of_relu(self.conv(x)))
+    x = self.child(F.max_pool2d(F.relu(self.conv(x)), 2))
     return x * 3 if self.child.flag else x
 
 
 def _calls_the_child_until_it_is_done(self, x):
-    x = pool_of_relu(self.conv(x))
+    x = F.max_pool2d(F.relu(self.conv(x)), 2)
     while not self.child.flag:
         x = self.child(x)
     return x
@@ -260,8 +266,7 @@ def _calls_the_child_until_it_is_done(self, x):
 def test_an_attribute_that_a_child_changes(forward):
     model = module_like(Conv, forward, child=Remembers()).double()
     fused = fuse(model)
-    assert fused_layers(fused) == []
-    assert "child" in fused.fusion_report[0].reason
+    assert fused_layers(fused) == ["conv"]
     x = torch.randn(IMAGES, dtype=torch.float64)
     for _ in range(3):
         for ours, stock in zip(flat(fused(x)), flat(model(x)), strict=True):
@@ -278,7 +283,7 @@ class HookSetsAttribute(Conv):
         self.captured = output
 
     def forward(self, x):
-        x = self.tail(pool_of_relu(self.conv(x)))
+        x = self.tail(F.max_pool2d(F.relu(self.conv(x)), 2))
         return x if self.captured is None else x + self.captured
 
 
@@ -286,12 +291,12 @@ def test_an_attribute_that_a_hook_of_a_child_changes():
     model = HookSetsAttribute().double()
     fused = fuse(model)
     x = torch.randn(IMAGES, dtype=torch.float64)
-    torch.testing.assert_close(fused(x), model(x))
-    assert "may change captured" in fused.fusion_report[0].reason
+    for _ in range(2):
+        torch.testing.assert_close(fused(x), model(x))
 
 
 def _branches_on_a_list(self, x):
-    x = pool_of_relu(self.conv(x))
+    x = F.max_pool2d(F.relu(self.conv(x)), 2)
     self.log.append(1)
     return x * 3 if self.log else x
 
@@ -300,19 +305,20 @@ def test_a_branch_on_an_attribute_that_can_change_in_place():
     model = module_like(Conv, _branches_on_a_list, log=[]).double()
     fused = fuse(model)
     x = torch.randn(IMAGES, dtype=torch.float64)
-    torch.testing.assert_close(fused(x), model(x))
-    assert "branches on" in fused.fusion_report[0].reason
+    for _ in range(2):
+        torch.testing.assert_close(fused(x), model(x))
+    assert fused.log == [1, 1]
 
 
 def _counts_up_to_an_attribute(self, x):
-    x, i = pool_of_relu(self.conv(x)), 0
+    x, i = F.max_pool2d(F.relu(self.conv(x)), 2), 0
     while i < self.steps:
         x, i = x * 2, i + 1
     return x
 
 
 def _loops_until_an_attribute_is_set(self, x):
-    x = pool_of_relu(self.conv(x))
+    x = F.max_pool2d(F.relu(self.conv(x)), 2)
     while True:
         x = x * 2
         if self.steps:
@@ -321,8 +327,7 @@ def _loops_until_an_attribute_is_set(self, x):
 
 @pytest.mark.parametrize("forward", [_counts_up_to_an_attribute, _loops_until_an_attribute_is_set])
 def test_a_loop_without_an_end_in_one_of_its_branches(forward):
-    model = module_like(Conv, forward, steps=2)
-    assert "branches" in reason(model, "conv")
+    check(module_like(Conv, forward, steps=2), ["conv"])
 
 
 class Holder:
@@ -420,7 +425,7 @@ class Backbone(nn.Sequential):
 class Reaches(nn.Module):
     def __init__(self):
         super().__init__()
-        self.block = module_like(Conv, lambda self, x: pool_of_relu(self.conv(x)))
+        self.block = module_like(Conv, lambda self, x: F.max_pool2d(F.relu(self.conv(x)), 2))
 
     def forward(self, x):
         return self.block(x)
@@ -448,18 +453,18 @@ def test_methods_that_do_not_notice():
 )
 def test_methods_that_would_notice(make, method):
     fused = check(make(), [])
-    assert f"called by {method}" in fused.fusion_report[0].reason
+    assert method in fused.fusion_report[0].reason
 
 
 def test_an_attribute_of_a_module_that_would_go():
     tail = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
     model = module_like(Conv, lambda self, x: self.tail(self.conv(x)) * self.tail[1].kernel_size, tail=tail)
-    assert "whose attributes are read" in reason(model, "conv")
+    check(model, ["conv"])
 
 
 def _not_set_yet():
     def forward(self, x):
-        return pool_of_relu(self.conv(x)) if self.conv is not None else later
+        return F.max_pool2d(F.relu(self.conv(x)), 2) if self.conv is not None else later
 
     if False:
         later = 1
@@ -467,17 +472,17 @@ def _not_set_yet():
 
 
 def _first_argument_is_not_self(this, self):
-    return pool_of_relu(this.conv(self))
+    return F.max_pool2d(F.relu(this.conv(self)), 2)
 
 
 def test_a_variable_without_a_value_and_an_argument_called_self():
-    assert "not set" in reason(module_like(Conv, _not_set_yet()), "conv")
-    assert "argument named self" in reason(module_like(Conv, _first_argument_is_not_self), "conv")
+    check(module_like(Conv, _not_set_yet()), ["conv"])
+    check(module_like(Conv, _first_argument_is_not_self), ["conv"])
 
 
 def test_arguments_with_names_of_the_generated_code():
     def forward(model, input, /, branch_0=1, torch=2, *, last=3):
-        return pool_of_relu(model.conv(input)) * branch_0 * torch * last
+        return F.max_pool2d(F.relu(model.conv(input)), 2) * branch_0 * torch * last
 
     check(module_like(Conv, forward), ["conv"])
 
@@ -502,7 +507,7 @@ def test_weights_of_another_class_than_parameter():
     assert torch.equal(model(x), expected)
 
 
-# --- models that cannot be read --------------------------------------------------------------------------------------
+# --- models that reach into their children ----------------------------------------------------------------------------
 
 
 class Untraceable(nn.Module):
@@ -519,9 +524,7 @@ class Untraceable(nn.Module):
 
 
 def test_inside_an_untraceable_model():
-    fused = check(Untraceable(), ["features.0"])
-    assert type(fused) is Untraceable
-    assert "branches on a value" in fused.fusion_report[1].reason
+    check(Untraceable(), ["features.0", "head"])
 
 
 class Taps(Untraceable):
@@ -561,19 +564,18 @@ def first_layer(model, x):
 
 @pytest.mark.parametrize("kind", [Taps, Indexes, Walks, Escapes])
 def test_an_untraceable_model_that_reaches_into_its_children(kind):
-    assert "maybe called by the model" in reason(kind(), "features.0")
+    reason(kind(), "features.0")
 
 
-class ReadWalk(Untraceable):
+class Walks1By1(Untraceable):
     def forward(self, x):
         for layer in self.features:
             x = layer(x)
         return x
 
 
-def test_a_readable_model_that_reaches_into_its_children():
-    """Each layer has two callers now: the model, and the Sequential, should anyone call that."""
-    assert "more than once" in reason(ReadWalk(), "features.0")
+def test_a_model_that_calls_the_members_of_a_sequential_one_by_one():
+    check(Walks1By1(), ["features.0"])
 
 
 def test_a_chain_does_not_end_in_an_untraceable_module():
@@ -598,6 +600,6 @@ def test_models_that_are_no_python():
     x = torch.randn(IMAGES)
     fused = fuse(traced)
     assert torch.equal(fused(x), traced(x))
-    graph_module = torch.fx.symbolic_trace(module_like(Conv, lambda self, x: pool_of_relu(self.conv(x))))
+    graph_module = torch.fx.symbolic_trace(module_like(Conv, lambda self, x: F.max_pool2d(F.relu(self.conv(x)), 2)))
     fused = fuse(graph_module)
     torch.testing.assert_close(fused(x), graph_module(x))

@@ -8,7 +8,6 @@ import pickle
 
 import pytest
 import torch
-import torch.utils.mkldnn
 from reference import assert_equal, integers
 from torch import nn
 
@@ -313,9 +312,12 @@ def test_spectral_norm_in_training(padding):
     assert "parametrizations.weight.0._u" in module.state_dict()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("make", [lambda: ConvReLUMaxPool2d(2, 3, 3), lambda: LinearReLU(9, 4)], ids=["conv", "linear"])
 def test_to_mkldnn_is_refused(make):
     """It goes by isinstance(), and would leave ReLU and pooling out without a word."""
+    import torch.utils.mkldnn
+
     with pytest.raises(RuntimeError, match=r"to_mkldnn cannot convert .* lenet_ext\.unfuse\(model\)"):
         torch.utils.mkldnn.to_mkldnn(nn.Sequential(make()))
     assert list(nn.Sequential(make()).modules())
