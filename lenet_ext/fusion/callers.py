@@ -13,14 +13,15 @@ import gc
 import inspect
 import types
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from lenet_ext.fusion.source import Source, read_source, stock_class
+from lenet_ext.fusion.source import Source, own_nodes, read_source, stock_class
+from lenet_ext.fusion.traced import trace_source
 from lenet_ext.net import Net
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -29,6 +30,8 @@ _STATE = frozenset(nn.Module().__dict__)
 # Attributes of a module by which one gets at what is inside it, or calls it under another name.
 _GIVES_AWAY = {"children", "modules", "named_children", "named_modules", "items", "values", "get_submodule", "_modules"}
 _GIVES_AWAY |= {"forward", "_call_impl", "pop"}
+# By these, anything can be had by a name that is not in the source.
+_ANY_NAME = {"eval", "exec", "locals", "globals"}
 _LOOKS = {"isinstance", "len", "type", "super", "hasattr", "id", "bool"}
 
 
@@ -39,6 +42,7 @@ class Call:
     caller: nn.Module
     method: str
     function: types.FunctionType
+    source: Source
     node: ast.AST
 
     def __str__(self) -> str:
@@ -59,8 +63,17 @@ class Callers:
         self.looked_at: set[int] = set()
         self.given_away: dict[int, str] = {}
         self._names = {name for module in root.modules() for name in module._modules.keys()}  # noqa: SIM118  torchscript's
+        methods = {kind: list(_methods(kind)) for kind in {type(module) for module in root.modules()}}
+        self._in_forward = _used_by_forward(method for found in methods.values() for method in found)
         for path, module in root.named_modules():
             self._note_module(path or "the model", module)
+            bound: list[tuple[str, Any]] = [
+                (name, value.__func__)
+                for name, value in module.__dict__.items()
+                if isinstance(value, types.MethodType) and value.__self__ is module
+            ]
+            for name, function in methods[type(module)] + bound:
+                self._note_function(module, name, function)
 
     def _give_away(self, module: nn.Module, why: str) -> None:
         for inner in module.modules():
@@ -79,24 +92,26 @@ class Callers:
                 self.given_away.setdefault(id(child), f"in {path}, which is a {kind.__name__}")
         for name, value in module.__dict__.items():
             if name not in _STATE and not name.startswith("_lenet_ext"):
-                for held in _held_modules(value):
-                    if all(inner is not module for inner in held.modules()):  # not the way back to a parent
+                for held, is_near in _held_modules(value):
+                    # An object that knows the whole model, such as what trains it, is not there to call a part of it.
+                    if is_near or all(inner is not module for inner in held.modules()):
                         self._give_away(held, f"held by the attribute {name} of {path}")
-        for name, function, is_forward in _methods(kind):
-            source = read_source(function)
-            if source is not None:
-                self._note_method(module, name, function, source, is_forward)
-            elif is_forward or not self._names.isdisjoint(_names_in(function.__code__)):
-                self._give_away(module, f"the source of {kind.__name__}.{name} is not to be had")
 
-    def _note_method(
-        self, module: nn.Module, name: str, function: types.FunctionType, source: Source, is_forward: bool
-    ) -> None:
-        why = f"maybe called by {type(module).__name__}.{name}"
-        if not source.first_argument and is_forward:
+    def _note_function(self, module: nn.Module, name: str, function: types.FunctionType) -> None:
+        source = read_source(function) or trace_source(module, name, function)
+        is_forward = name in self._in_forward or name in module.__dict__
+        label = f"{type(module).__name__}.{name}"
+        if source is None:
+            if is_forward or (name != "__init__" and not self._names.isdisjoint(_names_in(function.__code__))):
+                self._give_away(module, f"the source of {label} is not to be had")
+            return
+        why = f"maybe called by {label}"
+        if is_forward and (not source.first_argument or not _ANY_NAME.isdisjoint(_names_in(function.__code__))):
             self._give_away(module, why)
+        # While a module is built nothing is called that is not called anew later, but functions are made.
+        unused = set(own_nodes(source.node)) if name == "__init__" else set()
         for node in ast.walk(source.node):
-            if not isinstance(node, ast.Name) or node.id != source.first_argument:
+            if not isinstance(node, ast.Name) or node.id != source.first_argument or node in unused:
                 continue
             named: nn.Module = module
             expression: ast.AST = node
@@ -108,12 +123,12 @@ class Callers:
             use, parent = self._use(expression, source), source.parents[expression]
             calls = self._calls_in_a_loop(expression, source)
             if use == "call" and (isinstance(parent, ast.Call) or is_walked(named)):
-                self.calls[id(named)].append(Call(module, name, function, parent))
+                self.calls[id(named)].append(Call(module, name, function, source, parent))
             elif use == "look":
                 self.looked_at.add(id(named))
             elif calls is not None:
                 for member in named.children():
-                    self.calls[id(member)] += (Call(module, name, function, call) for call in calls)
+                    self.calls[id(member)] += (Call(module, name, function, source, call) for call in calls)
             # Other methods give the whole model to savers, exporters and the like, and put new modules into it.
             elif is_forward or isinstance(module, CONTAINERS) or (named is not module and _is_read(expression)):
                 self._give_away(named, why)
@@ -253,25 +268,30 @@ def _named_by(expression: ast.AST | None, holder: nn.Module) -> nn.Module | None
     return None
 
 
-def _methods(module_class: type) -> Iterator[tuple[str, types.FunctionType, bool]]:
-    """The functions that can be called on a finished module, and whether ``forward`` may be what calls them."""
+def _methods(module_class: type) -> Iterator[tuple[str, types.FunctionType]]:
+    """The functions that can be called with a module of the class."""
     found: dict[str, list[tuple[type, types.FunctionType]]] = {}
     for cls in own_classes(module_class):
         for name, value in cls.__dict__.items():
-            if name != "__init__":
-                found.setdefault(name, []).extend((cls, function) for function in _functions_in(value))
-    names = {name: [_names_in(f.__code__) for _, f in functions] for name, functions in found.items()}
+            found.setdefault(name, []).extend((cls, function) for function in _functions_in(value))
     # A method that a subclass replaced can only be reached by `super()`.
-    inherited = set().union(*(n for all_names in names.values() for n in all_names if "super" in n))
-    in_forward, pending = {"forward", "__call__"}, ["forward", "__call__"]
-    while pending:
-        called = set().union(*names.get(pending.pop(), ())) & found.keys() - in_forward
-        in_forward |= called
-        pending += called
+    names = [_names_in(function.__code__) for functions in found.values() for _, function in functions]
+    inherited = set().union(*(n for n in names if "super" in n))
     for name, functions in found.items():
-        for cls, function in functions:
-            if cls is functions[0][0] or name in inherited:
-                yield name, function, name in in_forward
+        yield from ((name, f) for cls, f in functions if cls is functions[0][0] or name in inherited)
+
+
+def _used_by_forward(methods: Iterable[tuple[str, types.FunctionType]]) -> set[str]:
+    """The names of the methods that may run when a model is called."""
+    names: dict[str, set[str]] = defaultdict(set)
+    for name, function in methods:
+        names[name] |= _names_in(function.__code__)
+    used, pending = {"forward", "__call__"}, ["forward", "__call__"]
+    while pending:
+        more = names[pending.pop()] & names.keys() - used
+        used |= more
+        pending += more
+    return used
 
 
 def _functions_in(value: Any) -> Iterator[types.FunctionType]:
@@ -293,17 +313,19 @@ def _names_in(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def _held_modules(value: Any) -> Iterator[nn.Module]:
-    """The modules that an attribute's value leads to: in lists, objects, closures, ..."""
-    pending, seen = [value], set()
+def _held_modules(value: Any) -> Iterator[tuple[nn.Module, bool]]:
+    """The modules that an attribute's value leads to, and whether by no more than lists, closures and the like."""
+    pending, seen = [(value, True)], set()
     while pending:
-        item = pending.pop()
+        item, is_near = pending.pop()
         if id(item) in seen or isinstance(item, (type, types.ModuleType, torch.Tensor, str, bytes, int, float)):
             continue
         seen.add(id(item))
         if isinstance(item, nn.Module):
-            yield item
+            yield item, is_near
         elif isinstance(item, types.FunctionType):  # not its globals, which lead everywhere
-            pending += [*(item.__closure__ or ()), item.__defaults__, item.__kwdefaults__]
+            inside = [*(item.__closure__ or ()), item.__defaults__, item.__kwdefaults__]
+            pending += ((inner, is_near) for inner in inside)
         else:
-            pending += gc.get_referents(item)
+            is_near = is_near and isinstance(item, (list, tuple, dict, set, frozenset, types.CellType))
+            pending += ((inner, is_near) for inner in gc.get_referents(item))

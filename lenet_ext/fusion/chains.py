@@ -81,7 +81,7 @@ class Chains:
     def _follow(self, module: nn.Module, call: Call) -> None:
         method = self._methods.get((id(call.caller), call.function))
         if method is None:
-            method = Method(call.caller, call.method, call.function)
+            method = Method(call.caller, call.method, call.function, call.source)
             self._methods[id(call.caller), call.function] = method
         if call.node in method.nodes:
             if isinstance(call.node, ast.For):

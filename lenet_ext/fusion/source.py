@@ -40,7 +40,7 @@ _FUTURE = functools.reduce(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """A function as a syntax tree: the tree, every node's parent in it, and the name of the first argument."""
 
@@ -55,12 +55,17 @@ def read_source(function: types.FunctionType) -> Source | None:
     code = function.__code__
     text = getattr(function, _TEXT, "")
     if text:  # made by with_methods()
-        return _source_of(ast.parse(text).body[0], function)
+        return parse_method(text, function)
     nodes, codes = _file("".join(linecache.getlines(code.co_filename, function.__globals__)), code.co_flags & _FUTURE)
     found = [node for node in nodes if _looks_like(node, code)]
     if len(found) != 1 or not any(code == other for other in codes if other.co_firstlineno == code.co_firstlineno):
         return None
     return _source_of(found[0], function)
+
+
+def parse_method(text: str, function: types.FunctionType) -> Source:
+    """The source of a function, given as text."""
+    return _source_of(ast.parse(text).body[0], function)
 
 
 def _source_of(node: Any, function: types.FunctionType) -> Source:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lenet_ext.fusion.callers import find_module, has_stock, own_classes
-from lenet_ext.fusion.source import look_up, own_nodes, read_source, stock_class, without_calls
+from lenet_ext.fusion.source import Source, look_up, own_nodes, stock_class, without_calls
 
 _RELUS = (torch.relu, torch.relu_, F.relu, F.relu_)
 _MAX_POOLS = (torch.max_pool2d, F.max_pool2d)
@@ -116,9 +116,7 @@ class Method:
         cannot_change: why another method cannot take its place, or nothing.
     """
 
-    def __init__(self, module: nn.Module, name: str, function: types.FunctionType) -> None:
-        source = read_source(function)
-        assert source, f"{name} was not read before"
+    def __init__(self, module: nn.Module, name: str, function: types.FunctionType, source: Source) -> None:
         self.module, self.name, self.function, self.source = module, name, function, source
         # Calls inside other functions, comprehensions and the like are not followed.
         self.nodes = set(own_nodes(source.node))
@@ -191,7 +189,7 @@ class Method:
         """The one use of the variable that a statement sets, if it is in the next statement and certainly the last."""
         parents = self.source.parents
         block = next(b for b in _blocks(parents[statement]) if statement in b)
-        following = next(iter(block[block.index(statement) + 1 :]), None)
+        following = next((s for s in block[block.index(statement) + 1 :] if not _frees_another(s, name)), None)
         if not isinstance(following, (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr)):
             raise NoChainError(f"its output, {name}, is not used in the next statement")
         names = [node for node in ast.walk(self.source.node) if isinstance(node, ast.Name)]
@@ -200,7 +198,8 @@ class Method:
         inside = set(ast.walk(following))
         here = [use for use in reads if use in inside]
         # Other scopes, whoever sees all variables, and handlers of exceptions may read it at any time.
-        is_local = name in self.function.__code__.co_varnames and all(use in self.nodes for use in uses)
+        outer = [n for node in self.nodes if isinstance(node, (ast.Global, ast.Nonlocal)) for n in node.names]
+        is_local = name not in outer and all(use in self.nodes for use in uses)
         is_seen = any(node.id in _SEES_VARIABLES for node in names) or self._is_guarded(statement)
         if len(here) != 1 or is_seen or not is_local:
             raise NoChainError(f"its output, {name}, may be used elsewhere")
@@ -233,6 +232,14 @@ def _blocks(statement: ast.AST) -> Iterator[list[ast.stmt]]:
         block = getattr(statement, name, None)
         if isinstance(block, list):
             yield block
+
+
+def _frees_another(statement: ast.stmt, name: str) -> bool:
+    """Is it ``other = None``, as torch.fx writes it?"""
+    match statement:
+        case ast.Assign(targets=[ast.Name(id=other)], value=ast.Constant(value=None)):
+            return other != name
+    return False
 
 
 def is_plain(call: ast.AST) -> TypeGuard[ast.Call]:

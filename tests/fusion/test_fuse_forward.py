@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
-from fusing import IMAGES, Conv, Switches, assert_same, check, conv, fused_layers, module_like, reason
+from fusing import IMAGES, Conv, Switches, assert_same, check, conv, module_like, reason
 from torch import nn
 
 from lenet_ext import fuse
@@ -328,28 +328,68 @@ def test_a_variable_that_others_may_read(forward):
     reason(module_like(Conv, forward), "conv")
 
 
-def test_a_method_whose_source_is_not_to_be_had():
-    """Typed at a prompt, or changed since it was imported."""
-    scope = {"F": F}
-    exec("def forward(self, x):\n    return self.tail(F.max_pool2d(F.relu(self.conv(x)), 2))", scope)
+# --- without a source ------------------------------------------------------------------------------------------------
+
+
+def typed(*statements, arguments="self, x"):
+    """A forward as if typed at a prompt: there is no file that it could be read from."""
+    scope = {"F": F, "torch": torch, "nn": nn, "FACTOR": 2}
+    exec("\n    ".join([f"def forward({arguments}):", *statements]), scope)
     tail = nn.Sequential(nn.Flatten(), nn.Linear(100, 3), nn.ReLU())
-    assert "source of Model.forward is not to be had" in reason(module_like(Conv, scope["forward"], tail=tail), "conv")
+    model = module_like(Conv, scope["forward"], tail=tail, relu=nn.ReLU(), pool=nn.MaxPool2d(2))
+    model.scale = 2
+    return model
 
 
-def test_fusing_runs_nothing_of_the_model_for_real():
-    class Counter(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(12, 5)
-            self.register_buffer("calls", torch.zeros(()))
+TYPED = {
+    "nested": ["return self.tail(F.max_pool2d(F.relu(self.conv(x)), 2))"],
+    "modules": ["x = self.pool(self.relu(self.conv(x)))", "return self.tail(x)"],
+    "statements": [
+        "x = self.conv(x)",
+        "x = torch.relu(x)",
+        "x = F.max_pool2d(x, 2)",
+        "return self.tail(x.view(-1, 100))",
+    ],
+    "methods": ["x = self.conv(x).relu_()", "return self.tail(torch.max_pool2d(x, 2).view(x.size(0), -1)).sin() + 1"],
+}
 
-        def forward(self, x):
-            self.calls.add_(1)
-            return F.relu(self.fc(x)) + self.calls
 
-    model = Counter()
-    fused = fuse(model)
-    assert fused_layers(fused) == ["fc"]
-    assert model.calls == fused.calls == 0
-    fused(torch.randn(2, 12))
-    assert fused.calls == 1
+@pytest.mark.parametrize("name", TYPED)
+def test_a_forward_typed_at_a_prompt(name):
+    expected = ["tail.1"] if name == "methods" else ["conv", "tail.1"]
+    check(typed(*TYPED[name]), expected)
+
+
+NOT_THE_WHOLE_TRUTH = {
+    "attribute": (["return F.max_pool2d(F.relu(self.conv(x)), 2) * self.scale"], "self, x"),
+    "mode": (["return F.max_pool2d(F.relu(self.conv(x)), 2) * self.training"], "self, x"),
+    "global": (["return F.max_pool2d(F.relu(self.conv(x)), 2) * FACTOR"], "self, x"),
+    "builtin": (["print(end='')", "return F.max_pool2d(F.relu(self.conv(x)), 2)"], "self, x"),
+    "type": (["return F.max_pool2d(F.relu(self.conv(x)), 2) * (type(x) is torch.Tensor)"], "self, x"),
+    "context": (["with torch.no_grad():", "    x = x * 2", "return F.max_pool2d(F.relu(self.conv(x)), 2)"], "self, x"),
+    "condition": (["x = F.max_pool2d(F.relu(self.conv(x)), 2)", "return x * 2 if x.sum() > 0 else x"], "self, x"),
+    "random": (["return F.max_pool2d(F.relu(self.conv(x)), 2) + torch.rand(1)"], "self, x"),
+    "argument": (["return F.max_pool2d(F.relu(self.conv(x)), 2 if y is None else 3)"], "self, x, y=None"),
+    "function": (["return (lambda: F.max_pool2d(F.relu(self.conv(x)), 2))()"], "self, x"),
+    "member": (
+        ["return self.tail(self.pool(self.relu(self.conv(x)))).sum() + self.tail[1](x.view(-1, 108)[:, :100])"],
+        "self, x",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_THE_WHOLE_TRUTH)
+def test_a_forward_that_a_trace_does_not_tell(name):
+    statements, arguments = NOT_THE_WHOLE_TRUTH[name]
+    fused = check(typed(*statements, arguments=arguments), [] if name != "member" else ["conv"])
+    assert "source of Model.forward is not to be had" in fused.fusion_report[0].reason or name == "member"
+
+
+def test_a_method_that_changed_since(tmp_path, monkeypatch):
+    """What runs is not what is written any more: as after an edit, without a reload."""
+    text = "import torch.nn.functional as F\n\ndef forward(self, x, y=1):\n    return F.max_pool2d(F.relu(self.conv(x)), {})\n"
+    (tmp_path / "edited.py").write_text(text.format(2))
+    monkeypatch.syspath_prepend(tmp_path)
+    forward = __import__("edited").forward
+    (tmp_path / "edited.py").write_text(text.format(3))
+    assert "source of Model.forward is not to be had" in reason(module_like(Conv, forward), "conv")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import pytest
 import torch
@@ -505,6 +506,181 @@ def test_weights_of_another_class_than_parameter():
     fuse(model, inplace=True)  # torch cannot copy such a weight
     assert "its weight is a Packed" in model.fusion_report[0].reason
     assert torch.equal(model(x), expected)
+
+
+class LambdaOfInit(Conv):
+    def __init__(self):
+        super().__init__()
+        self.again = lambda x: self.conv(x)
+
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.conv(x)), 2).sum() + self.again(x).sum()
+
+
+class MethodOfTheObject(Conv):
+    def __init__(self):
+        super().__init__()
+        self.again = types.MethodType(first_of_two, self)
+
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.conv(x)), 2).sum() + self.again(x).sum()
+
+
+def first_of_two(model, x):
+    return model.conv(x)
+
+
+class Evaluates(Conv):
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.conv(x)), 2).sum() + eval("self.conv(x)").sum()
+
+
+class OwnGetattr(Conv):
+    def __getattr__(self, name):
+        return super().__getattr__("conv" if name == "layer" else name)
+
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.conv(x)), 2).sum() + self.layer(x).sum()
+
+
+class ByName(Conv):
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.conv(x)), 2).sum() + getattr(self, "co" + "nv")(x).sum()
+
+
+class Private(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.__features = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2))
+
+    def forward(self, x):
+        return self.__features(x).sum() + self.__features[0](x).sum()
+
+
+class SwapsItsLayer(Conv):
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv(x)), 2)
+        self.conv = self.conv
+        return x
+
+
+class Child(nn.Module):
+    def __init__(self, parent):
+        super().__init__()
+        self.parent = [parent]
+
+    def forward(self, x):
+        return self.parent[0].conv(x)
+
+
+class CallsBack(Conv):
+    def __init__(self):
+        super().__init__()
+        self.child = Child(self)
+
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.conv(x)), 2).sum() + self.child(x).sum()
+
+
+class HelperOfAChild(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.child = WithAHelper()
+
+    def forward(self, x):
+        return self.child.run(x)
+
+
+class WithAHelper(Conv):
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.conv(x)), 2)
+
+    def run(self, x):
+        return self(x).sum() + first_of_two(self, x).sum()
+
+
+class DeepLoop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2))])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block[0](x).sum() + block(x).sum()
+        return x
+
+
+REACHING = [
+    LambdaOfInit,
+    MethodOfTheObject,
+    Evaluates,
+    OwnGetattr,
+    ByName,
+    Private,
+    SwapsItsLayer,
+    CallsBack,
+    HelperOfAChild,
+    DeepLoop,
+]
+
+
+@pytest.mark.parametrize("kind", REACHING)
+def test_other_ways_to_reach_a_layer(kind):
+    """In place, because a copy leaves closures behind."""
+    model = kind().double()
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    expected = model(x)
+    fuse(model, inplace=True)
+    assert fused_layers(model) == []
+    torch.testing.assert_close(model(x), expected)
+
+
+class Trainer:
+    def __init__(self, model):
+        self.model = model
+
+
+class Known(Conv):
+    """The model is known to others, and goes through its own modules, without calling any of them by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.trainer = Trainer(self)
+        self.activation = self._activation
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(5, 5), nn.ReLU()) for _ in range(2)])
+        self.norm = nn.BatchNorm2d(4)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.ones_(module.weight)
+
+    def forward(self, x):
+        x, outputs = F.max_pool2d(F.relu(self.conv(x)), 2), []
+        for i, block in enumerate(self.blocks):
+            x = block(x) + i
+            outputs.append(x)
+        return self.activation(self.norm(torch.cat([block(x) for block in self.blocks] + outputs, 2)))
+
+    def _activation(self, x):
+        return x.tanh()
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def save(self, path):
+        torch.save(self, path)
+
+    def count(self):
+        return sum(p.numel() for name, m in self.blocks.named_children() for p in m.parameters())
+
+
+def test_ways_that_do_not_matter():
+    fused = check(Known(), ["conv", "blocks.0.0", "blocks.1.0"])
+    assert fused.count() == 60
+    assert not fused.train().norm.training
 
 
 # --- models that reach into their children ----------------------------------------------------------------------------
