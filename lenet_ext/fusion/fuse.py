@@ -54,18 +54,23 @@ class FusionRecord:
 def fuse(model: nn.Module, *, inplace: bool = False, verbose: bool = False, fold_batch_norm: bool = False) -> nn.Module:
     """Swaps every conv -> ReLU -> max-pool and linear -> ReLU chain of a model for the fused layer.
 
-    Chains are found between modules (``nn.ReLU``, ``nn.MaxPool2d``, ``nn.Sequential`` in any nesting) and in what a
-    ``forward`` calls (``F.relu``, ``torch.relu``, ``x.relu()``, ``F.max_pool2d``, in place or not), also with the
-    pooling before the ReLU, which is the same function. A chain is swapped only where nobody can tell but by the speed:
-    not where a value in between is used elsewhere, or could be seen by a hook, nor around any other operation, nor
-    where another method or an attribute of the model reaches the layer by itself. Where it is not certain, the layer is
-    left as it is.
+    Chains are found between modules (``nn.ReLU``, ``nn.MaxPool2d``, ``nn.Sequential`` in any nesting) and in what the
+    methods of a module call (``F.relu``, ``torch.relu``, ``x.relu()``, ``F.max_pool2d``, in place or not), nested or in
+    one statement after the other, also with the pooling before the ReLU, which is the same function. A chain is swapped
+    only where nobody can tell but by the speed: not where a value in between is used elsewhere, or seen by a hook, nor
+    around any other operation, nor where the layer is called in any other way as well, or handed out by a method or an
+    attribute of the model. Where it is not certain, the layer is left as it is.
 
     Parameters, buffers, attributes, methods, hooks and the keys of the ``state_dict`` are those of the model, and so is
-    its class, or a subclass of it where its ``forward`` had to be rewritten. Attributes that ``forward`` reads,
-    ``training`` among them, keep their effect when they change later. What changes the layers themselves comes first:
-    replacing one of a fused model by another does not bring back the ReLU and the pooling that belonged to it, setting
-    options of a pooling module has no effect any more, and weights that are quantized do not fit the fused kernels.
+    its class, or a subclass of it in which the calls of ReLU and pooling are left out of a method's source. All else
+    that the method does stays as it is written, whether torch.fx could trace it or not. A method is read from its file,
+    or Jupyter's cell; a ``forward`` that was typed at a prompt is traced, if a trace can be the whole truth.
+
+    What would see or change the layers themselves comes first, or after :func:`lenet_ext.unfuse`, which gives the stock
+    layers back. ReLU and pooling modules that became a part of a fused layer stay under their names, but refuse hooks,
+    which would see other values than before. A hook on a fused layer sees what the fused layer returns. Putting another
+    module in the place of a fused layer, of its ReLU or its pooling, or setting the options of such a pooling, does not
+    do what it would have done to the original. Weights that are quantized do not fit the fused kernels.
 
     Args:
         model: any module, on any device, in training or in evaluation mode.

@@ -371,25 +371,21 @@ NOT_THE_WHOLE_TRUTH = {
     "random": (["return F.max_pool2d(F.relu(self.conv(x)), 2) + torch.rand(1)"], "self, x"),
     "argument": (["return F.max_pool2d(F.relu(self.conv(x)), 2 if y is None else 3)"], "self, x, y=None"),
     "function": (["return (lambda: F.max_pool2d(F.relu(self.conv(x)), 2))()"], "self, x"),
-    "member": (
-        ["return self.tail(self.pool(self.relu(self.conv(x)))).sum() + self.tail[1](x.view(-1, 108)[:, :100])"],
-        "self, x",
-    ),
 }
 
 
 @pytest.mark.parametrize("name", NOT_THE_WHOLE_TRUTH)
 def test_a_forward_that_a_trace_does_not_tell(name):
     statements, arguments = NOT_THE_WHOLE_TRUTH[name]
-    fused = check(typed(*statements, arguments=arguments), [] if name != "member" else ["conv"])
-    assert "source of Model.forward is not to be had" in fused.fusion_report[0].reason or name == "member"
+    assert "source of Model.forward is not to be had" in reason(typed(*statements, arguments=arguments), "conv")
 
 
 def test_a_method_that_changed_since(tmp_path, monkeypatch):
     """What runs is not what is written any more: as after an edit, without a reload."""
-    text = "import torch.nn.functional as F\n\ndef forward(self, x, y=1):\n    return F.max_pool2d(F.relu(self.conv(x)), {})\n"
-    (tmp_path / "edited.py").write_text(text.format(2))
+    text = "from torch.nn.functional import max_pool2d\ndef forward(self, x): return max_pool2d(self.conv(x).relu(), 2)"
+    file = tmp_path / "edited.py"
+    file.write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     forward = __import__("edited").forward
-    (tmp_path / "edited.py").write_text(text.format(3))
+    file.write_text(text.replace("2)", "3)"))
     assert "source of Model.forward is not to be had" in reason(module_like(Conv, forward), "conv")
