@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import gc
 import inspect
+import itertools
 import types
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -32,7 +33,7 @@ _GIVES_AWAY = {"children", "modules", "named_children", "named_modules", "items"
 _GIVES_AWAY |= {"forward", "_call_impl", "pop"}
 # By these, anything can be had by a name that is not in the source.
 _ANY_NAME = {"eval", "exec", "locals", "globals"}
-_LOOKS = {"isinstance", "len", "type", "super", "hasattr", "id", "bool"}
+_LOOKS = {"isinstance", "len", "type", "super", "hasattr", "id", "bool", "print", "repr", "str"}
 
 
 @dataclass(frozen=True)
@@ -110,25 +111,28 @@ class Callers:
             self._give_away(module, why)
         # While a module is built nothing is called that is not called anew later, but functions are made.
         unused = set(own_nodes(source.node)) if name == "__init__" else set()
-        for node in ast.walk(source.node):
-            if not isinstance(node, ast.Name) or node.id != source.first_argument or node in unused:
+        for use_of_self in source.uses:
+            if use_of_self in unused:
                 continue
             named: nn.Module = module
-            expression: ast.AST = node
+            expression: ast.AST = use_of_self
             while (longer := source.parents.get(expression)) and getattr(longer, "value", None) is expression:
                 inner = _named_by(longer, named)
                 if inner is None:
                     break
                 named, expression = inner, longer
             use, parent = self._use(expression, source), source.parents[expression]
-            calls = self._calls_in_a_loop(expression, source)
+            calls = self._calls_of_members(named, expression, source)
             if use == "call" and (isinstance(parent, ast.Call) or is_walked(named)):
                 self.calls[id(named)].append(Call(module, name, function, source, parent))
             elif use == "look":
                 self.looked_at.add(id(named))
             elif calls is not None:
-                for member in named.children():
-                    self.calls[id(member)] += (Call(module, name, function, source, call) for call in calls)
+                for member, call in itertools.product(named.children(), calls):
+                    if isinstance(call, ast.Call) or is_walked(member):
+                        self.calls[id(member)].append(Call(module, name, function, source, call))
+                    else:
+                        self._give_away(member, why)
             # Other methods give the whole model to savers, exporters and the like, and put new modules into it.
             elif is_forward or isinstance(module, CONTAINERS) or (named is not module and _is_read(expression)):
                 self._give_away(named, why)
@@ -150,25 +154,35 @@ class Callers:
         if isinstance(parent, ast.Compare):
             return "look" if all(isinstance(o, (ast.Is, ast.IsNot)) for o in parent.ops) else ""
         asked = isinstance(parent, ast.UnaryOp) or getattr(parent, "test", None) is expression
-        is_self = isinstance(expression, ast.Name)
+        is_self = isinstance(expression, ast.Name) and expression.id == source.first_argument
         return "look" if asked or (is_self and isinstance(parent, ast.Return)) else ""
 
-    def _calls_in_a_loop(self, expression: ast.AST, source: Source) -> list[ast.AST] | None:
-        """The calls of the modules that a loop goes through, or None if it does more with them than call and look."""
-        target = _loop_variable(expression, source)
-        if target is None:
+    def _calls_of_members(self, container: nn.Module, expression: ast.AST, source: Source) -> list[ast.AST] | None:
+        """The calls of any one of a container's modules, or None if more is done with them than to call and look.
+
+        They are had by a loop, or by an index that is computed.
+        """
+        parent = source.parents[expression]
+        uses: list[ast.AST] = []
+        if isinstance(parent, ast.Subscript) and parent.value is expression:
+            if isinstance(parent.slice, ast.Slice) or not is_indexed(container):
+                return None
+            uses = [parent]
+        elif (target := _loop_variable(expression, source)) is not None:
+            names = [node for node in ast.walk(source.node) if isinstance(node, ast.Name) and node.id == target.id]
+            uses = [name for name in names if _is_read(name)]
+        else:
             return None
-        goes_deep = getattr(source.parents[expression], "attr", "") in ("modules", "named_modules")
-        calls: list[ast.AST] = []
-        for use in ast.walk(source.node):
-            if isinstance(use, ast.Name) and use.id == target.id and _is_read(use):
-                parent = source.parents[use]
-                is_child = isinstance(parent, ast.Attribute) and parent.attr in self._names
-                kind = "" if is_child else self._use(use, source)
-                if kind == "call" and not goes_deep:
-                    calls.append(parent)
-                elif kind != "look":
-                    return None
+        goes_deep = getattr(parent, "attr", "") in ("modules", "named_modules")
+        calls = []
+        for use in uses:
+            user = source.parents[use]
+            is_child = isinstance(user, ast.Attribute) and user.attr in self._names
+            kind = "" if is_child else self._use(use, source)
+            if kind == "call" and not goes_deep:
+                calls.append(user)
+            elif kind != "look":
+                return None
         return calls
 
 
@@ -247,6 +261,11 @@ def is_walked(container: nn.Module) -> bool:
     return any(has_stock(container, kind, "__iter__") for kind in (nn.Sequential, nn.ModuleList))
 
 
+def is_indexed(container: nn.Module) -> bool:
+    """Does an index into it give one of its members?"""
+    return any(has_stock(container, kind, "__getitem__") for kind in CONTAINERS)
+
+
 def has_stock(module: nn.Module, container: type, *names: str) -> bool:
     """Is it a torch container, or of a subclass that does not change these of its methods?"""
     kind = type(module)
@@ -258,7 +277,7 @@ def _named_by(expression: ast.AST | None, holder: nn.Module) -> nn.Module | None
     if isinstance(expression, ast.Attribute):
         hidden = expression.attr in holder.__dict__ or hasattr(type(holder), expression.attr)
         return None if hidden else holder._modules.get(expression.attr)
-    if isinstance(expression, ast.Subscript) and any(has_stock(holder, c, "__getitem__") for c in CONTAINERS):
+    if isinstance(expression, ast.Subscript) and is_indexed(holder):
         try:
             key = ast.literal_eval(expression.slice)
             item = holder[key]  # type: ignore[index]

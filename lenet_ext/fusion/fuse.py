@@ -162,7 +162,8 @@ def _fuse_chains(model: nn.Module, earlier: dict[str, FusionRecord]) -> list[Fus
             elif step.method is not None and step.call is not None:
                 calls[step.method].add(step.call)
     for method, superfluous in calls.items():
-        method.module.__class__ = with_methods(type(method.module), {method.name: method.without(superfluous)})
+        rewritten = with_methods(type(method.module), {method.name: method.without(superfluous)})
+        object.__setattr__(method.module, "__class__", rewritten)
     return records
 
 

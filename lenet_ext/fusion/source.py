@@ -42,11 +42,19 @@ _FUTURE = functools.reduce(
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A function as a syntax tree: the tree, every node's parent in it, and the name of the first argument."""
+    """A function as a syntax tree.
+
+    Attributes:
+        node: the tree.
+        parents: the parent of every node in it.
+        first_argument: its name, or nothing.
+        uses: where that is used.
+    """
 
     node: Function
     parents: dict[ast.AST, ast.AST]
     first_argument: str
+    uses: tuple[ast.Name, ...]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -75,7 +83,8 @@ def _source_of(node: Any, function: types.FunctionType) -> Source:
             attribute.attr = f"_{class_name}{attribute.attr}"  # as Python does with private names
     parents = {child: parent for parent in ast.walk(node) for child in ast.iter_child_nodes(parent)}
     arguments = [*node.args.posonlyargs, *node.args.args]
-    return Source(node, parents, arguments[0].arg if arguments else "")
+    first = arguments[0].arg if arguments else ""
+    return Source(node, parents, first, tuple(n for n in parents if isinstance(n, ast.Name) and n.id == first))
 
 
 def _class_name(method: types.FunctionType) -> str:

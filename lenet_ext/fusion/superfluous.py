@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -54,6 +55,14 @@ def stand_in(module: nn.Module) -> nn.Module:
     other = copy.copy(module)
     other.__dict__[_STOCK] = module  # no submodule: a model has the same modules and names as before
     other.forward = _pass_on
+    other.__dict__["__prepare_scriptable__"] = partial(_scriptable, module)
+    return other
+
+
+def _scriptable(module: nn.Module) -> nn.Module:
+    """What torch.jit.script puts in a stand-in's place: it knows no ``forward`` but those of classes."""
+    other = nn.Identity()
+    other.__dict__[_STOCK] = module
     return other
 
 

@@ -67,12 +67,13 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for module in modules:
         accept_hooks(module)
         module.__dict__.pop("fusion_report", None)
-        module.__class__ = stock_class(type(module))
+        if stock_class(type(module)) is not type(module):
+            object.__setattr__(module, "__class__", stock_class(type(module)))  # past a __setattr__ of its own
         for name, child in module._modules.items():
             if child is not None and (stock := stands_for(child)) is not None:
                 accept_hooks(stock)
                 module._modules[name] = stock.train(child.training)
-        if type(module) is Net and all(_as_in_net(getattr(module, name), kind) for name, kind in _LAYERS_OF_NET):
+        if type(module) is Net and all(_as_in_net(module._modules.get(name), kind) for name, kind in _LAYERS_OF_NET):
             module.__class__ = ReferenceNet  # type: ignore[assignment]
             for name, _ in _LAYERS_OF_NET:
                 _make_stock(getattr(module, name))
@@ -94,7 +95,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 _LAYERS_OF_NET = (("conv1", ConvReLUMaxPool2d), ("conv2", ConvReLUMaxPool2d), ("fc1", LinearReLU), ("fc2", LinearReLU))
 
 
-def _as_in_net(layer: nn.Module, kind: type) -> bool:
+def _as_in_net(layer: Any, kind: type) -> bool:
     """Does ReferenceNet do after the stock layer what this fused one does?"""
     if _bare_class(layer) is not kind:
         return False

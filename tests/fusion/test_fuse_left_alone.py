@@ -610,7 +610,45 @@ class DeepLoop(nn.Module):
         return x
 
 
+class ReturnsOne(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2))])
+
+    def first(self):
+        for block in self.blocks:
+            return block
+        return None
+
+    def forward(self, x):
+        return self.first()[0](x).sum() + self.blocks[0](x).sum()
+
+
+class IndexesTwice(ReturnsOne):
+    def forward(self, x):
+        total = 0
+        for i in range(len(self.blocks)):
+            total = total + self.blocks[i](x).sum() + self.blocks[i][0](x).sum()
+        return total
+
+
+class NestedKeys(ReturnsOne):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"a": conv(), "b": nn.ReLU(), "c": nn.MaxPool2d(2)})])
+
+    def forward(self, x):
+        y = x
+        for block in self.blocks:
+            for key in block:
+                y = block[key](y)
+        return y.sum() + self.blocks[0]["a"](x).sum()
+
+
 REACHING = [
+    ReturnsOne,
+    IndexesTwice,
+    NestedKeys,
     LambdaOfInit,
     MethodOfTheObject,
     Evaluates,
@@ -633,6 +671,35 @@ def test_other_ways_to_reach_a_layer(kind):
     fuse(model, inplace=True)
     assert fused_layers(model) == []
     torch.testing.assert_close(model(x), expected)
+
+
+class Stages(nn.Module):
+    """Blocks in lists of lists, called by loops and indices."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList([nn.ModuleList(linear_block() for _ in range(2)) for _ in range(2)])
+        self.others = nn.ModuleList(linear_block() for _ in range(2))
+        self.flat = nn.ModuleList([nn.Linear(12, 12), nn.ReLU()])
+
+    def forward(self, x):
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+        for i in range(2):
+            x = x + self.others[i](x)
+        for layer in self.flat:
+            x = layer(x)
+        return x
+
+
+def linear_block():
+    return nn.Sequential(nn.Linear(12, 12), nn.ReLU())
+
+
+def test_blocks_in_lists():
+    paths = [f"stages.{i}.{j}.0" for i in range(2) for j in range(2)]
+    check(Stages(), [*paths, "others.0.0", "others.1.0", "flat.0"])
 
 
 class Trainer:

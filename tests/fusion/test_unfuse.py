@@ -324,6 +324,16 @@ def test_to_mkldnn():
     torch.testing.assert_close(torch.utils.mkldnn.to_mkldnn(unfuse(fuse(model)))(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripting_the_modules_that_stand_in():
+    fused = fuse(nn.Sequential(nn.Linear(8, 6), relu := nn.ReLU(), nn.Linear(6, 2)), inplace=True)
+    x = torch.randn(3, 6)
+    assert torch.equal(torch.jit.script(fused[1:])(x), fused[2](x))
+    part = nn.Sequential(fused[1], fused[2])
+    torch.jit.script(part)
+    assert unfuse(part, inplace=True)[0] is relu
+
+
 class Adapter(nn.Module):
     """Low-rank adaptation: ReLU comes after the sum."""
 
