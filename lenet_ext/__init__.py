@@ -16,4 +16,15 @@ from lenet_ext.training_step import TrainingStep  # noqa: E402
 
 register_on_import()
 
-__all__ = ["Net", "ReferenceNet", "TrainingStep", "__version__", "autograd", "build_info", "functional", "fuse", "nn", "unfuse"]
+__all__ = [
+    "Net",
+    "ReferenceNet",
+    "TrainingStep",
+    "__version__",
+    "autograd",
+    "build_info",
+    "functional",
+    "fuse",
+    "nn",
+    "unfuse",
+]

@@ -166,10 +166,11 @@ class _Without(ast.NodeTransformer):
         return given[0] if given else node.func.value  # type: ignore[attr-defined]
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
+        is_shorter = id(node.value) in self.calls
         self.generic_visit(node)
         match node:
-            case ast.Assign(targets=[ast.Name(id=target)], value=ast.Name(id=value)) if target == value:
-                return None  # nothing is left of it
+            case ast.Assign(targets=[ast.Name(id=target)], value=ast.Name(id=value)) if is_shorter and target == value:
+                return None  # nothing is left of `x = F.relu(x)`, which came after the statement that sets x
         return node
 
 

@@ -308,6 +308,19 @@ def _global_variable(self, x):
 
 
 STATE = None
+
+
+def _assigns_a_variable_to_itself(self, x):
+    x = F.max_pool2d(F.relu(self.conv(x)), 2)
+    if not self.training:
+        x = x
+    return x
+
+
+def test_a_statement_without_an_effect_stays():
+    check(module_like(Conv, _assigns_a_variable_to_itself), ["conv"])
+
+
 VARIABLES = [
     _read_in_a_handler,
     _read_by_a_closure,
