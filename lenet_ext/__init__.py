@@ -9,10 +9,22 @@ check_build()
 
 from lenet_ext import autograd, batching, decompositions, functional, nn  # noqa: E402, F401  only after the check
 from lenet_ext.fusion.fuse import fuse  # noqa: E402
+from lenet_ext.fusion.unfuse import unfuse  # noqa: E402
 from lenet_ext.net import Net, ReferenceNet  # noqa: E402
 from lenet_ext.on_import import register_on_import  # noqa: E402
 from lenet_ext.training_step import TrainingStep  # noqa: E402
 
 register_on_import()
 
-__all__ = ["Net", "ReferenceNet", "TrainingStep", "__version__", "autograd", "build_info", "functional", "fuse", "nn"]
+__all__ = [
+    "Net",
+    "ReferenceNet",
+    "TrainingStep",
+    "__version__",
+    "autograd",
+    "build_info",
+    "functional",
+    "fuse",
+    "nn",
+    "unfuse",
+]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -63,12 +64,11 @@ class ConvReLUMaxPool2d(nn.Conv2d):
         self.pool_dilation = pool_dilation
         self.ceil_mode = ceil_mode
 
-    def _options(self) -> tuple:
+    def _options(self, weight: Tensor) -> tuple:
         """The normalised options, computed again only when an attribute was changed."""
         attributes = _option_attributes(self)
         # "same" depends on the kernel; the shape of a replaced weight counts, not what the constructor was told.
-        same = isinstance(attributes[1], str)
-        kernel_size = (int(self.weight.shape[2]), int(self.weight.shape[3])) if same else (0, 0)
+        kernel_size = (int(weight.shape[2]), int(weight.shape[3])) if isinstance(attributes[1], str) else (0, 0)
         cached = self.__dict__.get("_normalized")
         if cached is None or cached[0] != attributes or cached[1] != kernel_size:
             options = functional.normalize_options(*attributes, kernel_size)  # type: ignore[call-arg]
@@ -113,11 +113,12 @@ class ConvReLUMaxPool2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self._scripted(input)
-        if torch.compiler.is_compiling() or torch.overrides.has_torch_function_variadic(input, self.weight):
+        weight, bias = self.weight, self.bias  # read once: a parametrized weight is computed at every reading
+        if torch.compiler.is_compiling() or torch.overrides.has_torch_function_variadic(input, weight):
             return functional.conv_relu_max_pool2d(
                 input,
-                self.weight,
-                self.bias,
+                weight,
+                bias,
                 self.stride,
                 self.padding,
                 self.dilation,
@@ -128,7 +129,11 @@ class ConvReLUMaxPool2d(nn.Conv2d):
                 pool_dilation=self.pool_dilation,
                 ceil_mode=self.ceil_mode,
             )
-        return functional.conv_relu_max_pool2d_normalized(input, self.weight, self.bias, self._options())
+        return functional.conv_relu_max_pool2d_normalized(input, weight, bias, self._options(weight))
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        _refuse_to_mkldnn(self)
+        return super().named_children()
 
     def extra_repr(self) -> str:
         pool = [f"pool_kernel_size={self.pool_kernel_size}"]
@@ -172,3 +177,19 @@ class LinearReLU(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear_relu(input, self.weight, self.bias)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        _refuse_to_mkldnn(self)
+        return super().named_children()
+
+
+def _refuse_to_mkldnn(layer: nn.Module) -> None:
+    """``torch.utils.mkldnn.to_mkldnn`` takes the layer for the stock one that it is a subclass of.
+
+    It would put a layer without ReLU and pooling in its place, but asks for its children before.
+    """
+    if sys._getframe(2).f_globals.get("__name__") == "torch.utils.mkldnn":
+        raise RuntimeError(
+            f"to_mkldnn cannot convert {type(layer).__name__}, whose ReLU it would leave out; "
+            "lenet_ext.unfuse(model) makes it stock layers, which it can convert"
+        )

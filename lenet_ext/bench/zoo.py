@@ -222,7 +222,7 @@ class SqueezeNet(nn.Module):
 
 
 class Untraceable(nn.Module):
-    """Its path depends on the numbers; what is certain all the same lies inside the Sequential."""
+    """Its path depends on the numbers, which torch.fx cannot trace."""
 
     def __init__(self, divisor: int) -> None:
         super().__init__()
@@ -246,6 +246,6 @@ _LIST = (
     ZooModel("alexnet", AlexNet, (3, 224, 224), 5, 5, 67),
     ZooModel("resnet18", ResNet18, (3, 224, 224), 0, 1, 48),
     ZooModel("squeezenet", SqueezeNet, (3, 224, 224), 1, 1, 48),
-    ZooModel("untraceable", Untraceable, (3, 64, 64), 1, 1, 16),
+    ZooModel("untraceable", Untraceable, (3, 64, 64), 2, 2, 16),
 )
 ZOO = {model.name: model for model in _LIST}

@@ -1,31 +1,37 @@
 """`fuse`: the fused layers, in a model that was written without them.
 
-First every module's ``forward`` is read into graphs of its own (``forward_graph``), in which the chains of layers are
-found (``chains``). Then the model is changed, as little as will do. The convolution or linear layer keeps its object
-and its parameters, and gets the class of the fused layer. The calls of ReLU and pooling, now superfluous, go: in a
-``Sequential`` an ``Identity`` takes the place of the module; any other module whose ``forward`` makes such a call gets
-a subclass of its class, in which nothing but ``forward`` differs. So nothing that hangs on modules or on parameters
-(hooks, other methods, attributes, optimizers, ties) notices. Modules whose ``forward`` cannot be read keep it; what is
-inside them is looked at all the same.
+First the chains of layers are found (``chains``), by the source of every module's ``forward`` and in the Sequentials.
+Then the model is changed, as little as will do. The convolution or linear layer keeps its object and its parameters,
+and gets the class of the fused layer. The calls of ReLU and pooling, now superfluous, go: in a ``Sequential`` another
+module stands in for the ReLU or pooling and passes its input on; any other module whose ``forward`` makes such a call
+gets a subclass of its class, in which nothing but ``forward`` differs, and that only by the call. So nothing that hangs
+on modules or on parameters (hooks, other methods, attributes, optimizers, ties) notices, and ``unfuse`` takes it back.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
-from collections.abc import Iterable
+import itertools
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from lenet_ext.fusion.chains import Chain, Model, NoChainError, Step
-from lenet_ext.fusion.forward_graph import Recipe
+from lenet_ext.fusion.chains import Chain, Chains
+from lenet_ext.fusion.source import with_methods
+from lenet_ext.fusion.steps import Method, NoChainError
+from lenet_ext.fusion.superfluous import refuse_hooks, stand_in
 from lenet_ext.net import _has_global_hooks
 from lenet_ext.nn import ConvReLUMaxPool2d, Linear, LinearReLU
 
 __all__ = ["FusionRecord", "fuse"]
+
+# An attribute of the layers that fuse made: their ReLU and pooling are somewhere in the model.
+MADE_BY_FUSE = "_made_by_lenet_ext_fuse"
 
 
 @dataclass(frozen=True)
@@ -48,18 +54,23 @@ class FusionRecord:
 def fuse(model: nn.Module, *, inplace: bool = False, verbose: bool = False, fold_batch_norm: bool = False) -> nn.Module:
     """Swaps every conv -> ReLU -> max-pool and linear -> ReLU chain of a model for the fused layer.
 
-    Chains are found between modules (``nn.ReLU``, ``nn.MaxPool2d``, ``nn.Sequential`` in any nesting) and in what a
-    ``forward`` calls (``F.relu``, ``torch.relu``, ``x.relu()``, ``F.max_pool2d``, in place or not), also with the
-    pooling before the ReLU, which is the same function. A chain is swapped only where nobody can tell but by the speed:
-    not where a value in between is used elsewhere, or could be seen by a hook, nor around any other operation, nor
-    where another method or an attribute of the model reaches the layer by itself. Where it is not certain, the layer is
-    left as it is.
+    Chains are found between modules (``nn.ReLU``, ``nn.MaxPool2d``, ``nn.Sequential`` in any nesting) and in what the
+    methods of a module call (``F.relu``, ``torch.relu``, ``x.relu()``, ``F.max_pool2d``, in place or not), nested or in
+    one statement after the other, also with the pooling before the ReLU, which is the same function. A chain is swapped
+    only where nobody can tell but by the speed: not where a value in between is used elsewhere, or seen by a hook, nor
+    around any other operation, nor where the layer is called in any other way as well, or handed out by a method or an
+    attribute of the model. Where it is not certain, the layer is left as it is.
 
     Parameters, buffers, attributes, methods, hooks and the keys of the ``state_dict`` are those of the model, and so is
-    its class, or a subclass of it where its ``forward`` had to be rewritten. Attributes that ``forward`` reads,
-    ``training`` among them, keep their effect when they change later. What changes the layers themselves comes first:
-    replacing one of a fused model by another does not bring back the ReLU and the pooling that belonged to it, setting
-    options of a pooling module has no effect any more, and weights that are quantized do not fit the fused kernels.
+    its class, or a subclass of it in which the calls of ReLU and pooling are left out of a method's source. All else
+    that the method does stays as it is written, whether torch.fx could trace it or not. A method is read from its file,
+    or Jupyter's cell; a ``forward`` that was typed at a prompt is traced, if a trace can be the whole truth.
+
+    What would see or change the layers themselves comes first, or after :func:`lenet_ext.unfuse`, which gives the stock
+    layers back. ReLU and pooling modules that became a part of a fused layer stay under their names, but refuse hooks,
+    which would see other values than before. A hook on a fused layer sees what the fused layer returns. Putting another
+    module in the place of a fused layer, of its ReLU or its pooling, or setting the options of such a pooling, does not
+    do what it would have done to the original. Weights that are quantized do not fit the fused kernels.
 
     Args:
         model: any module, on any device, in training or in evaluation mode.
@@ -94,8 +105,8 @@ def fuse(model: nn.Module, *, inplace: bool = False, verbose: bool = False, fold
         )
     title = f"lenet_ext.fuse: {type(model).__name__}"
     if not inplace:
-        model = copy.deepcopy(model)
-    if fold_batch_norm:
+        model = deep_copy(model)
+    if fold_batch_norm and not _has_global_hooks():
         _fold_batch_norms(model)
     earlier = {record.path: record for record in getattr(model, "fusion_report", ())}
     # Past a __setattr__ of the model's own, which may pass it on or register it.
@@ -106,10 +117,26 @@ def fuse(model: nn.Module, *, inplace: bool = False, verbose: bool = False, fold
     return model
 
 
+def deep_copy(model: nn.Module) -> nn.Module:
+    """A deep copy with the hooks and attributes of parameters and buffers, which ``copy.deepcopy`` leaves out."""
+    memo: dict[int, Any] = {}
+    copied = copy.deepcopy(model, memo)
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        other = memo.get(id(tensor))
+        if other is None:  # a module copies itself in its own way
+            continue
+        other.__dict__.update(copy.deepcopy(tensor.__dict__, memo))
+        # The dictionaries themselves: registering anew is refused where no gradient is wanted at present.
+        for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            if getattr(tensor, hooks):
+                setattr(other, hooks, copy.deepcopy(getattr(tensor, hooks), memo))
+    return copied
+
+
 def _fuse_chains(model: nn.Module, earlier: dict[str, FusionRecord]) -> list[FusionRecord]:
     records: list[FusionRecord] = []
-    found: list[Chain] = []
-    calls = Model(model)
+    found: list[tuple[str, Chain]] = []
+    chains = Chains(model)
     for path, layer in model.named_modules():
         if isinstance(layer, (ConvReLUMaxPool2d, Linear, LinearReLU)):
             records.append(earlier.get(path, FusionRecord(path, type(layer).__name__, True)))
@@ -118,66 +145,58 @@ def _fuse_chains(model: nn.Module, earlier: dict[str, FusionRecord]) -> list[Fus
             try:
                 if _has_global_hooks():
                     raise NoChainError("there are hooks on all modules")
-                found.append(calls.chain(layer))
-                parts = " + ReLU + MaxPool2d" if found[-1].pool is not None else " + ReLU"
-                records.append(FusionRecord(path, stock + parts, True))
+                chain = chains.find(layer)
+                found.append((path, chain))
+                records.append(FusionRecord(path, stock + (" + ReLU + MaxPool2d" if chain.pool else " + ReLU"), True))
             except NoChainError as error:
-                # A rewritten forward is not read again: what was said of it the first time still holds.
-                records.append(earlier.get(path, FusionRecord(path, stock, False, str(error))))
-    for chain in found:
+                records.append(FusionRecord(path, stock, False, str(error)))
+    paths = {id(module): path for path, module in model.named_modules()}
+    calls: dict[Method, set[ast.AST]] = defaultdict(set)
+    for path, chain in found:
         _swap(chain)
-    _remove_calls({id(step.node): step for chain in found for step in chain.superfluous}.values())
-    owners = {id(owner): owner for chain in found for owner in chain.owners}
-    for owner in owners.values():
-        changed = any(step.owner is owner for chain in found for step in chain.superfluous)
-        # A forward that relies on an attribute being None is rewritten as well, to say so when that is no longer true.
-        if owner.graphs is not None and not owner.is_sequential and (changed or owner.graphs.nones):
-            owner.module.__class__ = Recipe(type(owner.module), owner.graphs).subclass()
+        for module in chain.changed_modules():
+            refuse_hooks(module, paths[id(module)], path)
+        for step in chain.superfluous:
+            if step.module is not None and step.container is not None:
+                step.container._modules[step.name] = stand_in(step.module)
+            elif step.method is not None and step.call is not None:
+                calls[step.method].add(step.call)
+    for method, superfluous in calls.items():
+        rewritten = with_methods(type(method.module), {method.name: method.without(superfluous)})
+        object.__setattr__(method.module, "__class__", rewritten)
     return records
 
 
 def _swap(chain: Chain) -> None:
     """Gives the layer the class of the fused one; the object, and all that refers to it, stays."""
-    layer = chain.layer
-    if chain.pool is None:
-        layer.__class__ = LinearReLU
-        return
-    layer.__class__ = ConvReLUMaxPool2d
-    for name, value in chain.pool.items():
-        setattr(layer, name, value)
-
-
-def _remove_calls(steps: Iterable[Step]) -> None:
-    for step in steps:
-        if step.owner.is_sequential:
-            _replace_by_identity(step)
-        else:
-            step.node.replace_all_uses_with(step.node.all_input_nodes[0])
-            step.node.graph.erase_node(step.node)
-
-
-def _replace_by_identity(step: Step) -> None:
-    parent, _, name = str(step.node.target).rpartition(".")
-    holder = step.owner.module.get_submodule(parent)
-    holder._modules[name] = nn.Identity().train(step.child().training)
+    chain.layer.__class__ = ConvReLUMaxPool2d if chain.pool else LinearReLU
+    for name, value in {**chain.pool, MADE_BY_FUSE: True}.items():
+        setattr(chain.layer, name, value)
 
 
 def _fold_batch_norms(model: nn.Module) -> None:
-    calls = Model(model)
-    if _has_global_hooks():
-        return
+    chains = Chains(model)
     folds = []
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             with contextlib.suppress(NoChainError):
-                folds.append((layer, calls.batch_norm_after(layer)))
-    for conv, steps in folds:
-        norm: Any = steps[0].child()
+                folds.append((layer, chains.batch_norm_after(layer)))
+    for conv, norm in folds:
+        mean, variance = norm.running_mean, norm.running_var
         conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            conv.weight,
+            conv.bias,
+            mean,  # type: ignore[arg-type]
+            variance,  # type: ignore[arg-type]
+            norm.eps,
+            norm.weight,
+            norm.bias,
         )
-        for step in steps:
-            _replace_by_identity(step)
+    folded = {id(norm): nn.Identity().train(norm.training) for _, norm in folds}
+    for holder in list(model.modules()):
+        for name, child in holder._modules.items():
+            if id(child) in folded:
+                holder._modules[name] = folded[id(child)]
 
 
 def _print_report(title: str, records: tuple[FusionRecord, ...]) -> None:

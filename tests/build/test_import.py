@@ -82,7 +82,7 @@ print(json.dumps(facts))
 
 
 def test_exported_names() -> None:
-    names = {"Net", "ReferenceNet", "__version__", "autograd", "build_info", "functional", "fuse", "nn"}
+    names = {"Net", "ReferenceNet", "__version__", "autograd", "build_info", "functional", "fuse", "nn", "unfuse"}
     assert names <= set(lenet_ext.__all__)
     assert all(hasattr(lenet_ext, name) for name in lenet_ext.__all__)
     assert (PACKAGE / "py.typed").is_file()

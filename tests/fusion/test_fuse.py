@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import threading
@@ -22,7 +23,7 @@ from fusing import (
     flat,
     fused_layers,
     module_like,
-    pool_of_relu,
+    reason,
 )
 from torch import nn
 
@@ -109,12 +110,12 @@ def test_options_of_the_convolution(options):
     check(nn.Sequential(conv(**options), nn.ReLU(), nn.MaxPool2d(2)), ["0"])
 
 
-def test_a_chain_that_passes_through_modules_with_a_forward_of_their_own():
-    block = module_like(Conv, lambda self, x: F.relu(self.conv(x)))
-    check(module_like(nn.Module, lambda self, x: F.max_pool2d(self.block(x), 2), block=block), ["block.conv"])
-    check(nn.Sequential(block, nn.MaxPool2d(2)), ["0.conv"])
-    tail = module_like(nn.Module, lambda self, x: F.max_pool2d(x.relu(), 2))
-    check(nn.Sequential(conv(), tail), ["0"])
+def test_a_forward_that_calls_a_sequential():
+    block = nn.Sequential(conv(), nn.ReLU())
+    check(module_like(nn.Module, lambda self, x: F.max_pool2d(self.block(x), 2), block=block), ["block.0"])
+    tail = nn.Sequential(nn.ReLU(), nn.Sequential(nn.MaxPool2d(2)))
+    check(module_like(Conv, lambda self, x: self.tail(self.conv(x)), tail=tail), ["conv"])
+    check(module_like(Conv, lambda self, x: self.tail[0](self.conv(x)), tail=tail), [])
 
 
 class Activation(nn.ReLU):
@@ -155,27 +156,115 @@ def test_one_relu_and_one_pool_module_for_all_layers():
     check(module_like(Conv, forward, relu=relu, pool=pool), ["conv"])
 
 
-def test_helpers_methods_properties_and_super_are_followed():
-    class Model(Conv):
-        @property
-        def size(self):
-            return self.scale
+class InStatements(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.pool = conv(), nn.Conv2d(4, 5, 2), nn.MaxPool2d(2)
+        self.fc1, self.fc2, self.relu = nn.Linear(20, 7), nn.Linear(7, 7), nn.ReLU()
 
-        def forward(self, x):
-            return self.activate(self.conv(x)) * self.size
+    def forward(self, x):
+        """Statements as people write them."""
+        x = self.conv1(x)
+        x = F.relu(x)
+        x = self.pool(x)
 
-        def activate(self, x):
-            return pool_of_relu(x)
+        y = self.conv2(x)  # another name
+        z = y.relu()
+        x: torch.Tensor = self.pool(z)
+        with torch.autocast("cpu", enabled=False):
+            x = self.fc1(torch.flatten(x, 1))
+            x = self.relu(x)
+        x = self.fc2(x)
+        return self.relu(x)
 
-    class Child(Model):
-        def forward(self, x):
-            return super().forward(x) + 1
 
-    model = Child()
-    model.scale = 3
-    fused = check(model, ["conv"])
-    fused.scale = model.scale = 4
-    assert_same(fused, model, torch.randn(IMAGES, dtype=torch.float64))
+def test_statements():
+    fused = check(InStatements(), ["conv1", "conv2", "fc1", "fc2"])
+    text = inspect.getsource(type(fused).forward)
+    assert text.count("self.conv1(x)") == 1
+    assert "pool" not in text
+    assert "relu" not in text
+
+
+class InMethods(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = conv(), nn.Linear(100, 3)
+
+    def forward(self, x):
+        return self._head(self.features(x))
+
+    def features(self, x):
+        return F.max_pool2d(F.relu(self.conv(x)), 2)
+
+    def _head(self, x, *, scale=2.0):
+        x = self.fc(x.flatten(1))
+        return F.relu(x) * scale
+
+
+def test_chains_in_other_methods():
+    model = InMethods()
+    fused = check(model, ["conv", "fc"])
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    torch.testing.assert_close(fused.features(x), model.features(x))
+
+
+class Base(Conv):
+    scale = 3
+
+    @property
+    def factor(self):
+        return self.scale
+
+    def forward(self, x, /, *, shift=0.0):
+        return F.max_pool2d(F.relu(self.conv(x)), 2) * self.factor + shift
+
+
+class Inherits(Base):
+    pass
+
+
+class Replaces(Base):
+    def forward(self, x):
+        return super().train(self.training)._pooled(x)
+
+    def _pooled(self, x):
+        return F.max_pool2d(F.relu(self.conv(x)), 2)
+
+
+class Extends(Base):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def test_inherited_forwards():
+    fused = check(Inherits(), ["conv"])
+    torch.testing.assert_close(
+        fused(x := torch.randn(IMAGES, dtype=torch.float64), shift=1.0) * 3 - 3, 4 * (fused(x) / 4 * 3)
+    )
+    assert "Extends.forward is decorated or replaced" in reason(Extends(), "conv")
+    check(Replaces(), ["conv"])
+
+
+class Private(Conv):
+    def __init__(self):
+        super().__init__()
+        self.__hidden = 2
+
+    def forward(self, x):
+        factor = lambda: FACTOR * self.__hidden  # noqa: E731
+        return F.max_pool2d(F.relu(self.conv(x)), 2) * factor()
+
+
+FACTOR = 3
+
+
+def test_private_names_closures_and_globals(monkeypatch):
+    fused = check(Private(), ["conv"])
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    before = fused(x)
+    monkeypatch.setitem(globals(), "FACTOR", 6)
+    torch.testing.assert_close(fused(x), before * 2)
 
 
 # --- what survives ---------------------------------------------------------------------------------------------------
@@ -240,6 +329,56 @@ def test_the_original_is_untouched():
             p.add_(1)
     assert pickle.dumps(model) == before
     assert not hasattr(model, "fusion_report")
+
+
+class Counter:
+    """A hook with a memory, which belongs to the model that it is registered in."""
+
+    def __init__(self, model):
+        self.model, self.calls = [model], 0
+
+    def __call__(self, *_):
+        self.calls += 1
+
+
+def test_hooks_and_attributes_of_parameters():
+    model = Whole().double()
+    weight = model.fc1.weight  # tied
+    weight.no_decay, model.conv.bias.groups = True, ["a"]
+    model.mean.unit = "gray"
+    weight.register_hook(lambda grad: grad * 3)
+    weight.register_post_accumulate_grad_hook(counter := Counter(model))
+    model.conv.bias.register_hook(lambda grad: grad + 1)
+    model.conv.bias.requires_grad_(False)  # its hook waits until that changes
+    fused = fuse(model)
+    assert fused_layers(fused) == ["conv", "fc1", "tied"]
+    assert fused.tied.weight is fused.fc1.weight
+    assert fused.tied.weight.no_decay
+    assert fused.conv.bias.groups == ["a"]
+    assert fused.conv.bias.groups is not model.conv.bias.groups
+    assert fused.mean.unit == "gray"
+    copied = next(iter(fused.fc1.weight._post_accumulate_grad_hooks.values()))
+    for m in (fused, model):
+        m.conv.bias.requires_grad_(True)
+    assert_same(fused, model, torch.randn(IMAGES, dtype=torch.float64))
+    assert counter.calls == copied.calls == 1
+    assert copied.model[0] is fused
+    fused.fc1.weight.register_hook(lambda grad: grad * 2)
+    assert len(model.fc1.weight._backward_hooks) == 1
+
+
+def test_a_hook_of_a_copied_parameter_can_be_removed():
+    model = nn.Sequential(nn.Linear(12, 5), nn.ReLU())
+    model[0].weight.register_hook(lambda grad: grad * 0)
+    fused = fuse(model)
+    handle = fused[0].weight.register_hook(lambda grad: grad + 1)
+    fused(torch.ones(1, 12)).sum().backward()
+    assert (fused[0].weight.grad == 1).all()
+    handle.remove()
+    fused.zero_grad()
+    fused(torch.ones(1, 12)).sum().backward()
+    assert (fused[0].weight.grad == 0).all()
+    assert model[0].weight.grad is None
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -375,6 +514,33 @@ def test_ties_zeros_nan_and_infinities(pool_first):
     check(model, ["0"], x)
 
 
+def test_relu_after_a_pooling_window_in_padding_is_zero():
+    model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.MaxPool2d(2, 1, 1, 2), nn.ReLU())
+    nn.init.ones_(model[0].weight)
+    assert fuse(model)(torch.ones(1, 1, 1, 1)).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("pool", "expected"),
+    [
+        (nn.MaxPool2d(2, 1, 1, 2), []),
+        (nn.MaxPool2d((1, 2), 1, (0, 1), (1, 2)), []),
+        (nn.MaxPool2d((2, 1), 1, (1, 0), (1, 2)), ["0"]),
+        (nn.MaxPool2d(2, 1, 0, 2), ["0"]),
+        (nn.MaxPool2d(3, 2, 1), ["0"]),
+    ],
+)
+def test_a_pooling_window_that_lies_wholly_in_padding(pool, expected):
+    """It gives -inf: the last value if the pooling comes after ReLU, 0 if ReLU comes after the pooling."""
+    for tail in ([pool, nn.ReLU()], [nn.ReLU(), pool]):
+        model = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), *tail).double()
+        with torch.no_grad():
+            model[0].weight.fill_(1)
+        layers = expected if tail[0] is pool else ["0"]
+        for side in (1, 2, 5) if pool.padding else (5,):
+            check(model, layers, torch.ones(1, 1, side, side, dtype=torch.float64))
+
+
 # --- arguments, report -----------------------------------------------------------------------------------------------
 
 
@@ -403,7 +569,7 @@ def test_report():
     assert [(r.path, r.what, r.fused, r.reason) for r in fused.fusion_report] == [
         ("0.conv", "Conv2d + ReLU + MaxPool2d", True, ""),
         ("0.fc1", "Linear + ReLU", True, ""),
-        ("0.fc2", "Linear", False, "0 has branches"),
+        ("0.fc2", "Linear", False, "its output is what Whole.forward returns"),
         ("0.tied", "Linear + ReLU", True, ""),
         ("1", "Linear", False, "followed by Tanh (2)"),
     ]

@@ -1,12 +1,14 @@
-"""`lenet_ext.fuse` rewrites a `forward`: branches, attributes and arguments keep working, or it is left as it is."""
+"""`lenet_ext.fuse` takes calls out of a `forward`: all the rest of it stays, and works as before."""
 
 from __future__ import annotations
+
+import contextlib
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
-from fusing import IMAGES, Conv, Switches, assert_same, check, conv, fused_layers, module_like, pool_of_relu, reason
+from fusing import IMAGES, Conv, Switches, assert_same, check, conv, module_like, reason
 from torch import nn
 
 from lenet_ext import fuse
@@ -34,7 +36,7 @@ def test_attributes_that_are_changed_or_called_by_forward():
 
 
 def _compares_with_infinity(self, x):
-    x = pool_of_relu(self.conv(x))
+    x = F.max_pool2d(F.relu(self.conv(x)), 2)
     return x if self.limit == float("inf") else x.clamp(max=self.limit)
 
 
@@ -63,16 +65,23 @@ def branch_in_the_chain(self, x):
 
 
 def test_a_chain_in_one_branch_only():
-    assert "no ReLU" in reason(module_like(Conv, branch_in_the_chain), "conv")
+    assert "x, is not used in the next statement" in reason(module_like(Conv, branch_in_the_chain), "conv")
 
 
 def different_pools(self, x):
+    if self.training:
+        return F.max_pool2d(F.relu(self.conv(x)), 2)
+    return F.max_pool2d(F.relu(self.conv(x)), 3)
+
+
+def one_pool_in_a_condition(self, x):
     x = F.relu(self.conv(x))
     return F.max_pool2d(x, 2) if self.training else F.max_pool2d(x, 3)
 
 
 def test_different_poolings_in_different_branches():
     assert "different poolings" in reason(module_like(Conv, different_pools), "conv")
+    assert "may be used elsewhere" in reason(module_like(Conv, one_pool_in_a_condition), "conv")
 
 
 def the_same_in_both(self, x):
@@ -91,40 +100,22 @@ class Downsample(nn.Module):
         self.conv, self.extra = conv(), extra
 
     def forward(self, x):
-        x = F.relu(self.conv(x))
         if self.extra is not None:
-            x = self.extra(x)
-        return F.max_pool2d(x, 2)
+            return self.extra(self.conv(x).relu())
+        return F.max_pool2d(F.relu(self.conv(x)), 2)
 
 
-def test_an_attribute_that_was_none():
-    """`is None` cannot be followed both ways; when the answer is another, it says so instead of computing nonsense."""
-    assert "followed by Sigmoid" in reason(Downsample(nn.Sigmoid()), "conv")
-    fused = check(Downsample(None), ["conv"])
-    fused.extra = nn.Sigmoid()
-    with pytest.raises(RuntimeError, match="extra was None when the model was fused"):
-        fused(torch.randn(IMAGES, dtype=torch.float64))
-
-
-class CallsTheTail(nn.Module):
-    """Nothing in this forward is superfluous, but it says what is between the convolution and its ReLU."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.tail, self.extra = conv(), nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), None
-
+class Optional(Downsample):
     def forward(self, x):
-        x = self.conv(x)
-        if self.extra is not None:
-            x = self.extra(x)
-        return self.tail(x)
+        x = F.max_pool2d(F.relu(self.conv(x)), 2)
+        return x if self.extra is None else self.extra(x)
 
 
-def test_an_attribute_that_was_none_where_only_modules_are_swapped():
-    fused = check(CallsTheTail(), ["conv"])
-    fused.extra = nn.Sigmoid()
-    with pytest.raises(RuntimeError, match="extra was None"):
-        fused(torch.randn(IMAGES, dtype=torch.float64))
+def test_an_attribute_that_is_none():
+    assert "no max-pool" in reason(Downsample(None), "conv")
+    fused = check(model := Optional(None), ["conv"])
+    fused.extra = model.extra = nn.Sigmoid()
+    assert_same(fused, model, torch.randn(IMAGES, dtype=torch.float64))
 
 
 FACTOR = 2
@@ -204,7 +195,7 @@ def _loops_over_shape(self, x):
     return F.max_pool2d(F.relu(self.conv(x)), 2) * count
 
 
-UNREADABLE = [
+EVERYTHING = [
     _prints,
     _sets,
     _no_grad,
@@ -215,34 +206,199 @@ UNREADABLE = [
     _asks_for_grad_mode,
     _reads_a_global,
     _counts,
-    _any_arguments,
     _depends_on_data,
     _depends_on_shape,
     _loops_over_shape,
 ]
 
 
-@pytest.mark.parametrize("forward", UNREADABLE, ids=lambda f: f.__name__)
-def test_a_forward_that_tracing_would_change_is_left(forward, capsys):
-    assert "in the model, which" in reason(module_like(Conv, forward), "conv")
-    if forward is _prints:
-        assert capsys.readouterr().out == "torch.Size([2, 3, 12, 12])\n" * 6, "printed while fusing, or not when called"
+@pytest.mark.parametrize("forward", EVERYTHING, ids=lambda f: f.__name__)
+def test_a_forward_that_cannot_be_traced(forward, capsys):
+    fused = check(module_like(Conv, forward), ["conv"])
+    printed = "torch.Size([2, 3, 12, 12])\n" * 6 if forward is _prints else ""
+    assert capsys.readouterr().out == printed, "printed while fusing, or not when called"
+    if forward is _asks_for_none:
+        x = torch.randn(IMAGES, dtype=torch.float64)
+        torch.testing.assert_close(fused(x, x), fused(x * 2))
+    if forward is _counts:
+        before = COUNTS[0]
+        fused(torch.randn(IMAGES, dtype=torch.float64))
+        assert COUNTS[0] == before + 1
 
 
-def test_fusing_runs_nothing_of_the_model_for_real():
-    class Counter(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(12, 5)
-            self.register_buffer("calls", torch.zeros(()))
+def test_unusual_arguments_are_left():
+    assert "in a way that cannot be followed" in reason(module_like(Conv, _any_arguments), "conv")
 
-        def forward(self, x):
-            self.calls.add_(1)
-            return F.relu(self.fc(x)) + self.calls
 
-    model = Counter()
-    fused = fuse(model)
-    assert fused_layers(fused) == ["fc"]
-    assert model.calls == fused.calls == 0
-    fused(torch.randn(2, 12))
-    assert fused.calls == 1
+# --- variables -------------------------------------------------------------------------------------------------------
+
+
+def _read_in_a_handler(self, x):
+    try:
+        x = self.conv(x)
+        x = F.max_pool2d(F.relu(x), 20)
+    except RuntimeError:
+        x = x * 2
+    return x
+
+
+def _read_by_a_closure(self, x):
+    later = lambda: x  # noqa: E731
+    x = F.relu(self.conv(x))
+    x = F.max_pool2d(x, 2)
+    return x + later()
+
+
+def _read_after_a_swallowed_error(self, x):
+    with contextlib.suppress(RuntimeError):
+        x = self.conv(x)
+        x = F.max_pool2d(F.relu(x), 20)
+    return x
+
+
+def _read_by_name(self, x):
+    x = self.conv(x)
+    x = F.relu(x) + locals()["x"]
+    return F.max_pool2d(x, 2)
+
+
+def _added_to(self, x):
+    y = self.conv(x)
+    y += F.relu(y)
+    return F.max_pool2d(y, 2)
+
+
+def _read_in_the_next_round(self, x):
+    total = 0
+    for _ in range(2):
+        y = self.conv(x)
+        z = F.max_pool2d(F.relu(y), 2)
+        total = total + z.sum() + y.sum()
+    return total
+
+
+def _deleted(self, x):
+    y = self.conv(x)
+    z = F.relu(y)
+    del y
+    return F.max_pool2d(z, 2)
+
+
+def _in_place_without_a_name(self, x):
+    x = self.conv(x)
+    F.relu(x, inplace=True)
+    return F.max_pool2d(x, 2)
+
+
+def _one_of_two_targets(self, x):
+    x = y = self.conv(x)
+    x = F.relu(x)
+    return F.max_pool2d(x, 2) + F.max_pool2d(y, 2)
+
+
+def _in_a_comprehension(self, x):
+    return sum(F.max_pool2d(F.relu(self.conv(y)), 2) for y in (x, x * 2))
+
+
+def _global_variable(self, x):
+    global STATE
+    STATE = self.conv(x)
+    STATE = F.relu(STATE)
+    return F.max_pool2d(STATE, 2)
+
+
+STATE = None
+
+
+def _assigns_a_variable_to_itself(self, x):
+    x = F.max_pool2d(F.relu(self.conv(x)), 2)
+    if not self.training:
+        x = x
+    return x
+
+
+def test_a_statement_without_an_effect_stays():
+    check(module_like(Conv, _assigns_a_variable_to_itself), ["conv"])
+
+
+VARIABLES = [
+    _read_in_a_handler,
+    _read_by_a_closure,
+    _read_after_a_swallowed_error,
+    _read_by_name,
+    _added_to,
+    _read_in_the_next_round,
+    _deleted,
+    _in_place_without_a_name,
+    _one_of_two_targets,
+    _in_a_comprehension,
+    _global_variable,
+]
+
+
+@pytest.mark.parametrize("forward", VARIABLES, ids=lambda f: f.__name__)
+def test_a_variable_that_others_may_read(forward):
+    reason(module_like(Conv, forward), "conv")
+
+
+# --- without a source ------------------------------------------------------------------------------------------------
+
+
+def typed(*statements, arguments="self, x"):
+    """A forward as if typed at a prompt: there is no file that it could be read from."""
+    scope = {"F": F, "torch": torch, "nn": nn, "FACTOR": 2}
+    exec("\n    ".join([f"def forward({arguments}):", *statements]), scope)
+    tail = nn.Sequential(nn.Flatten(), nn.Linear(100, 3), nn.ReLU())
+    model = module_like(Conv, scope["forward"], tail=tail, relu=nn.ReLU(), pool=nn.MaxPool2d(2))
+    model.scale = 2
+    return model
+
+
+TYPED = {
+    "nested": ["return self.tail(F.max_pool2d(F.relu(self.conv(x)), 2))"],
+    "modules": ["x = self.pool(self.relu(self.conv(x)))", "return self.tail(x)"],
+    "statements": [
+        "x = self.conv(x)",
+        "x = torch.relu(x)",
+        "x = F.max_pool2d(x, 2)",
+        "return self.tail(x.view(-1, 100))",
+    ],
+    "methods": ["x = self.conv(x).relu_()", "return self.tail(torch.max_pool2d(x, 2).view(x.size(0), -1)).sin() + 1"],
+}
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_a_forward_typed_at_a_prompt(name):
+    expected = ["tail.1"] if name == "methods" else ["conv", "tail.1"]
+    check(typed(*TYPED[name]), expected)
+
+
+NOT_THE_WHOLE_TRUTH = {
+    "attribute": (["return F.max_pool2d(F.relu(self.conv(x)), 2) * self.scale"], "self, x"),
+    "mode": (["return F.max_pool2d(F.relu(self.conv(x)), 2) * self.training"], "self, x"),
+    "global": (["return F.max_pool2d(F.relu(self.conv(x)), 2) * FACTOR"], "self, x"),
+    "builtin": (["print(end='')", "return F.max_pool2d(F.relu(self.conv(x)), 2)"], "self, x"),
+    "type": (["return F.max_pool2d(F.relu(self.conv(x)), 2) * (type(x) is torch.Tensor)"], "self, x"),
+    "context": (["with torch.no_grad():", "    x = x * 2", "return F.max_pool2d(F.relu(self.conv(x)), 2)"], "self, x"),
+    "condition": (["x = F.max_pool2d(F.relu(self.conv(x)), 2)", "return x * 2 if x.sum() > 0 else x"], "self, x"),
+    "random": (["return F.max_pool2d(F.relu(self.conv(x)), 2) + torch.rand(1)"], "self, x"),
+    "argument": (["return F.max_pool2d(F.relu(self.conv(x)), 2 if y is None else 3)"], "self, x, y=None"),
+    "function": (["return (lambda: F.max_pool2d(F.relu(self.conv(x)), 2))()"], "self, x"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_THE_WHOLE_TRUTH)
+def test_a_forward_that_a_trace_does_not_tell(name):
+    statements, arguments = NOT_THE_WHOLE_TRUTH[name]
+    assert "source of Model.forward is not to be had" in reason(typed(*statements, arguments=arguments), "conv")
+
+
+def test_a_method_that_changed_since(tmp_path, monkeypatch):
+    """What runs is not what is written any more: as after an edit, without a reload."""
+    text = "from torch.nn.functional import max_pool2d\ndef forward(self, x): return max_pool2d(self.conv(x).relu(), 2)"
+    file = tmp_path / "edited.py"
+    file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    forward = __import__("edited").forward
+    file.write_text(text.replace("2)", "3)"))
+    assert "source of Model.forward is not to be had" in reason(module_like(Conv, forward), "conv")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ LEFT = {
         "followed by Dropout (2)",
     ),
     "no relu": (nn.Sequential(conv(), nn.MaxPool2d(2)), "no ReLU after its max-pool"),
-    "no pool": (nn.Sequential(conv(), nn.ReLU()), "no max-pool after its ReLU: its output is the model's output"),
+    "no pool": (nn.Sequential(conv(), nn.ReLU()), "no max-pool after its ReLU: its output is what the model returns"),
     "padding mode": (
         nn.Sequential(conv(padding=1, padding_mode="reflect"), nn.ReLU(), nn.MaxPool2d(2)),
         "padding_mode",
@@ -56,30 +57,34 @@ def test_modules_that_are_no_chain(name):
 LEFT_FORWARDS = {
     "used elsewhere": (
         lambda self, x: F.max_pool2d((y := F.relu(self.conv(x))), 2).sum() + y.sum(),
-        "used more than once",
+        "followed by `(y := F.relu(self.conv(x)))`",
     ),
-    "conv used elsewhere": (lambda self, x: (F.max_pool2d(F.relu(y := self.conv(x)), 2), y), "used more than once"),
-    "returned": (lambda self, x: (F.max_pool2d(y := F.relu(self.conv(x)), 2), y), "used more than once"),
-    "in place, and used": (lambda self, x: ((y := self.conv(x)).relu_(), F.max_pool2d(y, 2))[1], "used more than once"),
-    "shape": (lambda self, x: F.max_pool2d((y := F.relu(self.conv(x))), 2).sum() / y.shape[2], "used more than once"),
-    "with itself": (lambda self, x: (lambda y: torch.cat([y, y]))(self.conv(x)), "used more than once"),
-    "not used": (lambda self, x: (self.conv(x), x * 2)[1], "not used"),
-    "one of several outputs": (lambda self, x: (self.conv(x), x), "one of several"),
-    "scaled": (lambda self, x: F.max_pool2d(F.relu(self.conv(x) * 2), 2), "followed by mul"),
-    "average": (lambda self, x: F.avg_pool2d(F.relu(self.conv(x)), 2), "followed by avg_pool2d"),
-    "adaptive": (lambda self, x: F.adaptive_max_pool2d(F.relu(self.conv(x)), 2), "followed by adaptive_max_pool2d"),
+    "conv used elsewhere": (lambda self, x: (F.max_pool2d(F.relu(y := self.conv(x)), 2), y), "followed by `(y := "),
+    "returned": (lambda self, x: (F.max_pool2d(y := F.relu(self.conv(x)), 2), y), "followed by `(y := "),
+    "in place, and used": (lambda self, x: ((y := self.conv(x)).relu_(), F.max_pool2d(y, 2))[1], "followed by `(y := "),
+    "shape": (lambda self, x: F.max_pool2d((y := F.relu(self.conv(x))), 2).sum() / y.shape[2], "followed by `(y := "),
+    "with itself": (lambda self, x: (lambda y: torch.cat([y, y]))(self.conv(x)), "followed by "),
+    "not used": (lambda self, x: (self.conv(x), x * 2)[1], "followed by `(self.conv(x), x * 2)`"),
+    "one of several outputs": (lambda self, x: (self.conv(x), x), "followed by `(self.conv(x), x)`"),
+    "scaled": (lambda self, x: F.max_pool2d(F.relu(self.conv(x) * 2), 2), "followed by `self.conv(x) * 2`"),
+    "average": (lambda self, x: F.avg_pool2d(F.relu(self.conv(x)), 2), "followed by F.avg_pool2d"),
+    "adaptive": (lambda self, x: F.adaptive_max_pool2d(F.relu(self.conv(x)), 2), "followed by F.adaptive_max_pool2d"),
     "indices": (
         lambda self, x: F.max_pool2d(F.relu(self.conv(x)), 2, return_indices=True)[0],
-        "followed by max_pool2d",
+        "followed by F.max_pool2d",
     ),
     "computed": (lambda self, x: F.max_pool2d(F.relu(self.conv(x)), x.shape[2] // 4), "options are computed"),
     "dropout": (lambda self, x: F.max_pool2d(F.dropout(F.relu(self.conv(x)), 0.5, self.training), 2), "dropout"),
-    "activation": (lambda self, x: F.max_pool2d(F.leaky_relu(self.conv(x)), 2), "followed by leaky_relu"),
-    "twice": (lambda self, x: F.max_pool2d(self.conv(x).relu(), 2).sum() + self.conv(x).sum(), "more than once"),
+    "activation": (lambda self, x: F.max_pool2d(F.leaky_relu(self.conv(x)), 2), "followed by F.leaky_relu"),
+    "twice": (
+        lambda self, x: F.max_pool2d(self.conv(x).relu(), 2).sum() + self.conv(x).sum(),
+        "followed by `self.conv(x).sum`",
+    ),
     "gradient hook": (
         lambda self, x: ((y := self.conv(x)).register_hook(lambda g: g * 2), F.max_pool2d(F.relu(y), 2))[1],
-        "cannot be traced",
+        "followed by `(y := ",
     ),
+    "in a helper": (lambda self, x: pool_of_relu(self.conv(x)), "followed by pool_of_relu"),
 }
 
 
@@ -90,7 +95,7 @@ def test_forwards_that_are_no_chain(name):
 
 
 def test_a_relu_after_another_operation_on_linear():
-    assert "followed by sin" in reason(module_like(Linear, lambda self, x: F.relu(self.fc(x).sin())), "fc")
+    assert "followed by `self.fc(x).sin`" in reason(module_like(Linear, lambda self, x: F.relu(self.fc(x).sin())), "fc")
 
 
 class OwnConv(nn.Conv2d):
@@ -105,7 +110,7 @@ class OwnReLU(nn.ReLU):
 
 def test_subclasses_with_a_forward_of_their_own():
     assert "subclass" in reason(nn.Sequential(OwnConv(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2)), "0")
-    assert "followed by add" in reason(nn.Sequential(conv(), OwnReLU(), nn.MaxPool2d(2)), "0")
+    assert "followed by OwnReLU (1)" in reason(nn.Sequential(conv(), OwnReLU(), nn.MaxPool2d(2)), "0")
 
 
 def test_parametrized_layers():
@@ -136,8 +141,10 @@ def test_a_forward_replaced_on_the_instance():
 
 def test_a_shared_layer():
     shared = nn.Linear(12, 12)
-    assert "more than once" in reason(nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU()), "0")
-    assert "more than once" in reason(nn.Sequential(nn.Sequential(shared, nn.ReLU()), shared), "0.0")
+    check(nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU()), ["0"])
+    assert "its output is what the model returns" in reason(
+        nn.Sequential(nn.Sequential(shared, nn.ReLU()), shared), "0.0"
+    )
     # A block may well be used twice, as long as the chain is inside it.
     block = nn.Sequential(nn.Linear(12, 12), nn.ReLU())
     check(nn.Sequential(block, nn.Sigmoid(), block), ["0.0"])
@@ -164,7 +171,7 @@ class WithAnotherMethod(Conv):
 
 
 def test_a_layer_that_another_method_calls():
-    assert "also called by WithAnotherMethod.features" in reason(WithAnotherMethod(), "conv")
+    assert "its output is what WithAnotherMethod.features returns" in reason(WithAnotherMethod(), "conv")
 
 
 # --- hooks -----------------------------------------------------------------------------------------------------------
@@ -192,7 +199,7 @@ def test_hooks_outside_of_a_chain_survive(kind):
     HOOKS[kind](model[0])
     HOOKS[kind](model[1])
     check(model, ["0.0"])
-    model = module_like(Conv, lambda self, x: pool_of_relu(self.conv(x)))
+    model = module_like(Conv, lambda self, x: F.max_pool2d(F.relu(self.conv(x)), 2))
     HOOKS[kind](model)
     check(model, ["conv"])
 
@@ -227,21 +234,21 @@ class Remembers(nn.Module):
 
 
 def _none_until_the_child_ran(self, x):
-    x = self.child(pool_of_relu(self.conv(x)))
+    x = self.child(F.max_pool2d(F.relu(self.conv(x)), 2))
     return x if self.child.last is None else x + self.child.last
 
 
 def _returns_what_the_child_left(self, x):
-    return self.child(pool_of_relu(self.conv(x))), self.child.last
+    return self.child(F.max_pool2d(F.relu(self.conv(x)), 2)), self.child.last
 
 
 def _branches_on_what_the_child_left(self, x):
-    x = self.child(pool_of_relu(self.conv(x)))
+    x = self.child(F.max_pool2d(F.relu(self.conv(x)), 2))
     return x * 3 if self.child.flag else x
 
 
 def _calls_the_child_until_it_is_done(self, x):
-    x = pool_of_relu(self.conv(x))
+    x = F.max_pool2d(F.relu(self.conv(x)), 2)
     while not self.child.flag:
         x = self.child(x)
     return x
@@ -260,8 +267,7 @@ def _calls_the_child_until_it_is_done(self, x):
 def test_an_attribute_that_a_child_changes(forward):
     model = module_like(Conv, forward, child=Remembers()).double()
     fused = fuse(model)
-    assert fused_layers(fused) == []
-    assert "child" in fused.fusion_report[0].reason
+    assert fused_layers(fused) == ["conv"]
     x = torch.randn(IMAGES, dtype=torch.float64)
     for _ in range(3):
         for ours, stock in zip(flat(fused(x)), flat(model(x)), strict=True):
@@ -278,7 +284,7 @@ class HookSetsAttribute(Conv):
         self.captured = output
 
     def forward(self, x):
-        x = self.tail(pool_of_relu(self.conv(x)))
+        x = self.tail(F.max_pool2d(F.relu(self.conv(x)), 2))
         return x if self.captured is None else x + self.captured
 
 
@@ -286,12 +292,12 @@ def test_an_attribute_that_a_hook_of_a_child_changes():
     model = HookSetsAttribute().double()
     fused = fuse(model)
     x = torch.randn(IMAGES, dtype=torch.float64)
-    torch.testing.assert_close(fused(x), model(x))
-    assert "may change captured" in fused.fusion_report[0].reason
+    for _ in range(2):
+        torch.testing.assert_close(fused(x), model(x))
 
 
 def _branches_on_a_list(self, x):
-    x = pool_of_relu(self.conv(x))
+    x = F.max_pool2d(F.relu(self.conv(x)), 2)
     self.log.append(1)
     return x * 3 if self.log else x
 
@@ -300,19 +306,20 @@ def test_a_branch_on_an_attribute_that_can_change_in_place():
     model = module_like(Conv, _branches_on_a_list, log=[]).double()
     fused = fuse(model)
     x = torch.randn(IMAGES, dtype=torch.float64)
-    torch.testing.assert_close(fused(x), model(x))
-    assert "branches on" in fused.fusion_report[0].reason
+    for _ in range(2):
+        torch.testing.assert_close(fused(x), model(x))
+    assert fused.log == [1, 1]
 
 
 def _counts_up_to_an_attribute(self, x):
-    x, i = pool_of_relu(self.conv(x)), 0
+    x, i = F.max_pool2d(F.relu(self.conv(x)), 2), 0
     while i < self.steps:
         x, i = x * 2, i + 1
     return x
 
 
 def _loops_until_an_attribute_is_set(self, x):
-    x = pool_of_relu(self.conv(x))
+    x = F.max_pool2d(F.relu(self.conv(x)), 2)
     while True:
         x = x * 2
         if self.steps:
@@ -321,8 +328,7 @@ def _loops_until_an_attribute_is_set(self, x):
 
 @pytest.mark.parametrize("forward", [_counts_up_to_an_attribute, _loops_until_an_attribute_is_set])
 def test_a_loop_without_an_end_in_one_of_its_branches(forward):
-    model = module_like(Conv, forward, steps=2)
-    assert "branches" in reason(model, "conv")
+    check(module_like(Conv, forward, steps=2), ["conv"])
 
 
 class Holder:
@@ -420,7 +426,7 @@ class Backbone(nn.Sequential):
 class Reaches(nn.Module):
     def __init__(self):
         super().__init__()
-        self.block = module_like(Conv, lambda self, x: pool_of_relu(self.conv(x)))
+        self.block = module_like(Conv, lambda self, x: F.max_pool2d(F.relu(self.conv(x)), 2))
 
     def forward(self, x):
         return self.block(x)
@@ -448,18 +454,18 @@ def test_methods_that_do_not_notice():
 )
 def test_methods_that_would_notice(make, method):
     fused = check(make(), [])
-    assert f"called by {method}" in fused.fusion_report[0].reason
+    assert method in fused.fusion_report[0].reason
 
 
 def test_an_attribute_of_a_module_that_would_go():
     tail = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
     model = module_like(Conv, lambda self, x: self.tail(self.conv(x)) * self.tail[1].kernel_size, tail=tail)
-    assert "whose attributes are read" in reason(model, "conv")
+    check(model, ["conv"])
 
 
 def _not_set_yet():
     def forward(self, x):
-        return pool_of_relu(self.conv(x)) if self.conv is not None else later
+        return F.max_pool2d(F.relu(self.conv(x)), 2) if self.conv is not None else later
 
     if False:
         later = 1
@@ -467,17 +473,17 @@ def _not_set_yet():
 
 
 def _first_argument_is_not_self(this, self):
-    return pool_of_relu(this.conv(self))
+    return F.max_pool2d(F.relu(this.conv(self)), 2)
 
 
 def test_a_variable_without_a_value_and_an_argument_called_self():
-    assert "not set" in reason(module_like(Conv, _not_set_yet()), "conv")
-    assert "argument named self" in reason(module_like(Conv, _first_argument_is_not_self), "conv")
+    check(module_like(Conv, _not_set_yet()), ["conv"])
+    check(module_like(Conv, _first_argument_is_not_self), ["conv"])
 
 
 def test_arguments_with_names_of_the_generated_code():
     def forward(model, input, /, branch_0=1, torch=2, *, last=3):
-        return pool_of_relu(model.conv(input)) * branch_0 * torch * last
+        return F.max_pool2d(F.relu(model.conv(input)), 2) * branch_0 * torch * last
 
     check(module_like(Conv, forward), ["conv"])
 
@@ -502,7 +508,249 @@ def test_weights_of_another_class_than_parameter():
     assert torch.equal(model(x), expected)
 
 
-# --- models that cannot be read --------------------------------------------------------------------------------------
+class LambdaOfInit(Conv):
+    def __init__(self):
+        super().__init__()
+        self.again = lambda x: self.conv(x)
+
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.conv(x)), 2).sum() + self.again(x).sum()
+
+
+class MethodOfTheObject(Conv):
+    def __init__(self):
+        super().__init__()
+        self.again = types.MethodType(first_of_two, self)
+
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.conv(x)), 2).sum() + self.again(x).sum()
+
+
+def first_of_two(model, x):
+    return model.conv(x)
+
+
+class Evaluates(Conv):
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.conv(x)), 2).sum() + eval("self.conv(x)").sum()
+
+
+class OwnGetattr(Conv):
+    def __getattr__(self, name):
+        return super().__getattr__("conv" if name == "layer" else name)
+
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.conv(x)), 2).sum() + self.layer(x).sum()
+
+
+class ByName(Conv):
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.conv(x)), 2).sum() + getattr(self, "co" + "nv")(x).sum()
+
+
+class Private(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.__features = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2))
+
+    def forward(self, x):
+        return self.__features(x).sum() + self.__features[0](x).sum()
+
+
+class SwapsItsLayer(Conv):
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv(x)), 2)
+        self.conv = self.conv
+        return x
+
+
+class Child(nn.Module):
+    def __init__(self, parent):
+        super().__init__()
+        self.parent = [parent]
+
+    def forward(self, x):
+        return self.parent[0].conv(x)
+
+
+class CallsBack(Conv):
+    def __init__(self):
+        super().__init__()
+        self.child = Child(self)
+
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.conv(x)), 2).sum() + self.child(x).sum()
+
+
+class HelperOfAChild(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.child = WithAHelper()
+
+    def forward(self, x):
+        return self.child.run(x)
+
+
+class WithAHelper(Conv):
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.conv(x)), 2)
+
+    def run(self, x):
+        return self(x).sum() + first_of_two(self, x).sum()
+
+
+class DeepLoop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2))])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block[0](x).sum() + block(x).sum()
+        return x
+
+
+class ReturnsOne(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2))])
+
+    def first(self):
+        for block in self.blocks:
+            return block
+        return None
+
+    def forward(self, x):
+        return self.first()[0](x).sum() + self.blocks[0](x).sum()
+
+
+class IndexesTwice(ReturnsOne):
+    def forward(self, x):
+        total = 0
+        for i in range(len(self.blocks)):
+            total = total + self.blocks[i](x).sum() + self.blocks[i][0](x).sum()
+        return total
+
+
+class NestedKeys(ReturnsOne):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"a": conv(), "b": nn.ReLU(), "c": nn.MaxPool2d(2)})])
+
+    def forward(self, x):
+        y = x
+        for block in self.blocks:
+            for key in block:
+                y = block[key](y)
+        return y.sum() + self.blocks[0]["a"](x).sum()
+
+
+REACHING = [
+    ReturnsOne,
+    IndexesTwice,
+    NestedKeys,
+    LambdaOfInit,
+    MethodOfTheObject,
+    Evaluates,
+    OwnGetattr,
+    ByName,
+    Private,
+    SwapsItsLayer,
+    CallsBack,
+    HelperOfAChild,
+    DeepLoop,
+]
+
+
+@pytest.mark.parametrize("kind", REACHING)
+def test_other_ways_to_reach_a_layer(kind):
+    """In place, because a copy leaves closures behind."""
+    model = kind().double()
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    expected = model(x)
+    fuse(model, inplace=True)
+    assert fused_layers(model) == []
+    torch.testing.assert_close(model(x), expected)
+
+
+class Stages(nn.Module):
+    """Blocks in lists of lists, called by loops and indices."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList([nn.ModuleList(linear_block() for _ in range(2)) for _ in range(2)])
+        self.others = nn.ModuleList(linear_block() for _ in range(2))
+        self.flat = nn.ModuleList([nn.Linear(12, 12), nn.ReLU()])
+
+    def forward(self, x):
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+        for i in range(2):
+            x = x + self.others[i](x)
+        for layer in self.flat:
+            x = layer(x)
+        return x
+
+
+def linear_block():
+    return nn.Sequential(nn.Linear(12, 12), nn.ReLU())
+
+
+def test_blocks_in_lists():
+    paths = [f"stages.{i}.{j}.0" for i in range(2) for j in range(2)]
+    check(Stages(), [*paths, "others.0.0", "others.1.0", "flat.0"])
+
+
+class Trainer:
+    def __init__(self, model):
+        self.model = model
+
+
+class Known(Conv):
+    """The model is known to others, and goes through its own modules, without calling any of them by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.trainer = Trainer(self)
+        self.activation = self._activation
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(5, 5), nn.ReLU()) for _ in range(2)])
+        self.norm = nn.BatchNorm2d(4)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.ones_(module.weight)
+
+    def forward(self, x):
+        x, outputs = F.max_pool2d(F.relu(self.conv(x)), 2), []
+        for i, block in enumerate(self.blocks):
+            x = block(x) + i
+            outputs.append(x)
+        return self.activation(self.norm(torch.cat([block(x) for block in self.blocks] + outputs, 2)))
+
+    def _activation(self, x):
+        return x.tanh()
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def save(self, path):
+        torch.save(self, path)
+
+    def count(self):
+        return sum(p.numel() for name, m in self.blocks.named_children() for p in m.parameters())
+
+
+def test_ways_that_do_not_matter():
+    fused = check(Known(), ["conv", "blocks.0.0", "blocks.1.0"])
+    assert fused.count() == 60
+    assert not fused.train().norm.training
+
+
+# --- models that reach into their children ----------------------------------------------------------------------------
 
 
 class Untraceable(nn.Module):
@@ -519,9 +767,7 @@ class Untraceable(nn.Module):
 
 
 def test_inside_an_untraceable_model():
-    fused = check(Untraceable(), ["features.0"])
-    assert type(fused) is Untraceable
-    assert "branches on a value" in fused.fusion_report[1].reason
+    check(Untraceable(), ["features.0", "head"])
 
 
 class Taps(Untraceable):
@@ -561,19 +807,18 @@ def first_layer(model, x):
 
 @pytest.mark.parametrize("kind", [Taps, Indexes, Walks, Escapes])
 def test_an_untraceable_model_that_reaches_into_its_children(kind):
-    assert "maybe called by the model" in reason(kind(), "features.0")
+    reason(kind(), "features.0")
 
 
-class ReadWalk(Untraceable):
+class Walks1By1(Untraceable):
     def forward(self, x):
         for layer in self.features:
             x = layer(x)
         return x
 
 
-def test_a_readable_model_that_reaches_into_its_children():
-    """Each layer has two callers now: the model, and the Sequential, should anyone call that."""
-    assert "more than once" in reason(ReadWalk(), "features.0")
+def test_a_model_that_calls_the_members_of_a_sequential_one_by_one():
+    check(Walks1By1(), ["features.0"])
 
 
 def test_a_chain_does_not_end_in_an_untraceable_module():
@@ -598,6 +843,6 @@ def test_models_that_are_no_python():
     x = torch.randn(IMAGES)
     fused = fuse(traced)
     assert torch.equal(fused(x), traced(x))
-    graph_module = torch.fx.symbolic_trace(module_like(Conv, lambda self, x: pool_of_relu(self.conv(x))))
+    graph_module = torch.fx.symbolic_trace(module_like(Conv, lambda self, x: F.max_pool2d(F.relu(self.conv(x)), 2)))
     fused = fuse(graph_module)
     torch.testing.assert_close(fused(x), graph_module(x))

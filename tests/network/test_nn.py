@@ -262,3 +262,63 @@ def test_parametrizations():
     torch.testing.assert_close(module(x), expected)
     module(x).sum().backward()
     assert module.parametrizations.weight.original0.grad is not None
+
+
+class Counted(nn.Module):
+    """A parametrization that says how often it is evaluated."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def forward(self, weight):
+        self.count += 1
+        return weight * 2
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize(
+    ("make", "image"),
+    [
+        (lambda: ConvReLUMaxPool2d(2, 3, 3), (2, 2, 9, 9)),
+        (lambda: ConvReLUMaxPool2d(2, 3, 3, padding="same"), (2, 2, 9, 9)),
+        (lambda: Linear(9, 4), (3, 9)),
+        (lambda: LinearReLU(9, 4), (3, 9)),
+    ],
+    ids=["conv", "conv same", "linear", "linear_relu"],
+)
+def test_a_parametrization_is_evaluated_once(make, image, name):
+    """As in nn.Conv2d and nn.Linear. It may be expensive, or change when it is evaluated."""
+    module, counted = make(), Counted()
+    nn.utils.parametrize.register_parametrization(module, name, counted)
+    counted.count = 0
+    module(torch.randn(image))
+    assert counted.count == 1
+
+
+@pytest.mark.parametrize("padding", [0, "same"])
+def test_spectral_norm_in_training(padding):
+    """Every evaluation is a step of its power iteration."""
+    module = ConvReLUMaxPool2d(2, 3, 3, padding=padding).double()
+    stock = stock_of(module).double()
+    for layer in (module, stock[0]):
+        torch.manual_seed(3)
+        nn.utils.parametrizations.spectral_norm(layer)
+    x = torch.randn(2, 2, 9, 9, dtype=torch.float64)
+    for _ in range(3):
+        torch.testing.assert_close(module.train()(x), stock.train()(x))
+    for name, value in stock[0].state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], value)
+    assert "parametrizations.weight.0._u" in module.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [lambda: ConvReLUMaxPool2d(2, 3, 3), lambda: LinearReLU(9, 4)], ids=["conv", "linear"])
+def test_to_mkldnn_is_refused(make):
+    """It goes by isinstance(), and would leave ReLU and pooling out without a word."""
+    import torch.utils.mkldnn
+
+    with pytest.raises(RuntimeError, match=r"to_mkldnn cannot convert .* lenet_ext\.unfuse\(model\)"):
+        torch.utils.mkldnn.to_mkldnn(nn.Sequential(make()))
+    assert list(nn.Sequential(make()).modules())
+    assert list(make().children()) == []
