@@ -54,9 +54,8 @@ PyObject* is_ordinary(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     return answer(false);
   }
   const at::Tensor &input = THPVariable_Unpack(arguments[0]), &weight = THPVariable_Unpack(arguments[1]);
-  if (!ordinary_context(input)) return answer(false);
-  if (!has_kernels(input) || weight.layout() != at::kStrided ||
-      !(weight.dim() == 2 || (weight.dim() == 4 && input.dim() == 4))) {
+  if (!has_kernels(input) || !ordinary_context(input)) return answer(false);
+  if (weight.layout() != at::kStrided || !(weight.dim() == 2 || (weight.dim() == 4 && input.dim() == 4))) {
     return answer(false);
   }
   if (!Py_IsNone(arguments[2])) {
@@ -155,9 +154,9 @@ PyObject* is_ordinary_lenet(PyObject*, PyObject* const* arguments, Py_ssize_t co
     return answer(false);
   }
   const at::Tensor& input = THPVariable_Unpack(arguments[0]);
-  if (!ordinary_context(input)) return answer(false);
+  if (!has_kernels(input) || !ordinary_context(input)) return answer(false);
   const bool dtype = input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble || input.is_cuda();
-  if (!dtype || input.dim() != 4 || !has_kernels(input)) return answer(false);
+  if (!dtype || input.dim() != 4) return answer(false);
   std::array<c10::IntArrayRef, 10> shapes;
   for (Py_ssize_t i = 0; i < 10; ++i) {
     PyObject* object = PyList_GET_ITEM(arguments[1], i);

@@ -55,6 +55,7 @@ def stand_in(module: nn.Module) -> nn.Module:
     other = copy.copy(module)
     other.__dict__[_STOCK] = module  # no submodule: a model has the same modules and names as before
     other.forward = _pass_on
+    other.__dict__["extra_repr"] = partial(_repr_of_stand_in, module)
     other.__dict__["__prepare_scriptable__"] = partial(_scriptable, module)
     return other
 
@@ -69,6 +70,10 @@ def _scriptable(module: nn.Module) -> nn.Module:
 def stands_for(module: nn.Module) -> nn.Module | None:
     """The module of which it is the :func:`stand_in`, or None."""
     return module.__dict__.get(_STOCK)
+
+
+def _repr_of_stand_in(module: nn.Module) -> str:
+    return ", ".join(filter(None, (module.extra_repr(), "done by the fused layer")))
 
 
 def _pass_on(input: Tensor) -> Tensor:

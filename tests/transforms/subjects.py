@@ -44,7 +44,7 @@ def sequential() -> nn.Module:
 def fused() -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
     stock = sequential()
     ours = fuse(stock)
-    assert repr(ours).count("ReLU()") == 0, "nothing is fused here"
+    assert [type(layer).__name__ for layer in ours][::4] == ["ConvReLUMaxPool2d", "LinearReLU"], "nothing is fused here"
     return ours, stock, (2, 2, 6, 7)
 
 
