@@ -1,15 +1,19 @@
-"""Shared set-up of the test suite: devices, seeds, hypothesis profile, markers."""
+"""Shared set-up of the test suite: devices, seeds, threads, hypothesis profile."""
 
 from __future__ import annotations
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several workers share the cores. Whoever tests threads asks for a number of them; so do the processes begun here.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-# The same examples in every run: a red build can be repeated, and a green one does not depend on luck. To search for
-# new examples on purpose: HYPOTHESIS_PROFILE=explore pytest.
+# The same examples in every run: a red build can be repeated, and a green one does not depend on luck. `make test-all`
+# takes more of them. To search for new examples on purpose: HYPOTHESIS_PROFILE=explore pytest.
 _COMMON = {
     "deadline": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -17,8 +21,7 @@ _COMMON = {
     "phases": [Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
 }
 settings.register_profile("repeatable", derandomize=True, max_examples=100, database=None, print_blob=True, **_COMMON)
-# For test_variants.py, which runs the same files several times over.
-settings.register_profile("variant", parent=settings.get_profile("repeatable"), max_examples=20)
+settings.register_profile("thorough", parent=settings.get_profile("repeatable"), max_examples=1000)
 settings.register_profile("explore", max_examples=2000, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
@@ -27,11 +30,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 torch.backends.disable_global_flags = lambda: None  # type: ignore[attr-defined]
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "kernels: numbers of the kernels; test_variants.py reruns these per algorithm")
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")
 
 
 @pytest.fixture(scope="session", params=DEVICES)

@@ -113,12 +113,6 @@ def test_build_info() -> None:
     assert "changed by the caller" not in lenet_ext.build_info()["cpu_capabilities"]
 
 
-def test_the_instruction_set_can_be_forced(tmp_path: Path) -> None:
-    code = "import lenet_ext; print(lenet_ext.build_info()['cpu_capability'])"
-    done = run_python(code, tmp_path, LENET_EXT_CPU_CAPABILITY="default")
-    assert done.stdout.strip() == "default", done.stderr
-
-
 def test_an_unknown_instruction_set_is_refused(tmp_path: Path) -> None:
     code = """
 import lenet_ext, torch
@@ -211,16 +205,6 @@ def test_cuda_is_missed_with_the_reason() -> None:
         require_cuda()
     assert info["cuda_reason"] in str(error.value)
     assert f"LENET_EXT_CUDA=1 {REBUILD}" in str(error.value)
-
-
-@pytest.mark.parametrize("start", ["lenet-ext", "python -m lenet_ext"])
-def test_the_command_line_is_installed(tmp_path: Path, start: str) -> None:
-    script = Path(sysconfig.get_path("scripts"), "lenet-ext")
-    command = [str(script)] if start == "lenet-ext" else [sys.executable, "-m", "lenet_ext"]
-    done = subprocess.run([*command, "info"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert lenet_ext.__version__ in done.stdout
-    assert torch.__version__ in done.stdout
 
 
 # --- registrations with parts of torch that `import torch` leaves out ---

@@ -314,7 +314,7 @@ def test_the_number_of_parallel_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
             _jobs()
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_sdist_builds_and_installs_elsewhere(sdist: Path, tmp_path: Path) -> None:
     """One whole build, from the archive alone, without CUDA: the README's promise to those who have only the sdist."""
     pip = [sys.executable, "-m", "pip"]

@@ -49,7 +49,7 @@ def skip_without(name: str) -> None:
         pytest.skip("this torch has no gloo")
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script(name: str, tmp_path: Path) -> None:
     skip_without(name)
@@ -58,7 +58,7 @@ def test_script(name: str, tmp_path: Path) -> None:
     assert SAYS[name] in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_two_processes(tmp_path: Path) -> None:
     skip_without("ddp.py")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)

@@ -8,6 +8,7 @@ the wrong kernels that the stand-in must find (`broken()`).
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -28,6 +29,7 @@ SHIM_FLAGS = [
     "-Wextra",
     "-Werror",
     "-Wno-unknown-pragmas",
+    "-U_FORTIFY_SOURCE",  # some compilers define it, and longjmp() then refuses to change stacks
 ]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
@@ -53,9 +55,11 @@ def _build(name: str, sources: list[Path], flags: list[str], link: list[str]) ->
             digest.update(file.read_bytes())
     cache = Path(tempfile.gettempdir()) / f"lenet_ext-cuda-on-cpu-{os.getuid()}"
     product = cache / f"{name}-{digest.hexdigest()[:16]}"
-    if product.exists():
-        return product
-    with tempfile.TemporaryDirectory() as temporary:
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{product.name}.lock").open("w") as lock, tempfile.TemporaryDirectory() as temporary:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of the processes that want it at the same time one compiles
+        if product.exists():
+            return product
 
         def compile_one(source: Path) -> str:
             target = f"{temporary}/{source.name}.o"
@@ -66,9 +70,8 @@ def _build(name: str, sources: list[Path], flags: list[str], link: list[str]) ->
             objects = list(pool.map(compile_one, sources))
         made = f"{temporary}/{name}"
         _run([cxx, *objects, "-o", made, *link])
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = cache / f"{product.name}.{os.getpid()}"
-        shutil.copy2(made, partial)  # then renamed, so that another process never sees half a file
+        partial = cache / f"{product.name}.partial"
+        shutil.copy2(made, partial)  # then renamed, so that what has the name is whole
         partial.replace(product)
     return product
 

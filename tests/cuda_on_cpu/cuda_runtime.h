@@ -17,6 +17,7 @@
 // It cannot see bank conflicts, occupancy or the memory order of a real GPU; compute-sanitizer and Nsight can.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -96,6 +97,8 @@ enum class Schedule { kForward, kReverse, kShuffled };  // of warps and their th
 // A stack with its machine state; it runs the code of one thread after another.
 struct Fiber {
   ucontext_t context;
+  jmp_buf place;
+  bool begun = false;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   void* fake_stack = nullptr;  // AddressSanitizer's
 };
@@ -152,6 +155,7 @@ struct State {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Fiber*> idle;
   ucontext_t scheduler;
+  jmp_buf scheduler_place;
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
@@ -203,13 +207,29 @@ inline void finish_copies(unsigned groups_left) {
 
 // ------------------------------------------------------------------------------------------------------- fibers
 
+// swapcontext() asks the system for the mask of signals, twice a switch, which takes longer than what happens in
+// between: it only begins a fiber. AddressSanitizer knows no other way.
 inline void switch_to_scheduler(Fiber& from) {
 #if LX_SHIM_ASAN
   __sanitizer_start_switch_fiber(&from.fake_stack, state().scheduler_stack, state().scheduler_stack_bytes);
-#endif
   swapcontext(&from.context, &state().scheduler);
-#if LX_SHIM_ASAN
   __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+#else
+  if (_setjmp(from.place) == 0) _longjmp(state().scheduler_place, 1);
+#endif
+}
+
+inline void switch_to(Fiber& fiber) {
+  State& s = state();
+#if LX_SHIM_ASAN
+  __sanitizer_start_switch_fiber(&s.scheduler_fake_stack, fiber.stack.get(), kStackBytes);
+  swapcontext(&s.scheduler, &fiber.context);
+  __sanitizer_finish_switch_fiber(s.scheduler_fake_stack, nullptr, nullptr);
+#else
+  if (_setjmp(s.scheduler_place) != 0) return;
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  setcontext(&fiber.context);
 #endif
 }
 
@@ -245,13 +265,7 @@ inline void resume(Thread& thread) {
     s.idle.pop_back();
   }
   s.current = &thread;
-#if LX_SHIM_ASAN
-  __sanitizer_start_switch_fiber(&s.scheduler_fake_stack, thread.fiber->stack.get(), kStackBytes);
-#endif
-  swapcontext(&s.scheduler, &thread.fiber->context);
-#if LX_SHIM_ASAN
-  __sanitizer_finish_switch_fiber(s.scheduler_fake_stack, nullptr, nullptr);
-#endif
+  switch_to(*thread.fiber);
   if (thread.state == Thread::kDone) s.idle.push_back(thread.fiber);
 }
 

@@ -1,7 +1,7 @@
 """A pytest plugin: torch.ops.lenet_ext.* on CPU tensors becomes the CUDA side, run on the CPU.
 
 `pytest -p cuda_on_cpu.plugin` (with tests/ on PYTHONPATH) makes any test of the operators a test of the CUDA host code
-and kernels. CUDA_ON_CPU_ALGORITHM is -1 (by the cost rule), 0 (our kernels) or 1 (the vendor's convolution and GEMM).
+and kernels. LENET_EXT_ALGORITHM counts for both sides.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ settings.register_profile(
 )
 
 _control = build.operators()
-_control.cuda_on_cpu_configure(int(os.environ.get("CUDA_ON_CPU_ALGORITHM", "-1")), 2, 1)
+_algorithm = {None: -1, "direct": 0, "vendor": 1}[os.environ.get("LENET_EXT_ALGORITHM")]
+_control.cuda_on_cpu_configure(_algorithm, 2, 1)
 _overrides = torch.library.Library("lenet_ext", "IMPL")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that a kernel is overridden is the point

@@ -787,19 +787,29 @@ SUITES += ["autograd/test_gradcheck.py"]
 LEFT_OUT = "layers_of_real_nets or long_sums or many or (non_finite and (bfloat16 or float64 or lenet and weight))"
 
 
-@pytest.mark.parametrize("algorithm", [DIRECT, VENDOR], ids=["direct", "vendor"])
-def test_the_operators_own_tests(control, algorithm):
+def rerun(suites, selected, **variables):
+    """Test files of the operators, with the CUDA side in the CPU's place."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "CUDA_ON_CPU_ALGORITHM": str(algorithm),
         "HYPOTHESIS_PROFILE": "cuda_on_cpu",
         "OMP_NUM_THREADS": "1",
+        **variables,
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "cuda_on_cpu.plugin", "-p", "no:cacheprovider"]
-    command += ["-k", f"not ({LEFT_OUT})", *(str(TESTS / name) for name in SUITES)]
+    command += ["-k", selected, *(str(TESTS / name) for name in suites)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("algorithm", ["direct", pytest.param("vendor", marks=pytest.mark.extended)])
+def test_the_operators_own_tests(control, algorithm):
+    rerun(SUITES, f"not ({LEFT_OUT})", LENET_EXT_ALGORITHM=algorithm)
+
+
+def test_the_operators_schemas(control):
+    """What an operator returns shares no memory with its arguments, and none of its results with another."""
+    rerun(["operators/test_opcheck.py"], "test_backward or TestLeNet")
 
 
 def test_driver_under_the_sanitizers():

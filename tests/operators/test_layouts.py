@@ -178,9 +178,10 @@ def test_formats_that_coincide_count_as_contiguous(device, shape):
     x = _signs(*shape, device=device).contiguous(memory_format=torch.channels_last)
     if not x.is_contiguous():
         x = x.contiguous()
-    output = functional.conv_relu_max_pool2d(x, _signs(4, shape[1], 1, 1, device=device), pool_kernel_size=1)
+    weight = _signs(4, shape[1], 1, 1, device=device)
+    output = functional.conv_relu_max_pool2d(x, weight, pool_kernel_size=1)
     assert output.is_contiguous()
-    strides = functional.conv_relu_max_pool2d(x.clone(), _signs(4, shape[1], 1, 1), pool_kernel_size=1).stride()
+    strides = functional.conv_relu_max_pool2d(x.clone(), weight, pool_kernel_size=1).stride()
     assert output.stride() == strides
 
 

@@ -14,24 +14,27 @@ import lenet_ext
 
 TESTS = Path(__file__).resolve().parents[1]
 FILES = ["operators", "network/test_net.py"]
-# Besides what this machine chooses by itself, which the other files test.
+# Besides what this machine chooses by itself, which the other files test on one thread.
 VARIANTS = [
-    ("direct", "default"),
-    ("direct", "avx2"),
-    ("direct", "avx512"),
-    ("vendor", None),
+    ("direct", "default", 1),
+    ("direct", "avx2", 1),
+    ("direct", "avx512", 1),
+    ("vendor", None, 1),
+    (None, None, 3),
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("algorithm", "capability"), VARIANTS, ids=lambda v: v or "as chosen")
-def test_kernels(algorithm, capability):
+@pytest.mark.extended
+@pytest.mark.parametrize(("algorithm", "capability", "threads"), VARIANTS, ids=lambda v: str(v or "as chosen"))
+def test_kernels(algorithm, capability, threads):
     if os.environ.get("LENET_EXT_ALGORITHM"):
         pytest.skip("this is a variant already")
     if capability is not None and capability not in _usable():
         pytest.skip(f"{capability} is not compiled, or not in this processor")
-    # One thread: the number of threads is the matter of test_determinism.py, and several processes may share the cores.
-    env = {**os.environ, "LENET_EXT_ALGORITHM": algorithm, "HYPOTHESIS_PROFILE": "variant", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "HYPOTHESIS_PROFILE": "repeatable", "OMP_NUM_THREADS": str(threads)}
+    env["OMP_WAIT_POLICY"] = "passive"  # there may be fewer cores than threads
+    if algorithm is not None:
+        env["LENET_EXT_ALGORITHM"] = algorithm
     if capability is not None:
         env["LENET_EXT_CPU_CAPABILITY"] = capability
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "kernels", "-p", "no:cacheprovider", *FILES]
@@ -46,49 +49,35 @@ def test_the_switch_works(capability):
     """The forced instruction set is the one in use; without this the test above could compare a thing with itself."""
     if capability not in _usable():
         pytest.skip(f"{capability} is not compiled, or not in this processor")
-    done = _info({"LENET_EXT_CPU_CAPABILITY": capability})
-    assert done.stdout.strip() == capability, done.stderr
+    assert _capability_in_use(LENET_EXT_CPU_CAPABILITY=capability) == capability
 
 
-@pytest.mark.parametrize("variable", ["LENET_EXT_CPU_CAPABILITY", "LENET_EXT_ALGORITHM"])
-def test_a_misspelt_switch_is_not_ignored(variable):
-    code = (
-        "import torch, lenet_ext;"
-        "lenet_ext.functional.conv_relu_max_pool2d(torch.ones(1, 1, 8, 8), torch.ones(1, 1, 3, 3));"
-        "lenet_ext.build_info()"
-    )
+def test_a_misspelt_algorithm_is_not_ignored():
+    code = "import torch, lenet_ext; lenet_ext.nn.Linear(1, 1)(torch.ones(1, 1))"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, variable: "fastest"},
+        env={**os.environ, "LENET_EXT_ALGORITHM": "fastest"},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert variable in done.stderr
-    assert "fastest" in done.stderr
+    assert "LENET_EXT_ALGORITHM must be direct or vendor, got 'fastest'" in done.stderr
 
 
-def _info(env):
+def _capability_in_use(**variables: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "LENET_EXT_CPU_CAPABILITY"}
     code = "import lenet_ext; print(lenet_ext.build_info()['cpu_capability'])"
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    command = [sys.executable, "-c", code]
+    environment |= variables
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout.strip()
 
 
 @functools.cache
 def _usable() -> list[str]:
     """What is compiled, up to what this processor runs."""
-    order = ["default", "avx2", "avx512"]
     info = lenet_ext.build_info()
-    clean = {k: v for k, v in os.environ.items() if k != "LENET_EXT_CPU_CAPABILITY"}
-    code = "import lenet_ext; print(lenet_ext.build_info()['cpu_capability'])"
-    best = subprocess.run(
-        [sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=120, check=True
-    )
-    return [name for name in order[: order.index(best.stdout.strip()) + 1] if name in info["cpu_capabilities"]]
+    best = _capability_in_use() if "LENET_EXT_CPU_CAPABILITY" in os.environ else info["cpu_capability"]
+    order = ["default", "avx2", "avx512"]
+    return [name for name in order[: order.index(best) + 1] if name in info["cpu_capabilities"]]

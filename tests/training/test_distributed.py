@@ -177,7 +177,7 @@ DYING = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL here")
 def test_a_run_goes_on_after_a_process_was_killed(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
