@@ -61,6 +61,7 @@ def ptxas(tmp_path_factory) -> list[tuple[str, str]]:
         return [(job[2], text) for job, text in zip(jobs, pool.map(_compile, jobs), strict=True)]
 
 
+@pytest.mark.extended
 def test_hot_kernels_live_in_registers(ptxas):
     seen = set()
     for architecture, text in ptxas:

@@ -5,6 +5,7 @@ Everything happens in a copy of the source tree, and through the hooks that pip 
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -19,6 +20,8 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
+
+import lenet_ext
 
 SOURCE_TREE = Path(__file__).resolve().parents[2]
 MADE_BY_TOOLS = (
@@ -314,6 +317,23 @@ def test_the_number_of_parallel_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
             _jobs()
 
 
+def test_the_installed_package_is_whole() -> None:
+    """The build that `make test` began with: every module and nothing else, for the torch that is there."""
+    package = Path(lenet_ext.__file__).parent
+    if package.parent == SOURCE_TREE:
+        pytest.skip("the source tree itself is imported")
+    installed = {path.relative_to(package.parent).as_posix() for path in package.rglob("*") if path.is_file()}
+    made = {name for name in installed if "__pycache__" in name or "/_C." in name}
+    assert sum("/_C." in name for name in made) == 1
+    assert installed - made == wheel_files()
+    assert torch_requirements(importlib.metadata.metadata("lenet_ext")) == [f"torch=={MINOR}.*"]
+
+
+def wheel_files() -> set[str]:
+    """Beside the compiled library."""
+    return {name for name in shipped_files() if name.startswith("lenet_ext/")} | {"lenet_ext/_build_record.json"}
+
+
 @pytest.mark.extended
 def test_the_sdist_builds_and_installs_elsewhere(sdist: Path, tmp_path: Path) -> None:
     """One whole build, from the archive alone, without CUDA: the README's promise to those who have only the sdist."""
@@ -337,10 +357,7 @@ def test_the_sdist_builds_and_installs_elsewhere(sdist: Path, tmp_path: Path) ->
         record = json.loads(archive.read("lenet_ext/_build_record.json"))
     assert torch_requirements(metadata) == [f"torch=={MINOR}.*"]
     assert record["torch"] == torch.__version__
-    modules = {name for name in shipped_files() if name.startswith("lenet_ext/")}
-    assert {name for name in names if name.startswith("lenet_ext/") and "/_C." not in name} == modules | {
-        "lenet_ext/_build_record.json"
-    }
+    assert {name for name in names if name.startswith("lenet_ext/") and "/_C." not in name} == wheel_files()
 
     run([*pip, "install", "--no-deps", "--no-index", "--target", "installed", str(wheel)])
     code = """

@@ -257,6 +257,7 @@ def test_checkpoint_is_safe_and_complete(trained: tuple[Path, str]) -> None:
     assert content["epoch"] == 2
 
 
+@pytest.mark.extended
 def test_resume_is_exact(trained: tuple[Path, str], tmp_path: Path) -> None:
     common = ("--device", "cpu", "--threads", 1)
     # One half in this process, the other half in another one.
@@ -487,6 +488,7 @@ def test_bench(tmp_path: Path) -> None:
         assert image.format == "PNG"
 
 
+@pytest.mark.extended
 def test_bench_resumes(tmp_path: Path) -> None:
     args = ["bench", "--quick", "--cases", "fc3", "--modes", "forward", "--providers", "fused,eager", "--threads", 1]
     for sizes in ("1,5", "1,5,6"):

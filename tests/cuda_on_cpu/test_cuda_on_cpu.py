@@ -27,6 +27,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 DIRECT, VENDOR = 0, 1
+
+
+def extended(*values):
+    return pytest.param(*values, marks=pytest.mark.extended)
+
+
 SCHEDULES = [(0, 0), (1, 0), (2, 1)]  # forward, reverse, shuffled
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -269,14 +275,15 @@ TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "tf32": 2e-3, "float16": 2e-3, 
     [
         (0, 1, 10, "float32"),
         (1, 1, 10, "float32"),
-        (33, 1, 10, "float32"),
+        extended(33, 1, 10, "float32"),
         (4, 1, 128, "float32"),
         (4, 1, 1, "float32"),
         (3, 3, 10, "float32"),
         (3, 1, 130, "float32"),
         (3, 1, 10, "float64"),
         (0, 1, 10, "bfloat16"),
-        *[(batch, 1, 10, precision) for batch in (1, 3, 17, 33) for precision in ("tf32", "float16", "bfloat16")],
+        *[(batch, 1, 10, precision) for batch in (1, 3) for precision in ("tf32", "float16", "bfloat16")],
+        *[extended(batch, 1, 10, precision) for batch in (17, 33) for precision in ("tf32", "float16", "bfloat16")],
         (3, 1, 128, "tf32"),
         (3, 1, 128, "bfloat16"),
         (3, 3, 10, "bfloat16"),
@@ -448,7 +455,7 @@ OPERANDS = {"tf32": 2**-10, "float16": 1e-6, "bfloat16": 1e-6}
 RESULT = {"tf32": 0, "float16": 2**-11, "bfloat16": 2**-8}
 
 
-@pytest.mark.parametrize("batch", [1, 3, 17, 33])
+@pytest.mark.parametrize("batch", [1, extended(3), 17, extended(33)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", ["conv1", "conv2"])
 @pytest.mark.parametrize("precision", ON_TENSOR_CORES)
@@ -580,7 +587,7 @@ def test_the_whole_network_with_nan_and_views(ops, training):
     assert torch.equal(broken[keep], output[keep])
 
 
-@pytest.mark.parametrize("classes", [10, 1, 128])
+@pytest.mark.parametrize("classes", [10, extended(1), extended(128)])
 def test_an_image_is_the_same_in_a_batch_of_any_size(ops, control, classes):
     """Whether eight blocks, four or two compute it together or one block computes many, with or without gradients."""
     _, parameters = reference_net(1, classes, torch.float32)
@@ -624,7 +631,7 @@ def exact_gradients(g, x, parameters, activations):
 # From 257 images on, blocks take two each, from 513 on three: the launch is another one.
 @pytest.mark.parametrize(
     ("batch", "classes", "schedules"),
-    [(1, 10, 3), (2, 128, 3), (3, 1, 3), (17, 7, 3), (33, 10, 3), (257, 10, 1), (513, 10, 1)],
+    [(1, 10, 3), (2, 128, 3), (3, 1, 3), (17, 7, 3), (33, 10, 3), extended(257, 10, 1), extended(513, 10, 1)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_whole_networks_backward_is_two_launches(ops, control, dtype, batch, classes, schedules):
@@ -691,7 +698,13 @@ def shared_memory(control, kilobytes):
 # in 99 KB: they take all of it.
 @pytest.mark.parametrize(
     ("precision", "batch", "kilobytes"),
-    [("float32", 100, 99), ("float32", 1290, 64), ("float32", 1290, 99), ("tf32", 520, 64), ("float16", 900, 50)],
+    [
+        ("float32", 100, 99),
+        extended("float32", 1290, 64),
+        extended("float32", 1290, 99),
+        extended("tf32", 520, 64),
+        extended("float16", 900, 50),
+    ],
 )
 def test_the_whole_network_with_less_shared_memory(ops, control, precision, batch, kilobytes):
     """Fewer images pass through a block at once, with the same result."""
@@ -704,7 +717,7 @@ def test_the_whole_network_with_less_shared_memory(ops, control, precision, batc
             assert torch.equal(ops.lenet(x, parameters), expected)
 
 
-@pytest.mark.parametrize("kilobytes", [64, 80])
+@pytest.mark.parametrize("kilobytes", [64, extended(80)])
 def test_the_whole_networks_backward_with_less_shared_memory(ops, control, kilobytes):
     """Slices of three images pass one by one or by twos instead of together."""
     _, parameters = reference_net(1, 10, torch.float32)
@@ -783,7 +796,7 @@ def test_a_failed_launch_names_operator_kernel_and_shape(ops):
 # NaN in conv2's weight, whose products with the border of zeros around the gradient map reach more pixels than in
 # stock.
 SUITES = ["operators/test_conv_relu_max_pool2d.py", "operators/test_linear.py", "operators/test_odd_cases.py"]
-SUITES += ["autograd/test_gradcheck.py"]
+GRADCHECK = ["autograd/test_gradcheck.py"]
 LEFT_OUT = "layers_of_real_nets or long_sums or many or (non_finite and (bfloat16 or float64 or lenet and weight))"
 
 
@@ -802,9 +815,13 @@ def rerun(suites, selected, **variables):
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("algorithm", ["direct", pytest.param("vendor", marks=pytest.mark.extended)])
-def test_the_operators_own_tests(control, algorithm):
-    rerun(SUITES, f"not ({LEFT_OUT})", LENET_EXT_ALGORITHM=algorithm)
+@pytest.mark.parametrize(
+    ("algorithm", "suites"),
+    [("direct", SUITES), extended("direct", GRADCHECK), extended("vendor", SUITES + GRADCHECK)],
+    ids=["direct", "gradcheck", "vendor"],
+)
+def test_the_operators_own_tests(control, algorithm, suites):
+    rerun(suites, f"not ({LEFT_OUT})", LENET_EXT_ALGORITHM=algorithm)
 
 
 def test_the_operators_schemas(control):
@@ -812,6 +829,7 @@ def test_the_operators_schemas(control):
     rerun(["operators/test_opcheck.py"], "test_backward or TestLeNet")
 
 
+@pytest.mark.extended
 def test_driver_under_the_sanitizers():
     """Every kernel against plain loops, under AddressSanitizer and UndefinedBehaviorSanitizer."""
     if not build.has_sanitizers():

@@ -93,7 +93,10 @@ RUN = (
 )
 
 
-@pytest.mark.parametrize(("model", "optimizer", "processes"), [("fused", "sgd", 2), ("fused", "adamw", 3)])
+@pytest.mark.parametrize(
+    ("model", "optimizer", "processes"),
+    [("fused", "sgd", 2), pytest.param("fused", "adamw", 3, marks=pytest.mark.extended)],
+)
 def test_the_run_is_that_of_one_process(tmp_path: Path, model: str, optimizer: str, processes: int) -> None:
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(RUN))
