@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -201,6 +202,8 @@ def check_steps() -> list[Step]:
     # From the tests' folder: elsewhere the source tree would be found before the installed package.
     selected = "cuda and not cuda_on_cpu and not cuda_build"
     tests = [sys.executable, "-m", "pytest", "-q", "-k", selected]
+    if importlib.util.find_spec("xdist"):  # one process would not be done in time
+        tests += ["-n", "auto", "--maxprocesses", "10", "--dist", "worksteal"]
     steps = [
         Step("build", 240, built_once("package", build_package)),
         Step("driver build", 150, built_once("driver", build_driver)),
