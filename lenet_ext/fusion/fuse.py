@@ -1,10 +1,10 @@
 """`fuse`: the fused layers, in a model that was written without them.
 
-First the chains of layers are found (``chains``), by the source of every module's ``forward`` and in the Sequentials.
+First the chains of layers are found (``chains``), by the source of every module's methods and in the Sequentials.
 Then the model is changed, as little as will do. The convolution or linear layer keeps its object and its parameters,
 and gets the class of the fused layer. The calls of ReLU and pooling, now superfluous, go: in a ``Sequential`` another
-module stands in for the ReLU or pooling and passes its input on; any other module whose ``forward`` makes such a call
-gets a subclass of its class, in which nothing but ``forward`` differs, and that only by the call. So nothing that hangs
+module stands in for the ReLU or pooling and passes its input on; any other module that makes such a call in a method
+gets a subclass of its class, in which nothing but that method differs, and that only by the call. So nothing that hangs
 on modules or on parameters (hooks, other methods, attributes, optimizers, ties) notices, and ``unfuse`` takes it back.
 """
 
@@ -23,7 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from lenet_ext.fusion.chains import Chain, Chains
 from lenet_ext.fusion.source import with_methods
-from lenet_ext.fusion.steps import Method, NoChainError
+from lenet_ext.fusion.steps import Method, NoChainError, Step
 from lenet_ext.fusion.superfluous import refuse_hooks, stand_in
 from lenet_ext.net import _has_global_hooks
 from lenet_ext.nn import ConvReLUMaxPool2d, Linear, LinearReLU
@@ -135,7 +135,7 @@ def deep_copy(model: nn.Module) -> nn.Module:
 
 def _fuse_chains(model: nn.Module, earlier: dict[str, FusionRecord]) -> list[FusionRecord]:
     records: list[FusionRecord] = []
-    found: list[tuple[str, Chain]] = []
+    found: dict[str, Chain] = {}
     chains = Chains(model)
     for path, layer in model.named_modules():
         if isinstance(layer, (ConvReLUMaxPool2d, Linear, LinearReLU)):
@@ -145,25 +145,18 @@ def _fuse_chains(model: nn.Module, earlier: dict[str, FusionRecord]) -> list[Fus
             try:
                 if _has_global_hooks():
                     raise NoChainError("there are hooks on all modules")
-                chain = chains.find(layer)
-                found.append((path, chain))
-                records.append(FusionRecord(path, stock + (" + ReLU + MaxPool2d" if chain.pool else " + ReLU"), True))
+                found[path] = chains.find(layer)
+                what = " + ReLU + MaxPool2d" if found[path].pool else " + ReLU"
+                records.append(FusionRecord(path, stock + what, True))
             except NoChainError as error:
                 records.append(FusionRecord(path, stock, False, str(error)))
+    # Only now, when nothing is asked of the model any more.
     paths = {id(module): path for path, module in model.named_modules()}
-    calls: dict[Method, set[ast.AST]] = defaultdict(set)
-    for path, chain in found:
+    for path, chain in found.items():
         _swap(chain)
         for module in chain.changed_modules():
             refuse_hooks(module, paths[id(module)], path)
-        for step in chain.superfluous:
-            if step.module is not None and step.container is not None:
-                step.container._modules[step.name] = stand_in(step.module)
-            elif step.method is not None and step.call is not None:
-                calls[step.method].add(step.call)
-    for method, superfluous in calls.items():
-        rewritten = with_methods(type(method.module), {method.name: method.without(superfluous)})
-        object.__setattr__(method.module, "__class__", rewritten)
+    _remove_calls([step for chain in found.values() for step in chain.superfluous])
     return records
 
 
@@ -172,6 +165,18 @@ def _swap(chain: Chain) -> None:
     chain.layer.__class__ = ConvReLUMaxPool2d if chain.pool else LinearReLU
     for name, value in {**chain.pool, MADE_BY_FUSE: True}.items():
         setattr(chain.layer, name, value)
+
+
+def _remove_calls(steps: list[Step]) -> None:
+    calls: dict[Method, set[ast.AST]] = defaultdict(set)
+    for step in steps:
+        if step.method is not None and step.call is not None:
+            calls[step.method].add(step.call)
+        elif step.container is not None and step.module is not None:
+            step.container._modules[step.name] = stand_in(step.module)
+    for method, superfluous in calls.items():
+        rewritten = with_methods(type(method.module), {method.name: method.without(superfluous)})
+        object.__setattr__(method.module, "__class__", rewritten)  # past a __setattr__ of its own
 
 
 def _fold_batch_norms(model: nn.Module) -> None:

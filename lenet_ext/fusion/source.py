@@ -64,6 +64,7 @@ def read_source(function: types.FunctionType) -> Source | None:
     text = getattr(function, _TEXT, "")
     if text:  # made by with_methods()
         return parse_method(text, function)
+    linecache.checkcache(code.co_filename)  # it may have been edited, and imported anew
     nodes, codes = _file("".join(linecache.getlines(code.co_filename, function.__globals__)), code.co_flags & _FUTURE)
     found = [node for node in nodes if _looks_like(node, code)]
     if len(found) != 1 or not any(code == other for other in codes if other.co_firstlineno == code.co_firstlineno):

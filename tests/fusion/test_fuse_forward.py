@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import sys
+import types
 
 import pytest
 import torch
@@ -394,11 +397,15 @@ def test_a_forward_that_a_trace_does_not_tell(name):
 
 
 def test_a_method_that_changed_since(tmp_path, monkeypatch):
-    """What runs is not what is written any more: as after an edit, without a reload."""
+    """What runs is not what is written any more, until it is imported anew."""
     text = "from torch.nn.functional import max_pool2d\ndef forward(self, x): return max_pool2d(self.conv(x).relu(), 2)"
-    file = tmp_path / "edited.py"
+    file = tmp_path / "edited_by_a_test.py"
     file.write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    forward = __import__("edited").forward
-    file.write_text(text.replace("2)", "3)"))
-    assert "source of Model.forward is not to be had" in reason(module_like(Conv, forward), "conv")
+    edited = importlib.import_module("edited_by_a_test")
+    check(module_like(Conv, edited.forward), ["conv"])
+    file.write_text(f"{text} + 1")
+    changed = types.FunctionType(edited.forward.__code__.replace(), edited.forward.__globals__)  # not read yet
+    assert "source of Model.forward is not to be had" in reason(module_like(Conv, changed), "conv")
+    check(module_like(Conv, importlib.reload(edited).forward), ["conv"])
+    del sys.modules["edited_by_a_test"]
