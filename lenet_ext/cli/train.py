@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lenet_ext.cli.common import UsageError, add_device, add_threads, integer, learning_rate, make_console, say
+from lenet_ext.training.config import OPTIMIZERS, SCHEDULES, TrainConfig
 
 if TYPE_CHECKING:
-    from lenet_ext.training.config import TrainConfig
     from lenet_ext.training.distributed import Processes
     from lenet_ext.training.trainer import Trainer
 
@@ -27,6 +27,11 @@ Each process takes its share of every batch; the result is that of one process.
 """
 
 
+# The options that are values of the configuration, and those of them that a continued run must have had from the start.
+_FIXED = ("data", "model", "batch_size", "lr", "optimizer", "schedule", "seed")
+_OPTIONS = (*_FIXED, "epochs", "device", "threads", "root")
+
+
 def add_parser(commands: Any) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser("train", help="train and evaluate", description=_DESCRIPTION)
@@ -36,11 +41,22 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--model", choices=("fused", "reference"), help="fused (default), or stock layers")
     parser.add_argument(
-        "--epochs", type=integer(0), metavar="N", help="total number, 0 only evaluates (default: digits 30, mnist 12)"
+        "--epochs", type=integer(0), metavar="N", help="total number, 0 only evaluates (default: digits 30, mnist 2)"
     )
     parser.add_argument("--batch-size", type=integer(1), metavar="B", help="default: digits 32, mnist 64")
-    parser.add_argument("--lr", type=learning_rate, metavar="X", help="default: 0.002, sgd 0.02")
-    parser.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), help="default: adamw")
+    parser.add_argument(
+        "--lr",
+        type=learning_rate,
+        metavar="X",
+        help="the highest rate (default: one-cycle sgd 0.05, adam 0.005; exponential sgd 0.02, adam 0.002)",
+    )
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, help="default: digits adamw, mnist sgd")
+    parser.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        help="of the rate: one-cycle rises and falls once in the whole run, exponential falls from epoch to epoch "
+        "(default: digits exponential, mnist one-cycle)",
+    )
     add_device(parser)
     add_threads(parser)
     parser.add_argument("--seed", type=integer(0, 2**63 - 1), metavar="N", help="default: 0")
@@ -118,10 +134,8 @@ def _say_nothing(line: str) -> None:
 def _prepare(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str, Any] | None, TrainConfig]:
     """Command line and checkpoint -> state to continue from, weights to start from, configuration."""
     from lenet_ext.training import checkpoint
-    from lenet_ext.training.config import TrainConfig
 
-    names = ("data", "model", "epochs", "batch_size", "lr", "optimizer", "seed", "device", "threads", "root")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
     if args.resume is None:
         return None, None, TrainConfig.for_data(given.pop("data", "digits"), given.pop("model", "fused"), **given)
 
@@ -132,7 +146,9 @@ def _prepare(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str,
         return None, weights.state, TrainConfig.for_data(data, given.pop("model", "fused"), **given)
 
     config = TrainConfig.from_dict(state["config"])
-    for name in ("data", "model", "batch_size", "lr", "optimizer", "seed"):
+    # A cycle is as long as the run; --epochs 0 only evaluates.
+    length = ("epochs",) if config.schedule == "one-cycle" and args.epochs else ()
+    for name in (*_FIXED, *length):
         if name in given and given[name] != getattr(config, name):
             option = f"--{name.replace('_', '-')}"
             raise UsageError(
@@ -175,19 +191,22 @@ def _fit(trainer: Trainer, epochs: int, out: Path) -> None:
     )
     drawn = 0.0
 
+    def description() -> str:
+        return f"epoch {trainer.epoch + 1}/{epochs}, rate {trainer.rate:.2g}"
+
     def on_step(step: int) -> None:
         nonlocal drawn
         now = time.monotonic()
         if now - drawn >= 0.1:  # drawing costs about as much as a training step
             drawn = now
             done = (trainer.epoch - first) * trainer.steps_per_epoch + step
-            progress.update(task, completed=done, refresh=True)
+            progress.update(task, description=description(), completed=done, refresh=True)
 
     with progress:
         task = progress.add_task("", total=remaining * trainer.steps_per_epoch)
         try:
             for _ in range(remaining):
-                progress.update(task, description=f"epoch {trainer.epoch + 1}/{epochs}")
+                progress.update(task, description=description())
                 line = trainer.run_epoch(on_step)
                 trainer.save(out)
                 if trainer.processes.is_first:
@@ -203,7 +222,7 @@ def _epoch_line(line: dict[str, Any], epochs: int) -> str:
     return (
         f"epoch {line['epoch']:{width}}/{epochs}  train loss {line['train_loss']:.4f}  "
         f"test loss {line['test_loss']:.4f}  test accuracy {100 * line['test_accuracy']:6.2f}%  "
-        f"{line['seconds']:6.2f} s  {line['images_per_second']:8.0f} images/s"
+        f"{line['seconds']:6.2f} s  {line['images_per_second']:8.0f} images/s  rate {line['lr']:.2g}"
     )
 
 

@@ -26,11 +26,14 @@ from lenet_ext.training.config import TrainConfig
 from lenet_ext.training.datasets import DigitImages
 from lenet_ext.training.distributed import ALONE, Processes
 from lenet_ext.training.evaluate import Evaluation, evaluate
+from lenet_ext.training_step import TrainingStep
 
 __all__ = ["Trainer", "build_model"]
 
-# The learning rate never falls below this share of its first value, so that a long run keeps moving.
+# The exponential schedule never falls below this share of its first rate, so that a long run keeps moving.
 _LOWEST_RATE = 0.01
+# A cycle of five steps would rise within none of them, and divide by that; a run that short ends within a longer one.
+_SHORTEST_CYCLE = 6
 
 
 def build_model(name: str) -> nn.Module:
@@ -79,15 +82,17 @@ class Trainer:
         # What is called in training: averages the gradients over the processes.
         self.network = DistributedDataParallel(self.model) if processes.size > 1 else self.model
         self.optimizer = _build_optimizer(config, self.model)
+        self.step = TrainingStep(self.model, self.optimizer)
         self.steps_per_epoch = math.ceil(len(train_data) / config.batch_size)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.scheduler = _build_scheduler(config, self.optimizer, self.steps_per_epoch)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
 
-    def _rate(self, step: int) -> float:
-        rate: float = self.config.decay ** (step / self.steps_per_epoch)
-        return max(rate, _LOWEST_RATE)
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next step; after the last one, that one's."""
+        return float(self.scheduler.get_last_lr()[0])
 
     def run_epoch(self, on_step: Callable[[int], None] | None = None) -> dict[str, Any]:
         """Trains for one epoch, evaluates, and appends to the history.
@@ -117,7 +122,7 @@ class Trainer:
                 "test_accuracy": result.accuracy,
                 "seconds": seconds,
                 "images_per_second": len(self.train_data) / seconds,
-                "lr": self.scheduler.get_last_lr()[0],
+                "lr": self.rate,
             }
         )
         return self.history[-1]
@@ -130,20 +135,27 @@ class Trainer:
             self.config.batch_size, generator=self.generator, max_shift=self.config.max_shift, share=(rank, size)
         )
         left = len(self.train_data)
-        for step, (images, labels) in enumerate(batches, start=1):
-            self.optimizer.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(self.network(images), labels, reduction="sum")
-            # The mean over the whole batch, of which this process may have a smaller share than others; times the
-            # number of processes, because their gradients are averaged.
+        last = self.config.epochs * self.steps_per_epoch
+        for number, (images, labels) in enumerate(batches, start=1):
             batch = min(left, self.config.batch_size)
-            (loss * (size / batch)).backward()
-            self.optimizer.step()
-            self.scheduler.step()
+            total += (self.step(images, labels) * batch) if size == 1 else self._step_together(images, labels, batch)
+            # Behind its last step a cycle would begin to rise again.
+            if self.config.schedule != "one-cycle" or self.epoch * self.steps_per_epoch + number < last:
+                self.scheduler.step()
             left -= batch
-            total += loss.detach()
             if on_step is not None:
-                on_step(step)
+                on_step(number)
         return self.processes.sum(total).item() / len(self.train_data)
+
+    def _step_together(self, images: Tensor, labels: Tensor, batch: int) -> Tensor:
+        """A step on this process's share of a batch; the sum of the share's losses."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(self.network(images), labels, reduction="sum")
+        # The mean over the whole batch, of which this process may have a smaller share than others; times the number of
+        # processes, because their gradients are averaged.
+        (loss * (self.processes.size / batch)).backward()
+        self.optimizer.step()
+        return loss.detach()
 
     def evaluate(self) -> Evaluation:
         """Evaluates on the test set."""
@@ -209,9 +221,30 @@ class Trainer:
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "processes": self.processes.size,
+            "step": self.step.path or None,
         }
         content = {"config": self.config.to_dict(), "environment": environment, "epochs": self.history}
         write_json(directory / "history.json", content)
+
+
+def _build_scheduler(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if config.schedule == "one-cycle":
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=config.lr,
+            total_steps=max(config.epochs * steps_per_epoch, _SHORTEST_CYCLE),
+            pct_start=0.2,
+            div_factor=5,
+            final_div_factor=20,
+            cycle_momentum=False,
+        )
+
+    def rate(step: int) -> float:
+        return max(config.decay ** (step / steps_per_epoch), _LOWEST_RATE)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 
 
 def _build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -85,6 +85,7 @@ def assert_same_state(one: Any, other: Any, where: str = "state") -> None:
         ("decay", 0.0),
         ("max_shift", -1),
         ("optimizer", "lbfgs"),
+        ("schedule", "cosine"),
         ("device", "tpu"),
     ],
 )
@@ -125,13 +126,19 @@ def test_every_optimizer_learns(digits: Sets, optimizer: str) -> None:
     assert line["test_accuracy"] > 0.5
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_resumed_run_is_bitwise_the_uninterrupted_one(digits: Sets, tmp_path: Path, optimizer: str) -> None:
-    whole = Trainer(config(optimizer=optimizer, epochs=4), *digits)
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"), [("sgd", "one-cycle"), ("adamw", "exponential"), ("adam", "one-cycle")]
+)
+def test_resumed_run_is_bitwise_the_uninterrupted_one(
+    digits: Sets, tmp_path: Path, optimizer: str, schedule: str
+) -> None:
+    options = {"optimizer": optimizer, "schedule": schedule}
+    whole = Trainer(config(**options, epochs=4), *digits)
     for _ in range(4):
         whole.run_epoch()
 
-    half = Trainer(config(optimizer=optimizer, epochs=2), *digits)
+    # A cycle is as long as the run; the exponential schedule does not know how long that is.
+    half = Trainer(config(**options, epochs=4 if schedule == "one-cycle" else 2), *digits)
     for _ in range(2):
         half.run_epoch()
     half.save(tmp_path)
@@ -139,7 +146,8 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(digits: Sets, tmp_path: Pa
     torch.manual_seed(99)  # the state must come from the file
     state = checkpoint.load_checkpoint(tmp_path / "checkpoint.pt")
     assert state is not None
-    resumed = Trainer(config(optimizer=optimizer, epochs=4), *digits)
+    resumed = Trainer(config(**options, epochs=4), *digits)
+    assert resumed.state_dict()["scheduler"].keys() == state["scheduler"].keys()
     resumed.load_state_dict(state)
     for _ in range(2):
         resumed.run_epoch()
@@ -154,6 +162,65 @@ def test_same_seed_same_run_other_seed_other_run(digits: Sets) -> None:
 def test_the_learning_rate_does_not_depend_on_the_number_of_epochs(digits: Sets) -> None:
     lines = [Trainer(config(epochs=epochs), *digits).run_epoch() for epochs in (1, 50)]
     assert lines[0]["lr"] == lines[1]["lr"] == pytest.approx(config().lr * config().decay)
+
+
+def few(digits: Sets, count: int) -> datasets.DigitImages:
+    train = digits[0]
+    return datasets.DigitImages(train.images[:count], train.labels[:count], train.normalization)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_one_cycle_rises_and_falls_once(digits: Sets, optimizer: str) -> None:
+    trainer = Trainer(
+        config(optimizer=optimizer, schedule="one-cycle", lr=0.001, epochs=5, batch_size=10), few(digits, 40), digits[1]
+    )
+    rates = [trainer.rate]
+    before = [group.get("momentum", group.get("betas")) for group in trainer.optimizer.param_groups]
+    for _ in range(5):
+        trainer.run_epoch(lambda _: rates.append(trainer.rate))
+    assert rates[-1] == rates[-2]  # the last step's
+    del rates[-1]
+    assert len(rates) == 20
+    assert rates[0] == pytest.approx(0.001 / 5)
+    assert rates[3] == max(rates) == pytest.approx(0.001)  # a fifth of the 20 steps
+    assert rates[-1] == min(rates) == pytest.approx(0.001 / 100)
+    assert rates[:4] == sorted(rates[:4])
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert [line["lr"] for line in trainer.history] == [*rates[4::4], rates[-1]]
+    # Neither the momentum nor the betas go round with it.
+    assert [group.get("momentum", group.get("betas")) for group in trainer.optimizer.param_groups] == before
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 9, 10, 11])
+def test_runs_of_very_few_steps(digits: Sets, count: int) -> None:
+    trainer = Trainer(
+        config(optimizer="sgd", schedule="one-cycle", epochs=1, batch_size=1), few(digits, count), digits[1]
+    )
+    assert 0 < trainer.run_epoch()["lr"] <= trainer.config.lr
+
+
+def test_defaults_follow_the_data_set() -> None:
+    assert (config().optimizer, config().schedule) == ("adamw", "exponential")
+    mnist = TrainConfig.for_data("mnist")
+    assert (mnist.epochs, mnist.batch_size, mnist.optimizer, mnist.schedule) == (2, 64, "sgd", "one-cycle")
+    assert mnist.lr == 0.05
+    assert TrainConfig.for_data("mnist", lr=0.1).lr == 0.1
+    assert TrainConfig.for_data("mnist", optimizer="adam").lr < 0.05
+
+
+def test_checkpoints_from_before_the_schedule_had_a_name_go_on(digits: Sets) -> None:
+    old = {name: value for name, value in config(epochs=3).to_dict().items() if name != "schedule"}
+    assert TrainConfig.from_dict(old) == config(epochs=3)
+    old.update(data="mnist", decay=0.75)
+    assert TrainConfig.from_dict(old).schedule == "exponential"
+
+
+def test_the_step_is_one_operator_where_it_can_be(digits: Sets, tmp_path: Path) -> None:
+    for model, path in (("fused", "one operator"), ("reference", "plain loop: the network is a ReferenceNet")):
+        trainer = Trainer(config(model=model), few(digits, 40), digits[1])
+        trainer.run_epoch()
+        trainer.save(tmp_path)
+        assert json.loads((tmp_path / "history.json").read_text())["environment"]["step"] == path
 
 
 def test_divergence_is_an_error_that_names_lr(digits: Sets) -> None:
