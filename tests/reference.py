@@ -46,9 +46,9 @@ def linear_relu(input, weight, bias=None):
 # Distance
 
 # Rounding allowed, in units of the dtype's epsilon times the sum of the absolute values of the terms added up
-# (so cancellation neither helps nor hurts). 4 leaves room for another order of summation, which moves the result by
-# about sqrt(number of terms) * eps / 2 of a typical partial sum, far below the sum of absolute values; it leaves no
-# room for a term left out or counted twice, for TF32 (eps 2**-10) or for a sum kept in bfloat16 (eps 2**-7).
+# (so cancellation neither helps nor hurts). 4 leaves room for another order of summation, and magnitudes() adds some
+# for long sums; there is none for a term left out or counted twice, for TF32 (eps 2**-10) or for a sum kept in
+# bfloat16 (eps 2**-7).
 # bfloat16 accumulates in float32 and rounds once at the end, hence 1 where the others have 4.
 ROUNDINGS = {torch.float64: 4.0, torch.float32: 4.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 
@@ -193,18 +193,37 @@ def clear_winners(tensors: Sequence[Tensor | None], options: dict[str, Any], gap
 
 
 def magnitudes(tensors: Sequence[Tensor | None], options: dict[str, Any], grad_output: Tensor) -> Result:
-    """The sums of absolute values behind the output and each gradient: what rounding errors are proportional to."""
+    """What rounding errors are proportional to: the sums of absolute values behind the output and each gradient.
+
+    Where n terms of one sign are added one after another, the standard deviation of the error is sqrt(n) / 6 epsilons
+    of their sum. Six of those are allowed where they are more than ROUNDINGS, but where sums are more accurate than
+    what they are rounded to in the end.
+    """
     x, w, b = to64(tensors)
     leaves = [t.requires_grad_() for t in (x, w, b) if t is not None]
     conv = F.conv2d(x, w, b, **conv_options(options))
     conv_leaf = conv.detach().requires_grad_()
     output = F.max_pool2d(F.relu(conv_leaf), *_pool_arguments(options))
     (grad_conv,) = torch.autograd.grad(output, conv_leaf, grad_output.double().cpu().abs())
-    absolute = [t.detach().abs().requires_grad_() for t in leaves]
-    conv_of_absolutes = F.conv2d(*absolute, *([None] if b is None else []), **conv_options(options))
-    grads = iter(torch.autograd.grad(conv_of_absolutes, absolute, grad_conv))
-    bound = F.max_pool2d(conv_of_absolutes.detach(), *_pool_arguments(options))
-    return Result(bound, tuple(None if t is None else next(grads) for t in (x, w, b)))
+
+    def sums(of: Callable[[Tensor], Tensor]) -> Result:
+        """Of the products of `of` of the operands, at the places where those themselves won their windows."""
+        operands = [of(t.detach()).requires_grad_() for t in leaves]
+        conv = F.conv2d(*operands, *([None] if b is None else []), **conv_options(options))
+        grads = iter(torch.autograd.grad(conv, operands, of(grad_conv)))
+        bound = F.max_pool2d(conv.detach(), *_pool_arguments(options))
+        return Result(bound, tuple(None if t is None else next(grads) for t in (x, w, b)))
+
+    absolute = sums(torch.abs)
+    dtype = next(t for t in tensors if t is not None).dtype
+    if dtype not in (torch.float32, torch.float64):
+        return absolute
+    counts = sums(lambda t: (t != 0).double())
+    scaled = [
+        None if total is None else total * (count.sqrt() / ROUNDINGS[dtype]).clamp(min=1)
+        for (_, total), (_, count) in zip(absolute.items(), counts.items(), strict=True)
+    ]
+    return Result(scaled[0], tuple(scaled[1:]))
 
 
 def _pool_arguments(options: dict[str, Any]) -> tuple[Any, ...]:
