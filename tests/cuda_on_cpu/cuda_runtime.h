@@ -154,7 +154,6 @@ struct State {
   std::map<const void*, size_t> shared_limit;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Fiber*> idle;
-  ucontext_t scheduler;
   jmp_buf scheduler_place;
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
@@ -207,15 +206,16 @@ inline void finish_copies(unsigned groups_left) {
 
 // ------------------------------------------------------------------------------------------------------- fibers
 
-// swapcontext() asks the system for the mask of signals, twice a switch, which takes longer than what happens in
-// between: it only begins a fiber. AddressSanitizer knows no other way.
+// Not by swapcontext(), which asks the system for the mask of signals, twice a switch, and takes longer than what happens
+// in between; under AddressSanitizer it wipes the whole stack's shadow, too.
 inline void switch_to_scheduler(Fiber& from) {
+  State& s = state();
 #if LX_SHIM_ASAN
-  __sanitizer_start_switch_fiber(&from.fake_stack, state().scheduler_stack, state().scheduler_stack_bytes);
-  swapcontext(&from.context, &state().scheduler);
+  __sanitizer_start_switch_fiber(&from.fake_stack, s.scheduler_stack, s.scheduler_stack_bytes);
+#endif
+  if (_setjmp(from.place) == 0) _longjmp(s.scheduler_place, 1);
+#if LX_SHIM_ASAN
   __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
-#else
-  if (_setjmp(from.place) == 0) _longjmp(state().scheduler_place, 1);
 #endif
 }
 
@@ -223,13 +223,14 @@ inline void switch_to(Fiber& fiber) {
   State& s = state();
 #if LX_SHIM_ASAN
   __sanitizer_start_switch_fiber(&s.scheduler_fake_stack, fiber.stack.get(), kStackBytes);
-  swapcontext(&s.scheduler, &fiber.context);
+#endif
+  if (_setjmp(s.scheduler_place) == 0) {
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
+  }
+#if LX_SHIM_ASAN
   __sanitizer_finish_switch_fiber(s.scheduler_fake_stack, nullptr, nullptr);
-#else
-  if (_setjmp(s.scheduler_place) != 0) return;
-  if (fiber.begun) _longjmp(fiber.place, 1);
-  fiber.begun = true;
-  setcontext(&fiber.context);
 #endif
 }
 
