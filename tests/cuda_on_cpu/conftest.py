@@ -1,0 +1,24 @@
+"""The CUDA side, built for the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cuda_on_cpu import build
+
+
+@pytest.fixture(scope="module")
+def control():
+    """The library's control functions; deterministic mode fills what is allocated with NaN."""
+    library = build.operators()
+    torch.use_deterministic_algorithms(True)
+    yield library
+    library.cuda_on_cpu_configure(-1, 0, 0)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def ops(control):
+    control.cuda_on_cpu_configure(-1, 0, 0)
+    return torch.ops.lenet_ext_cuda_on_cpu

@@ -1,0 +1,251 @@
+// The kernels of the whole network, and of its layers on the tensor cores, against plain loops in float64.
+#pragma once
+
+#include "driver_layers.cuh"
+
+namespace {
+
+// ----------------------------------------------------------------------------------------------------- whole network
+
+// relu(max_pool(conv)) of a LeNet layer in float64. The first of equals wins, and the last NaN.
+std::vector<double> pooled(const ConvPoolShape& s, const std::vector<double>& input, const std::vector<double>& weight,
+                           const std::vector<double>& bias, std::vector<uint8_t>* codes) {
+  const Conv c{s, input, weight, bias};
+  std::vector<double> output(c.outputs());
+  codes->assign(c.outputs(), kDead);
+  for (int64_t i = 0; i < c.outputs(); ++i) {
+    const int64_t plane = i / (s.out_h * s.out_w);
+    for (int code = 0; code < 4; ++code) {
+      int64_t ch, cw;
+      c.position(i / s.out_w % s.out_h, i % s.out_w, code, &ch, &cw);
+      const double value = c.convolution(plane / s.out_channels, plane % s.out_channels, ch, cw);
+      if (value > output[i] || std::isnan(value)) output[i] = value, (*codes)[i] = static_cast<uint8_t>(code);
+    }
+  }
+  return output;
+}
+
+struct LenetCase {
+  int64_t batch, classes;
+  bool training;
+  bool integers = false;   // small ones: sums are exact in every dtype, and full of ties
+  bool irregular = false;  // the second image has a NaN pixel, the third an infinite one
+  int cluster = 0;         // blocks that compute an image together, 0: see `tensor_cores`
+};
+
+// On the tensor cores where `tensor_cores`; float32 is then TF32.
+void test_lenet(DType dtype, bool tensor_cores, const LenetCase& c) {
+  const int64_t batch = c.batch, classes = c.classes;
+  const std::string name = std::string(tensor_cores ? "tensor core" : "") + " lenet dtype " +
+                           std::to_string(static_cast<int>(dtype)) + " batch " + std::to_string(batch) + " cluster " +
+                           std::to_string(c.cluster) + (c.integers ? " integers" : "") +
+                           (c.irregular ? " irregular" : "");
+  const ConvPoolShape s1 = plain(batch, 1, 32, 6, 5), s2 = plain(batch, 6, 14, 16, 5);
+  const int64_t sizes[] = {150, 6, 2400, 16, 48000, 120, 120 * 84, 84, 84 * classes, classes};
+  const double scales[] = {0.2, 0.2, 0.08, 0.08, 0.05, 0.05, 0.09, 0.09, 0.1, 0.1};
+  // Few weights but ones in the deeper layers, so that no value outgrows the 11 bits of a mantissa.
+  const double densities[] = {1, 1, 0.02, 1, 0.02, 1, 0.05, 1, 0.05, 1};
+  auto small_integers = [&](int64_t count, double density) {
+    std::uniform_real_distribution<double> uniform;
+    std::vector<double> values(count);
+    for (double& value : values) value = uniform(generator) < density ? std::floor(uniform(generator) * 3) - 1 : 0;
+    return values;
+  };
+  std::vector<std::vector<double>> values;
+  std::vector<std::unique_ptr<Buffer>> parameters;
+  LenetForwardOf<void> call{};
+  for (int i = 0; i < 10; ++i) {
+    values.push_back(c.integers ? small_integers(sizes[i], densities[i]) : random_values(dtype, sizes[i], scales[i]));
+    parameters.push_back(std::make_unique<Buffer>(dtype, sizes[i]));
+    parameters[i]->set(values[i]);
+    call.parameters[i] = parameters[i]->data();
+  }
+  std::vector<double> images = c.integers ? small_integers(batch * 1024, 1) : random_values(dtype, batch * 1024);
+  if (c.irregular) images[1024 + 15 * 32 + 17] = NAN, images[2048 + 3 * 32 + 30] = INFINITY;
+  std::vector<uint8_t> codes1, codes2;
+  std::vector<std::vector<double>> expected = {pooled(s1, images, values[0], values[1], &codes1)};
+  expected.push_back(pooled(s2, expected[0], values[2], values[3], &codes2));
+  const int64_t widths[] = {400, 120, 84, classes};
+  for (int layer = 0; layer < 3; ++layer) {
+    const int64_t depth = widths[layer], width = widths[layer + 1];
+    std::vector<double> out(batch * width);
+    for (int64_t i = 0; i < batch * width; ++i) {
+      out[i] = values[5 + 2 * layer][i % width];
+      for (int64_t k = 0; k < depth; ++k) {
+        out[i] += expected.back()[i / width * depth + k] * values[4 + 2 * layer][i % width * depth + k];
+      }
+      if (layer < 2 && out[i] <= 0) out[i] = 0;
+    }
+    expected.push_back(out);
+  }
+  if (c.integers && tensor_cores) {
+    double most = 0;
+    for (const auto& each : expected) {
+      for (const double value : each) most = std::fmax(most, value);
+    }
+    expect(most > 1 && most <= (dtype == DType::kBFloat16 ? 256 : 2048), name + ": values are exact");
+  }
+
+  Buffer input(dtype, batch * 1024);
+  input.set(images);
+  std::vector<std::unique_ptr<Buffer>> results;
+  for (const auto& each : expected) results.push_back(std::make_unique<Buffer>(dtype, each.size()));
+  Bytes indices1(batch * 1176), indices2(batch * 400);
+  call.batch = batch, call.classes = classes;
+  call.input = input.data(), call.output = results[4]->data();
+  if (c.training) {
+    call.pooled1 = results[0]->data(), call.pooled2 = results[1]->data();
+    call.hidden1 = results[2]->data(), call.hidden2 = results[3]->data();
+    call.indices1 = indices1.data, call.indices2 = indices2.data;
+  }
+  LenetForward strict{};
+  static_assert(sizeof strict == sizeof call);
+  memcpy(&strict, &call, sizeof call);
+  // TF32 rounds as float16 does, to 10 bits of mantissa.
+  const DType rounding = tensor_cores && dtype == DType::kFloat32 ? DType::kFloat16 : dtype;
+  run(
+      name,
+      [&] {
+        for (auto& each : results) each->reset();
+        return tensor_cores     ? launch_lenet_tensor_core_forward(dtype, call, {})
+               : c.cluster != 0 ? launch_lenet_cluster_forward(strict, c.cluster, {})
+                                : launch_lenet_forward(strict, {});
+      },
+      [&] {
+        for (int i = c.training ? 0 : 4; i < 5; ++i) {
+          const std::vector<double> got = results[i]->get();
+          compare(name + " result " + std::to_string(i), rounding, got, expected[i], c.integers ? 0 : 4);
+          if (c.integers) expect(got == expected[i], name + " result " + std::to_string(i) + " is exact");
+        }
+        if (c.training && c.integers) {
+          expect(indices1.get() == codes1, name + " indices1");
+          expect(indices2.get() == codes2, name + " indices2");
+        }
+        if (!c.training || !c.irregular) return;
+        const std::vector<uint8_t> got = indices1.get();
+        for (size_t i = 0; i < got.size(); ++i) {  // the others may be near ties
+          if (!std::isfinite(expected[0][i])) expect(got[i] == codes1[i], name + " indices1");
+        }
+      });
+}
+
+// A layer on its own; float32 is TF32, which rounds as float16 does.
+void test_tensor_core_layer(DType dtype, const ConvPoolShape& s, bool with_bias) {
+  const DType rounding = dtype == DType::kFloat32 ? DType::kFloat16 : dtype;
+  const std::string name = "tensor core layer of " + std::to_string(s.in_channels) + " channels dtype " +
+                           std::to_string(static_cast<int>(dtype)) + " batch " + std::to_string(s.batch);
+  Conv c{s, {}, {}, {}};
+  c.input = random_values(dtype, c.inputs());
+  c.weight = random_values(dtype, c.weights(), 0.5);
+  if (with_bias) c.bias = random_values(dtype, s.out_channels, 0.5);
+  const std::vector<double> values = c.convolutions();
+  Buffer input(dtype, c.inputs()), weight(dtype, c.weights()), bias(dtype, s.out_channels), output(dtype, c.outputs());
+  input.set(c.input), weight.set(c.weight);
+  if (with_bias) bias.set(c.bias);
+  Bytes indices(c.outputs());
+  const Strides4 in_strides = contiguous(s.in_channels, s.height, s.width);
+  const Strides4 out_strides = contiguous(s.out_channels, s.out_h, s.out_w);
+  for (const bool with_indices : {true, false}) {
+    run(
+        name,
+        [&] {
+          output.reset();
+          return launch_lenet_tensor_core_layer(
+              dtype,
+              {s, input.data(), in_strides, weight.data(), with_bias ? bias.data() : nullptr, output.data(),
+               with_indices ? indices.data : nullptr, out_strides},
+              {});
+        },
+        [&] { check_pooled(name, rounding, c, values, output.get(), indices.get(), 4); });
+  }
+}
+
+// The codes of a pooling, one in five of them dead.
+std::vector<uint8_t> random_codes(int64_t count) {
+  std::uniform_int_distribution<int> code(0, 4);
+  std::vector<uint8_t> codes(count);
+  for (uint8_t& each : codes) {
+    const int drawn = code(generator);
+    each = static_cast<uint8_t>(drawn == 4 ? kDead : drawn);
+  }
+  return codes;
+}
+
+// From activations drawn at random, which need not be those of any network. slice_images: as LenetBackward has it, 0
+// for what the batch gives.
+void test_lenet_backward(DType dtype, int64_t batch, int64_t classes, int64_t slice_images, bool input_gradient) {
+  if (slice_images == 0) slice_images = lenet_backward_slice_images(batch);
+  const std::string name = "lenet backward dtype " + std::to_string(static_cast<int>(dtype)) + " batch " +
+                           std::to_string(batch) + " in slices of " + std::to_string(slice_images);
+  const int64_t sizes[] = {150, 6, 2400, 16, 48000, 120, 120 * 84, 84, 84 * classes, classes};
+  const double scales[] = {0.2, 0.2, 0.08, 0.08, 0.05, 0.05, 0.09, 0.09, 0.1, 0.1};
+  std::vector<std::vector<double>> parameters, expected;
+  std::vector<std::unique_ptr<Buffer>> buffers, gradients;
+  auto buffer = [&](const std::vector<double>& values) {
+    buffers.push_back(std::make_unique<Buffer>(dtype, values.size()));
+    buffers.back()->set(values);
+    return buffers.back()->data();
+  };
+  LenetBackwardOf<void> call{};
+  for (int i = 0; i < 10; ++i) {
+    parameters.push_back(random_values(dtype, sizes[i], scales[i]));
+    expected.emplace_back(sizes[i]);
+    call.parameters[i] = buffer(parameters[i]);
+    gradients.push_back(std::make_unique<Buffer>(dtype, sizes[i]));
+    call.gradients[i] = gradients[i]->data();
+  }
+  const std::vector<double> images = random_values(dtype, batch * 1024), pooled1 = random_values(dtype, batch * 1176);
+  // The inputs of fc1, fc2 and fc3; where the last two are not above 0, ReLU lets no gradient pass.
+  const int64_t widths[] = {400, 120, 84, classes};
+  std::vector<std::vector<double>> inputs;
+  for (int layer = 0; layer < 3; ++layer) inputs.push_back(random_values(dtype, batch * widths[layer]));
+  const std::vector<uint8_t> codes1 = random_codes(batch * 1176), codes2 = random_codes(batch * 400);
+  Bytes indices1(batch * 1176), indices2(batch * 400);
+  indices1.set(codes1), indices2.set(codes2);
+
+  std::vector<double> gradient = random_values(dtype, batch * classes);
+  call.batch = batch, call.classes = classes, call.slice_images = slice_images;
+  call.grad_output = buffer(gradient), call.input = buffer(images);
+  call.pooled1 = buffer(pooled1), call.indices1 = indices1.data;
+  call.pooled2 = buffer(inputs[0]), call.indices2 = indices2.data;
+  call.hidden1 = buffer(inputs[1]), call.hidden2 = buffer(inputs[2]);
+  for (int layer = 2; layer >= 0; --layer) {
+    const int64_t depth = widths[layer], width = widths[layer + 1];
+    std::vector<double> grad_input(batch * depth);
+    for (int64_t i = 0; i < batch * width; ++i) {
+      const int64_t n = i / width, j = i % width;
+      expected[5 + 2 * layer][j] += gradient[i];
+      for (int64_t k = 0; k < depth; ++k) {
+        expected[4 + 2 * layer][j * depth + k] += gradient[i] * inputs[layer][n * depth + k];
+        if (layer > 0 && inputs[layer][n * depth + k] <= 0) continue;
+        grad_input[n * depth + k] += gradient[i] * parameters[4 + 2 * layer][j * depth + k];
+      }
+    }
+    gradient = grad_input;
+  }
+  const ConvGradients second({plain(batch, 6, 14, 16, 5), pooled1, parameters[2], {}}, codes2, gradient);
+  const ConvGradients first({plain(batch, 1, 32, 6, 5), images, parameters[0], {}}, codes1, second.grad_input);
+  expected[0] = first.grad_weight, expected[1] = first.grad_bias;
+  expected[2] = second.grad_weight, expected[3] = second.grad_bias;
+
+  Buffer grad_pooled1(dtype, batch * 1176);
+  Buffer workspace(DType::kFloat32, lenet_backward_workspace(batch, slice_images) / 4);
+  if (input_gradient) call.grad_pooled1 = grad_pooled1.data();
+  call.workspace = workspace.data();
+  run(
+      name,
+      [&] {
+        workspace.reset(), grad_pooled1.reset();
+        for (auto& each : gradients) each->reset();
+        return launch_lenet_backward(dtype, call, {});
+      },
+      [&] {
+        const double scale = 2 * std::sqrt(static_cast<double>(batch));
+        for (int i = 0; i < 10; ++i) {
+          compare(name + " gradient " + std::to_string(i), dtype, gradients[i]->get(), expected[i], scale);
+        }
+        if (input_gradient) compare(name + " pooled1", dtype, grad_pooled1.get(), second.grad_input, 1);
+      });
+}
+
+}  // namespace

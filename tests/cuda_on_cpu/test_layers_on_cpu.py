@@ -1,0 +1,293 @@
+"""The CUDA kernels of single layers, on the CPU, against stock torch: every dtype, schedule and way to launch them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cuda_on_cpu.stand_in import (
+    DIRECT,
+    NEEDS_COMPILER,
+    ON_TENSOR_CORES,
+    PLAIN,
+    SCHEDULES,
+    SHAPES,
+    VENDOR,
+    dtype_of,
+    extended,
+    stock,
+    tf32_allowed,
+    under_schedules,
+    without_tensor_cores,
+)
+
+pytestmark = NEEDS_COMPILER
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+def integers(*shape, dtype):
+    """Sums of products of these are exact in every dtype, and full of ties."""
+    return torch.randint(-1, 2, shape).to(dtype)
+
+
+def layer_operands(name, dtype, batch):
+    (_, *image), weight, o = SHAPES[name]
+    shapes = [(batch, *image), weight, weight[:1]]
+    return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes], list(o.values())
+
+
+# What rounding the operands does to a sum, in parts of the sum of its terms' magnitudes, and what rounding it does.
+OPERANDS = {"tf32": 2**-10, "float16": 1e-6, "bfloat16": 1e-6}
+
+
+RESULT = {"tf32": 0, "float16": 2**-11, "bfloat16": 2**-8}
+
+
+@pytest.mark.parametrize("algorithm", [DIRECT, VENDOR], ids=["direct", "vendor"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_convolution_is_exact_and_independent_of_the_schedule(ops, control, name, dtype, algorithm):
+    shape, weight_shape, o = SHAPES[name]
+    x, w, b = (
+        integers(*shape, dtype=dtype),
+        integers(*weight_shape, dtype=dtype),
+        integers(weight_shape[0], dtype=dtype),
+    )
+    options = list(o.values())
+    leaves = [t.double().requires_grad_() for t in (x, w, b)]
+    expected = stock(*leaves, o)
+    g = integers(*expected.shape, dtype=dtype)
+
+    def forward():
+        return ops.conv_relu_max_pool2d_with_indices(x, w, b, *options, False)
+
+    output, indices = under_schedules(control, algorithm, forward)
+    assert torch.equal(output.double(), expected)
+    assert torch.equal(ops.conv_relu_max_pool2d(x, w, b, *options, False), output)
+    at_indices = under_schedules(control, algorithm, lambda: ops.conv_at_indices(x, w, b, indices, *options))[0]
+    assert torch.equal(at_indices, output)
+    assert torch.equal(indices == 255, output == 0)
+
+    def backward():
+        return ops.conv_relu_max_pool2d_backward(g, indices, x, w, x.shape, w.shape, *options, [True, True, True])
+
+    for got, want in zip(
+        under_schedules(control, algorithm, backward), torch.autograd.grad(expected, leaves, g.double()), strict=True
+    ):
+        assert torch.equal(got, want.to(dtype))
+
+
+@pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=3)), ids=str)
+@pytest.mark.parametrize("algorithm", [DIRECT, VENDOR], ids=["direct", "vendor"])
+def test_only_the_gradients_that_are_wanted(ops, control, algorithm, mask):
+    control.cuda_on_cpu_configure(algorithm, 0, 0)
+    x, w = torch.randn(3, 6, 14, 14), torch.randn(16, 6, 5, 5)
+    options = list(PLAIN.values())
+    output, indices = ops.conv_relu_max_pool2d_with_indices(x, w, None, *options, False)
+    g = torch.randn_like(output)
+    every = ops.conv_relu_max_pool2d_backward(g, indices, x, w, x.shape, w.shape, *options, [True] * 3)
+    some = ops.conv_relu_max_pool2d_backward(g, indices, x, w, x.shape, w.shape, *options, list(mask))
+    x2, w2, g2 = torch.randn(5, 7), torch.randn(3, 7), torch.randn(5, 3)
+    every += ops.linear_relu_backward(g2, g2, x2, w2, [True] * 3)
+    some += ops.linear_relu_backward(g2, g2, x2, w2, list(mask))
+    for wanted, one, all_of_them in zip(mask * 2, some, every, strict=True):
+        if wanted:
+            torch.testing.assert_close(one, all_of_them)
+        else:
+            assert one.shape == (0,)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "misaligned", "sliced"])
+@pytest.mark.parametrize("algorithm", [DIRECT, VENDOR], ids=["direct", "vendor"])
+def test_layouts_of_convolution(ops, control, algorithm, layout):
+    """The layout changes which kernels and which loads are used, never a value; output follows input."""
+    control.cuda_on_cpu_configure(algorithm, 0, 0)
+    options = list(PLAIN.values())
+    x, w, b = (integers(*s, dtype=torch.float32) for s in [(3, 6, 14, 14), (16, 6, 5, 5), (16,)])
+    if layout == "channels_last":
+        y = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "misaligned":
+        y = torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    else:
+        y = torch.full((5, 8, 16, 17), float("nan"))[1:4, 1:7, 1:15, 2:16].copy_(x)
+    output, indices = ops.conv_relu_max_pool2d_with_indices(x, w, b, *options, False)
+    got, got_indices = ops.conv_relu_max_pool2d_with_indices(y, w, b, *options, False)
+    assert torch.equal(got, output)
+    assert torch.equal(got_indices, indices)
+    assert got.stride() == got_indices.stride()
+    channels_last = layout == "channels_last"
+    assert got.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    g = integers(3, 16, 1, 1, dtype=torch.float32).expand(3, 16, 5, 5)
+    expected = ops.conv_relu_max_pool2d_backward(g.contiguous(), indices, x, w, x.shape, w.shape, *options, [True] * 3)
+    gradients = ops.conv_relu_max_pool2d_backward(g, got_indices, y, w, y.shape, w.shape, *options, [True] * 3)
+    for one, other in zip(gradients, expected, strict=True):
+        assert torch.equal(one, other)
+    assert gradients[0].is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def test_an_image_does_not_depend_on_its_batch(ops):
+    """Bit by bit: not on the batch's size, nor on its place in it."""
+    options = list(PLAIN.values())
+    for shape, weight in [((33, 1, 32, 32), (6, 1, 5, 5)), ((33, 6, 14, 14), (16, 6, 5, 5))]:
+        x, w = torch.randn(shape), torch.randn(weight)
+        whole = ops.conv_relu_max_pool2d(x, w, None, *options, False)
+        for begin, end in [(0, 1), (5, 8), (32, 33)]:
+            part = ops.conv_relu_max_pool2d(x[begin:end], w, None, *options, False)
+            assert torch.equal(part, whole[begin:end])
+
+
+@pytest.mark.parametrize("algorithm", [DIRECT, VENDOR], ids=["direct", "vendor"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 400, 120), (33, 120, 84), (17, 84, 10), (5, 0, 3), (0, 5, 3)], ids=str)
+def test_linear_is_exact_and_independent_of_the_schedule(ops, control, sizes, dtype, algorithm):
+    m, k, n = sizes
+    x, w, b, g = (integers(*s, dtype=dtype) for s in [(m, k), (n, k), (n,), (m, n)])
+    leaves = [t.double().requires_grad_() for t in (x, w, b)]
+    for relu in (False, True):
+        expected = leaves[0] @ leaves[1].t() + leaves[2]
+        expected = expected.relu() if relu else expected
+        forward = ops.linear_relu if relu else ops.linear
+        output = under_schedules(control, algorithm, lambda forward=forward: forward(x, w, b))[0]
+        assert torch.equal(output.double(), expected)
+
+        def backward(relu=relu, output=output):
+            if relu:
+                return ops.linear_relu_backward(g, output, x, w, [True] * 3)
+            return ops.linear_backward(g, x, w, [True] * 3)
+
+        for got, want in zip(
+            under_schedules(control, algorithm, backward),
+            torch.autograd.grad(expected, leaves, g.double()),
+            strict=True,
+        ):
+            assert torch.equal(got, want.to(dtype))
+
+
+@pytest.mark.parametrize("batch", [1, extended(3), 17, extended(33)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["conv1", "conv2"])
+@pytest.mark.parametrize("precision", ON_TENSOR_CORES)
+def test_a_layer_on_the_tensor_cores(ops, control, precision, name, bias, batch):
+    """Values within the rounding, codes wherever two positions of a window are further apart; one launch."""
+    operands, options = layer_operands(name, dtype_of(precision), batch)
+    operands[2] = operands[2] if bias else None
+    with tf32_allowed(precision == "tf32", False):
+        before = control.cuda_on_cpu_launches()
+        output, indices = under_schedules(
+            control, -1, lambda: ops.conv_relu_max_pool2d_with_indices(*operands, *options, False)
+        )
+        assert control.cuda_on_cpu_launches() == before + len(SCHEDULES)
+        assert torch.equal(ops.conv_relu_max_pool2d(*operands, *options, False), output)
+    exact = [None if t is None else t.double() for t in operands]
+    windows, magnitudes = (
+        F.conv2d(*values).unfold(2, 2, 2).unfold(3, 2, 2).flatten(-2)
+        for values in (exact, [None if t is None else t.abs() for t in exact])
+    )
+    best, second = windows.topk(2).values.unbind(-1)
+    error = OPERANDS[precision] * magnitudes.amax(-1)
+    assert bool(((output.double() - best.relu()).abs() <= error + RESULT[precision] * best.abs()).all())
+    decided = (best - second > 2 * error) & (best.abs() > error)
+    assert float(decided.double().mean()) > 0.9
+    codes = windows.argmax(-1).where(best > 0, 255)
+    assert torch.equal(indices[decided], codes[decided].byte())
+
+
+@pytest.mark.parametrize("name", ["conv1", "conv2"])
+@pytest.mark.parametrize("precision", ON_TENSOR_CORES)
+def test_a_layer_on_the_tensor_cores_is_exact_where_sums_are(ops, precision, name):
+    """Small integers, full of ties: the first of equals wins."""
+    shape, weight_shape, o = SHAPES[name]
+    dtype = dtype_of(precision)
+    x, w, b = (integers(*s, dtype=dtype) for s in (shape, weight_shape, weight_shape[:1]))
+    with tf32_allowed(precision == "tf32", False):
+        output, indices = ops.conv_relu_max_pool2d_with_indices(x, w, b, *o.values(), False)
+    conv = F.conv2d(x.double(), w.double(), b.double()).relu()
+    expected, at = F.max_pool2d(conv, 2, return_indices=True)
+    assert torch.equal(output.double(), expected)
+    size = conv.size(-1)
+    assert torch.equal(indices, (at // size % 2 * 2 + at % size % 2).where(expected > 0, 255).byte())
+
+
+@pytest.mark.parametrize(("convolutions", "products"), list(itertools.product([False, True], repeat=2)))
+@pytest.mark.parametrize("name", ["conv1", "conv2"])
+def test_a_layer_is_tf32_only_where_convolutions_may_be(ops, control, name, convolutions, products):
+    """As stock's convolution; otherwise, and without tensor cores, bit by bit what it always was."""
+    operands, options = layer_operands(name, torch.float32, 3)
+    expected = stock(*[t.double() for t in operands], PLAIN)
+
+    def layer():
+        return ops.conv_relu_max_pool2d(*operands, *options, False)
+
+    strict = layer()
+    torch.testing.assert_close(strict.double(), expected, rtol=1e-5, atol=1e-5)
+    with tf32_allowed(convolutions, products):
+        assert torch.equal(layer(), strict) == (not convolutions)
+        with without_tensor_cores(control):
+            assert torch.equal(layer(), strict)
+
+
+@pytest.mark.parametrize("name", ["conv1", "conv2"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_layer_in_16_bits_without_tensor_cores(ops, control, dtype, name):
+    operands, options = layer_operands(name, dtype, 11)
+    with without_tensor_cores(control):
+        output, indices = under_schedules(
+            control, -1, lambda: ops.conv_relu_max_pool2d_with_indices(*operands, *options, False)
+        )
+    expected = stock(*[t.double() for t in operands], PLAIN)
+    assert torch.equal(indices == 255, output == 0)
+    torch.testing.assert_close(output.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("operand", ["input", "weight", "bias"])
+@pytest.mark.parametrize("name", ["conv1", "conv2"])
+@pytest.mark.parametrize("precision", ON_TENSOR_CORES)
+def test_a_layer_on_the_tensor_cores_with_non_finite_operands(ops, precision, name, operand, value):
+    """They reach the outputs that they reach in stock, and no others."""
+    operands, options = layer_operands(name, dtype_of(precision), 3)
+    operands[["input", "weight", "bias"].index(operand)].view(-1)[-7:-6] = value
+    if operand == "input":
+        operands[0][1, 0, 9, 10] = value
+    with tf32_allowed(precision == "tf32", False):
+        output = ops.conv_relu_max_pool2d(*operands, *options, False).double()
+    expected = stock(*[t.double() for t in operands], PLAIN)
+    scale = 1 + float(expected[expected.isfinite()].abs().max())
+    torch.testing.assert_close(output, expected, rtol=0, atol=2**-8 * scale, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_conversions_of_the_16_bit_types(ops, dtype):
+    """Every value there is, and sums that have to be rounded; on the GPU the hardware converts."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    pairs = torch.stack([every, every[torch.randperm(2**16)]]).view(1, 2, 256, 256)
+    options = list({**PLAIN, "pool_kernel_size": [1, 1], "pool_stride": [1, 1]}.values())
+    alive = torch.zeros(1, 1, 256, 256, dtype=torch.uint8)
+    for images in (pairs[:, :1], pairs):
+        got = ops.conv_at_indices(images, torch.ones(1, images.size(1), 1, 1, dtype=dtype), None, alive, *options)
+        expected = images.float().sum(1, keepdim=True).to(dtype)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_cost_rule_takes_the_kernels_made_for_lenet(ops, control):
+    """One launch for an inference, whatever the batch; the vendor's convolution for a layer of VGG, and one launch."""
+    options = list(PLAIN.values())
+    for batch, x, w in [
+        (1, (1, 32, 32), (6, 1, 5, 5)),
+        (40, (6, 14, 14), (16, 6, 5, 5)),
+        (2, (64, 16, 16), (64, 64, 3, 3)),
+    ]:
+        before = control.cuda_on_cpu_launches()
+        ops.conv_relu_max_pool2d(torch.randn(batch, *x), torch.randn(w), None, *options, False)
+        assert control.cuda_on_cpu_launches() == before + 1
+
+
+def test_a_failed_launch_names_operator_kernel_and_shape(ops):
+    """More than 64-bit arithmetic can break: here a convolution whose planes are too large for the kernels."""
+    x = torch.empty(1, 1, 1, 1).expand(1, 1, 2**16, 2**16)
+    with pytest.raises(RuntimeError, match=r"conv_relu_max_pool2d: input's padded planes .* 65536 x 65536"):
+        ops.conv_relu_max_pool2d(x, torch.ones(1, 1, 1, 1), None, *PLAIN.values(), False)

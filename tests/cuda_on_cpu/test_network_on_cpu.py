@@ -1,0 +1,419 @@
+"""The CUDA kernels of the whole network, on the CPU, against its layers in float64."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cuda_on_cpu.stand_in import (
+    NEEDS_COMPILER,
+    ON_TENSOR_CORES,
+    PLAIN,
+    SCHEDULES,
+    VENDOR,
+    capability,
+    dtype_of,
+    extended,
+    gradients,
+    tf32_allowed,
+    under_schedules,
+    without_tensor_cores,
+)
+
+pytestmark = NEEDS_COMPILER
+
+
+def reference_net(channels, classes, dtype):
+    from lenet_ext import ReferenceNet
+
+    net = ReferenceNet(channels, classes, dtype=dtype)
+    return net, [parameter.detach() for parameter in net.parameters()]
+
+
+# Of values and of gradients, each to the largest of its tensor, against float64. TF32 and float16 have 11 bits of
+# mantissa, bfloat16 has 8, and both the layers' inputs and their outputs are rounded.
+TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "tf32": 2e-3, "float16": 2e-3, "bfloat16": 1.5e-2}
+
+
+def assert_gradients_close(got, want):
+    """`got` was rounded once, from sums in float32."""
+    for one, other in zip(got, want, strict=True):
+        info = torch.finfo(one.dtype)
+        scale = float(other.abs().max()) if other.numel() else 0.0
+        atol = 1e-5 * scale + info.smallest_normal * info.eps  # float16 has few exponents
+        torch.testing.assert_close(one.double(), other.double(), rtol=max(1e-5, info.eps / 2), atol=atol)
+
+
+def exact_gradients(g, x, parameters, activations):
+    """In float64, for these activations and winners."""
+    exact = [a if a.dtype == torch.uint8 else a.double() for a in activations]
+    return torch.ops.lenet_ext.lenet_backward(g.double(), x.double(), [p.double() for p in parameters], *exact, False)[
+        1
+    ]
+
+
+@contextlib.contextmanager
+def shared_memory(control, kilobytes):
+    """What a block can have: on real GPUs 64 KB (7.5), 99 KB (8.6, 8.9, 12.0), 163 KB (8.0) or 227 KB (9.0, 10.0)."""
+    control.cuda_on_cpu_set_shared_memory(kilobytes * 1024)
+    try:
+        yield
+    finally:
+        control.cuda_on_cpu_set_shared_memory(227 * 1024)
+
+
+# One channel and at most 128 classes are one launch but in float64; the others run layer by layer.
+@pytest.mark.parametrize(
+    ("batch", "channels", "classes", "precision"),
+    [
+        (0, 1, 10, "float32"),
+        (1, 1, 10, "float32"),
+        extended(33, 1, 10, "float32"),
+        (4, 1, 128, "float32"),
+        (4, 1, 1, "float32"),
+        (3, 3, 10, "float32"),
+        (3, 1, 130, "float32"),
+        (3, 1, 10, "float64"),
+        (0, 1, 10, "bfloat16"),
+        *[(batch, 1, 10, precision) for batch in (1, 3) for precision in ("tf32", "float16", "bfloat16")],
+        *[extended(batch, 1, 10, precision) for batch in (17, 33) for precision in ("tf32", "float16", "bfloat16")],
+        (3, 1, 128, "tf32"),
+        (3, 1, 128, "bfloat16"),
+        (3, 3, 10, "bfloat16"),
+    ],
+    ids=str,
+)
+def test_the_whole_network(ops, control, batch, channels, classes, precision):
+    dtype = dtype_of(precision)
+    net, parameters = reference_net(channels, classes, dtype)
+    x = torch.randn(batch, channels, 32, 32, dtype=dtype)
+    expected = net.double()(leaf := x.double().requires_grad_())
+    with tf32_allowed(precision == "tf32", precision == "tf32"):
+        before = control.cuda_on_cpu_launches()
+        output = under_schedules(control, -1, lambda: ops.lenet(x, parameters))[0]
+        if dtype != torch.float64 and channels == 1 and classes <= 128:
+            assert control.cuda_on_cpu_launches() - before == len(SCHEDULES) * (batch > 0)
+        activations = under_schedules(control, -1, lambda: ops.lenet_with_activations(x, parameters))
+    tolerance = TOLERANCES[precision]
+
+    def close(got, want):
+        scale = float(want.detach().abs().max()) if want.numel() else 0.0
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance * scale)
+
+    close(output, expected.detach())
+    assert output.dtype == dtype
+    assert torch.equal(activations[0], output)
+    assert [tuple(a.shape) for a in activations[1:]] == [
+        *[(batch, 6, 14, 14)] * 2,
+        *[(batch, 16, 5, 5)] * 2,
+        (batch, 120),
+        (batch, 84),
+    ]
+    assert [a.dtype for a in activations[1:]] == [dtype, torch.uint8, dtype, torch.uint8, dtype, dtype]
+    # What won each window, by its value.
+    pooled1, indices1, pooled2, indices2 = activations[1:5]
+    for i, images, pooled, indices in ((0, x, pooled1, indices1), (2, pooled1, pooled2, indices2)):
+        operands = [t.double() for t in (images, parameters[i], parameters[i + 1])]
+        close(pooled, ops.conv_at_indices(*operands, indices, *PLAIN.values()))
+
+    g = torch.randn(batch, classes, dtype=dtype)
+    grad_input, gradients = ops.lenet_backward(g, x, parameters, *activations[1:], True)
+    if tolerance < 1e-4:
+        wanted = torch.autograd.grad(expected, [*net.parameters(), leaf], g.double())
+        for got, want in zip([*gradients, grad_input], wanted, strict=True):
+            close(got, want)
+        return
+    # Where two positions of a window are nearly the same, another may win than in float64, and each takes a whole
+    # gradient along: so the winners are given, and the arithmetic is compared, with that of the CPU in float64.
+    exact = [a if a.dtype == torch.uint8 else a.double() for a in activations[1:]]
+    wanted_input, wanted = torch.ops.lenet_ext.lenet_backward(
+        g.double(), x.double(), [p.double() for p in parameters], *exact, True
+    )
+    bound = 1e-5 if dtype == torch.float32 else 2 * tolerance
+    for got, want in zip([*gradients, grad_input], [*wanted, wanted_input], strict=True):
+        assert float((got.double() - want).norm()) <= bound * float(want.norm())
+
+
+@pytest.mark.parametrize(("convolutions", "products"), list(itertools.product([False, True], repeat=2)))
+def test_tf32_only_where_both_flags_allow_it(ops, convolutions, products):
+    """Otherwise the result is bit by bit that of the strict kernel."""
+    _, parameters = reference_net(1, 10, torch.float32)
+    x = torch.randn(5, 1, 32, 32)
+    with tf32_allowed(False, False):
+        strict = ops.lenet(x, parameters), *ops.lenet_with_activations(x, parameters)
+    with tf32_allowed(convolutions, products):
+        got = ops.lenet(x, parameters), *ops.lenet_with_activations(x, parameters)
+    same = [torch.equal(one, other) for one, other in zip(got, strict, strict=True)]
+    if convolutions and products:
+        assert not same[0]
+        assert not same[1]
+        torch.testing.assert_close(got[0], strict[0], rtol=0, atol=2e-3)
+    else:
+        assert all(same)
+
+
+def test_tf32_by_the_newer_flags(ops):
+    """torch.backends.*.fp32_precision; convolutions and RNNs may be set apart."""
+    _, parameters = reference_net(1, 10, torch.float32)
+    x = torch.randn(2, 1, 32, 32)
+    strict = ops.lenet(x, parameters)
+
+    def layer():
+        return ops.conv_relu_max_pool2d(x, *parameters[:2], *PLAIN.values(), False)
+
+    strict_layer = layer()
+    flags = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul]
+    before = [flag.fp32_precision for flag in flags]
+    try:
+        for conv, rnn, matmul in itertools.product(["ieee", "tf32"], repeat=3):
+            for flag, precision in zip(flags, (conv, rnn, matmul), strict=True):
+                flag.fp32_precision = precision
+            assert torch.equal(ops.lenet(x, parameters), strict) == (conv == "ieee" or matmul == "ieee")
+            assert torch.equal(layer(), strict_layer) == (conv == "ieee")
+    finally:
+        for flag, precision in zip(flags, before, strict=True):
+            flag.fp32_precision = precision
+    assert torch.equal(ops.lenet(x, parameters), strict)
+
+
+@pytest.mark.parametrize("precision", ON_TENSOR_CORES)
+def test_a_gpu_without_tensor_cores_for_it(ops, control, precision):
+    """float32 stays strict, the 16-bit types go layer by layer; both paths agree within the rounding."""
+    dtype = dtype_of(precision)
+    _, parameters = reference_net(1, 10, dtype)
+    x = torch.randn(3, 1, 32, 32, dtype=dtype)
+    with tf32_allowed(True, False):
+        strict = ops.lenet(x, parameters)
+    with tf32_allowed(True, precision == "tf32"):
+        on_tensor_cores = ops.lenet(x, parameters)
+        with without_tensor_cores(control):
+            before = control.cuda_on_cpu_launches()
+            got = ops.lenet(x, parameters)
+            launches = control.cuda_on_cpu_launches() - before
+    assert launches == (1 if precision == "tf32" else 5)
+    if precision == "tf32":
+        assert torch.equal(got, strict)
+        assert not torch.equal(got, on_tensor_cores)
+    torch.testing.assert_close(got, on_tensor_cores, rtol=0, atol=TOLERANCES[precision])
+
+
+@pytest.mark.parametrize("precision", ON_TENSOR_CORES)
+def test_the_tensor_cores_do_not_see_the_batch(ops, precision):
+    """Bit by bit: an image's results do not depend on the batch's size, nor on its place in it, nor on addresses."""
+    dtype = dtype_of(precision)
+    _, parameters = reference_net(1, 10, dtype)
+    moved = [torch.empty(p.numel() + 1, dtype=dtype)[1:].view(p.shape).copy_(p) for p in parameters]
+    x = torch.randn(33, 1, 32, 32, dtype=dtype)
+    odd = torch.empty(x.numel() + 1, dtype=dtype)[1:].view(x.shape).copy_(x)
+    with tf32_allowed(True, precision == "tf32"):
+        whole = ops.lenet_with_activations(x, parameters)
+        for begin, end in [(0, 1), (5, 8), (16, 33)]:
+            part = ops.lenet_with_activations(odd[begin:end], moved)
+            for one, other in zip(part, whole, strict=True):
+                assert torch.equal(one, other[begin:end])
+
+
+@pytest.mark.parametrize("precision", ON_TENSOR_CORES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_the_tensor_cores_keep_non_finite_pixels_where_they_belong(ops, value, precision):
+    """The outputs that see such a pixel are those of stock, and no other changes."""
+    dtype = dtype_of(precision)
+    net, parameters = reference_net(1, 10, dtype)
+    x = torch.randn(4, 1, 32, 32, dtype=dtype)
+    x[2, 0, 9, 14] = value
+    with tf32_allowed(True, precision == "tf32"):
+        output, pooled1, indices1, pooled2 = ops.lenet_with_activations(x, parameters)[:4]
+        clean = ops.lenet_with_activations(x.where(x.isfinite(), 0), parameters)
+    net = net.double()
+    expected1 = F.max_pool2d(net.conv1(x.double()).relu(), 2)
+    expected2 = F.max_pool2d(net.conv2(expected1).relu(), 2)
+    tolerance = TOLERANCES[precision]
+    for got, want in ((pooled1, expected1), (pooled2, expected2)):
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance * 4, equal_nan=True)
+    assert torch.equal(indices1 == 255, pooled1 <= 0)
+    keep = torch.arange(4) != 2
+    for one, other in zip((output, pooled1, indices1, pooled2), clean[:4], strict=True):
+        assert torch.equal(one[keep], other[keep])
+    assert bool(output[2].isfinite().all()) == bool(net(x.double())[2].isfinite().all())
+
+
+@pytest.mark.parametrize("precision", ON_TENSOR_CORES)
+def test_a_layer_is_as_in_the_whole_network(ops, precision):
+    """Bit by bit, non-finite pixels included, wherever in a batch or in memory an image lies."""
+    dtype = dtype_of(precision)
+    _, parameters = reference_net(1, 10, dtype)
+    x = torch.randn(33, 1, 32, 32, dtype=dtype)
+    x[6, 0, 9, 14], x[20, 0, 31, 0] = float("nan"), float("inf")
+    moved = [torch.empty(p.numel() + 1, dtype=dtype)[1:].view(p.shape).copy_(p) for p in parameters[:4]]
+    with tf32_allowed(True, precision == "tf32"):
+        pooled1, indices1, pooled2, indices2 = ops.lenet_with_activations(x, parameters)[1:5]
+        for images, (w, b), expected in (
+            (x, moved[:2], (pooled1, indices1)),
+            (pooled1, moved[2:], (pooled2, indices2)),
+        ):
+            odd = torch.empty(images.numel() + 1, dtype=dtype)[1:].view(images.shape).copy_(images)
+            for begin, end in [(0, 33), (6, 7), (5, 8), (16, 33)]:
+                part = odd[begin:end] if begin else images
+                got = ops.conv_relu_max_pool2d_with_indices(part, w, b, *PLAIN.values(), False)
+                for one, other in zip(got, expected, strict=True):
+                    torch.testing.assert_close(one, other[begin:end], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_whole_network_with_nan_and_views(ops, training):
+    """A NaN in one image reaches that image's outputs alone; parameters may be slices at any address."""
+    _, parameters = reference_net(1, 10, torch.float32)
+    moved = [torch.empty(p.numel() + 1)[1:].view(p.shape).copy_(p) for p in parameters]
+    x = torch.randn(13, 1, 34, 33)[:, :, 1:33, :32]
+    forward = ops.lenet_with_activations if training else ops.lenet
+    output = forward(x, parameters)
+    assert torch.equal(forward(x, moved)[0] if training else forward(x, moved), output[0] if training else output)
+    x[6, 0, 15, 15] = float("nan")
+    broken = forward(x, parameters)[0] if training else forward(x, parameters)
+    output = output[0] if training else output
+    assert bool(broken[6].isnan().all())
+    keep = torch.arange(13) != 6
+    assert torch.equal(broken[keep], output[keep])
+
+
+@pytest.mark.parametrize("classes", [10, extended(1), extended(128)])
+def test_an_image_is_the_same_in_a_batch_of_any_size(ops, control, classes):
+    """Whether eight blocks, four or two compute it together or one block computes many, with or without gradients."""
+    _, parameters = reference_net(1, classes, torch.float32)
+    x = torch.randn(131, 1, 32, 32)
+    x[3, 0, 9, 14], x[50, 0, 31, 0] = float("nan"), float("inf")
+    odd = torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    with capability(control, 80):  # no clusters
+        expected = ops.lenet_with_activations(x, parameters)
+    for begin, end in [(0, 1), (2, 18), (40, 72), (0, 64), (66, 131), (3, 131), (0, 131)]:
+        for images in (x, odd):
+            got = ops.lenet_with_activations(images[begin:end], parameters)
+            for one, other in zip(got, expected, strict=True):
+                torch.testing.assert_close(one, other[begin:end], rtol=0, atol=0, equal_nan=True)
+            output = ops.lenet(images[begin:end], parameters)
+            torch.testing.assert_close(output, got[0], rtol=0, atol=0, equal_nan=True)
+
+
+# From 257 images on, blocks take two each, from 513 on three: the launch is another one.
+@pytest.mark.parametrize(
+    ("batch", "classes", "schedules"),
+    [(1, 10, 3), (2, 128, 3), (3, 1, 3), (17, 7, 3), (33, 10, 3), extended(257, 10, 1), extended(513, 10, 1)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_whole_networks_backward_is_two_launches(ops, control, dtype, batch, classes, schedules):
+    net, parameters = reference_net(1, classes, dtype)
+    x, g = torch.randn(batch, 1, 32, 32, dtype=dtype), torch.randn(batch, classes, dtype=dtype)
+    activations = ops.lenet_with_activations(x, parameters)[1:]
+    control.cuda_on_cpu_configure(-1, 2, 0)
+    before = control.cuda_on_cpu_launches()
+    got = gradients(ops, g, x, parameters, activations)
+    assert control.cuda_on_cpu_launches() == before + 2
+    assert got[-1].shape == (0,)
+    for schedule, seed in SCHEDULES[: schedules - 1]:
+        control.cuda_on_cpu_configure(-1, schedule, seed)
+        for one, other in zip(gradients(ops, g, x, parameters, activations), got, strict=True):
+            assert torch.equal(one, other), "the result depends on the order of threads"
+
+    assert_gradients_close(got[:-1], exact_gradients(g, x, parameters, activations))
+    if dtype != torch.float32:  # whose winners are stock's, and whose layers' gradients are not rounded on the way
+        return
+    stock = torch.autograd.grad(net.double()(x.double()), list(net.parameters()), g.double())
+    assert_gradients_close(got[:-1], stock)
+    control.cuda_on_cpu_configure(VENDOR, 0, 0)
+    assert_gradients_close(got[:-1], gradients(ops, g, x, parameters, activations)[:-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_whole_networks_backward_with_views_and_the_inputs_gradient(ops, control, dtype):
+    """Operands may be slices at any address, or have any strides; the input's gradient is a third launch."""
+    _, parameters = reference_net(1, 10, dtype)
+    x, g = torch.randn(5, 1, 32, 32, dtype=dtype), torch.randn(5, 10, dtype=dtype)
+    activations = ops.lenet_with_activations(x, parameters)[1:]
+    before = control.cuda_on_cpu_launches()
+    expected = gradients(ops, g, x, parameters, activations, True)
+    assert control.cuda_on_cpu_launches() == before + 3
+    without = gradients(ops, g, x, parameters, activations)
+    for one, other in zip(without[:-1], expected[:-1], strict=True):
+        assert torch.equal(one, other)
+
+    def moved(tensor):
+        return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
+
+    def strided(tensor):
+        return torch.zeros(*tensor.shape, 2, dtype=tensor.dtype).select(-1, 1).copy_(tensor)
+
+    for view in (moved, strided):
+        operands = [view(t) for t in (g, x)], [view(p) for p in parameters], [view(a) for a in activations]
+        got = gradients(ops, *operands[0], *operands[1:], True)
+        for one, other in zip(got, expected, strict=True):
+            assert torch.equal(one, other)
+        assert all(gradient.is_contiguous() for gradient in got)
+
+
+# 100 images: clusters of two blocks. 520, 900, 1,290: blocks of 6, 8 and 10 images, which do not fit but for the last
+# in 99 KB: they take all of it.
+@pytest.mark.parametrize(
+    ("precision", "batch", "kilobytes"),
+    [
+        ("float32", 100, 99),
+        extended("float32", 1290, 64),
+        extended("float32", 1290, 99),
+        extended("tf32", 520, 64),
+        extended("float16", 900, 50),
+    ],
+)
+def test_the_whole_network_with_less_shared_memory(ops, control, precision, batch, kilobytes):
+    """Fewer images pass through a block at once, with the same result."""
+    dtype = dtype_of(precision)
+    _, parameters = reference_net(1, 10, dtype)
+    x = torch.randn(batch, 1, 32, 32, dtype=dtype)
+    with tf32_allowed(precision == "tf32", precision == "tf32"):
+        expected = ops.lenet(x, parameters)
+        with shared_memory(control, kilobytes):
+            assert torch.equal(ops.lenet(x, parameters), expected)
+
+
+@pytest.mark.parametrize("kilobytes", [64, extended(80)])
+def test_the_whole_networks_backward_with_less_shared_memory(ops, control, kilobytes):
+    """Slices of three images pass one by one or by twos instead of together."""
+    _, parameters = reference_net(1, 10, torch.float32)
+    x, g = torch.randn(513, 1, 32, 32), torch.randn(513, 10)
+    activations = ops.lenet_with_activations(x, parameters)[1:]
+    expected = gradients(ops, g, x, parameters, activations)
+    with shared_memory(control, kilobytes):
+        got = gradients(ops, g, x, parameters, activations)
+    assert_gradients_close(got, [gradient.double() for gradient in expected])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_whole_networks_backward_passes_nan_on(ops, control, dtype):
+    """NaN in one image, or in the gradient of its output, reaches what it reaches layer by layer."""
+    _, parameters = reference_net(1, 10, dtype)
+    for where in ("input", "grad_output"):
+        x, g = torch.randn(9, 1, 32, 32, dtype=dtype), torch.randn(9, 10, dtype=dtype)
+        (x[6, 0, 15] if where == "input" else g[6, 3:4]).fill_(float("nan"))
+        activations = ops.lenet_with_activations(x, parameters)[1:]
+        control.cuda_on_cpu_configure(-1, 0, 0)
+        got = gradients(ops, g, x, parameters, activations)
+        control.cuda_on_cpu_configure(VENDOR, 0, 0)
+        for one, other in zip(got, gradients(ops, g, x, parameters, activations), strict=True):
+            assert torch.equal(one.isnan(), other.isnan())
+        assert bool(got[0].isnan().any())
+
+
+def test_the_whole_networks_backward_checks_its_activations(ops):
+    """The kernels take addresses: what does not fit must not reach them."""
+    _, parameters = reference_net(1, 10, torch.float32)
+    x, g = torch.randn(3, 1, 32, 32), torch.randn(3, 10)
+    names = ["pooled1", "indices1", "pooled2", "indices2", "hidden1", "hidden2"]
+    good = dict(zip(names, ops.lenet_with_activations(x, parameters)[1:], strict=True))
+    for name, tensor in good.items():
+        for bad in (tensor[:2], tensor.double()):
+            with pytest.raises(RuntimeError, match=f"lenet_backward: {name} must be"):
+                gradients(ops, g, x, parameters, {**good, name: bad}.values())
+    with pytest.raises(RuntimeError, match="lenet_backward: grad_output must be"):
+        gradients(ops, g[:, :9], x, parameters, good.values())
