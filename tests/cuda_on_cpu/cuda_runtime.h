@@ -206,8 +206,8 @@ inline void finish_copies(unsigned groups_left) {
 
 // ------------------------------------------------------------------------------------------------------- fibers
 
-// Not by swapcontext(), which asks the system for the mask of signals, twice a switch, and takes longer than what happens
-// in between; under AddressSanitizer it wipes the whole stack's shadow, too.
+// Not by swapcontext(), which asks the system for the mask of signals, twice a switch, and takes longer than what
+// happens in between; under AddressSanitizer it wipes the whole stack's shadow, too.
 inline void switch_to_scheduler(Fiber& from) {
   State& s = state();
 #if LX_SHIM_ASAN
