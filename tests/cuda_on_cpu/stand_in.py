@@ -131,6 +131,6 @@ def rerun(suites, selected, **variables):
         **variables,
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "cuda_on_cpu.plugin", "-p", "no:cacheprovider"]
-    command += ["-k", selected, *(str(TESTS / name) for name in suites)]
+    command += ["-m", "not extended", "-k", selected, *(str(TESTS / name) for name in suites)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

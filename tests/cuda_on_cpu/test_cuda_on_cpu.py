@@ -12,11 +12,7 @@ import subprocess
 import pytest
 
 from cuda_on_cpu import build
-from cuda_on_cpu.stand_in import (
-    NEEDS_COMPILER,
-    extended,
-    rerun,
-)
+from cuda_on_cpu.stand_in import NEEDS_COMPILER, extended, rerun
 
 pytestmark = NEEDS_COMPILER
 
@@ -24,11 +20,7 @@ pytestmark = NEEDS_COMPILER
 # NaN in conv2's weight, whose products with the border of zeros around the gradient map reach more pixels than in
 # stock.
 SUITES = ["operators/test_conv_relu_max_pool2d.py", "operators/test_linear.py", "operators/test_odd_cases.py"]
-
-
 GRADCHECK = ["autograd/test_gradcheck.py"]
-
-
 LEFT_OUT = "layers_of_real_nets or long_sums or many or (non_finite and (bfloat16 or float64 or lenet and weight))"
 
 
