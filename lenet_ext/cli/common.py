@@ -10,9 +10,12 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
+from lenet_ext.training.datasets import DATA_SETS
+
 __all__ = [
     "Parser",
     "UsageError",
+    "add_data",
     "add_device",
     "add_threads",
     "error_line",
@@ -73,6 +76,11 @@ def learning_rate(text: str) -> float:
 def list_of(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """Argument type: values with commas between them."""
     return lambda text: [parse(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def add_data(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds ``--data``."""
+    parser.add_argument("--data", choices=tuple(DATA_SETS), help=f"default: {default}")
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:

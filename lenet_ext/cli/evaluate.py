@@ -6,21 +6,21 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lenet_ext.cli.common import UsageError, add_device, add_threads, make_console, say
+from lenet_ext.cli.common import UsageError, add_data, add_device, add_threads, make_console, say
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_DESCRIPTION = "Print loss, accuracy and a table of the ten classes for a model.safetensors or checkpoint.pt."
+_DESCRIPTION = "Print loss, accuracy and a table of the classes for a model.safetensors or checkpoint.pt."
 
 
 def add_parser(commands: Any) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser("eval", help="loss, accuracy and a per-class table", description=_DESCRIPTION)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("--data", choices=("digits", "mnist"), help="default: what the checkpoint was trained on")
-    parser.add_argument("--root", metavar="DIR", help="directory of the four MNIST files; downloaded if missing")
+    add_data(parser, "what the checkpoint was trained on")
+    parser.add_argument("--root", metavar="DIR", help="directory of the data set's files; downloaded if missing")
     parser.add_argument("--model", choices=("fused", "reference"), default="fused", help="default: fused")
     add_device(parser)
     add_threads(parser)
@@ -42,13 +42,15 @@ def run(args: argparse.Namespace) -> int:
     say(f"loss      {result.loss:.4f}")
     say(f"accuracy  {100 * result.accuracy:.2f}% ({right} of {total})")
     table = Table()
-    for name in ("digit", "pictures", "right", "recall", "precision", "most often taken for"):
+    labels = datasets.DATA_SETS[data].labels
+    kind = "digit" if all(label.isdigit() for label in labels) else "class"
+    for name in (kind, "pictures", "right", "recall", "precision", "most often taken for"):
         table.add_column(name, justify="right")
-    for digit, count, hits, recall, precision in result.per_class():
-        wrong = result.confusion[digit].clone()
-        wrong[digit] = 0
-        worst = f"{int(wrong.argmax())} ({int(wrong.max())} times)" if int(wrong.max()) else "-"
-        table.add_row(str(digit), str(count), str(hits), _percent(recall), _percent(precision), worst)
+    for label, count, hits, recall, precision in result.per_class():
+        wrong = result.confusion[label].clone()
+        wrong[label] = 0
+        worst = f"{labels[int(wrong.argmax())]} ({int(wrong.max())} times)" if int(wrong.max()) else "-"
+        table.add_row(labels[label], str(count), str(hits), _percent(recall), _percent(precision), worst)
     make_console().print(table)
     return 0
 
@@ -63,6 +65,7 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, str, torch.device]:
 
     from lenet_ext.environment.device import resolve_device
     from lenet_ext.training.checkpoint import load_weights
+    from lenet_ext.training.datasets import DATA_SETS
     from lenet_ext.training.trainer import build_model
 
     device = resolve_device(args.device or "auto", fused=args.model == "fused")
@@ -72,7 +75,9 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, str, torch.device]:
     data = args.data or weights.data
     if data is None:
         raise UsageError(f"{args.checkpoint} does not say which data set it was trained on: give --data")
-    model = build_model(args.model)
+    if data not in DATA_SETS:
+        raise ValueError(f"{args.checkpoint}: trained on {data!r}, a data set that is not known here")
+    model = build_model(args.model, DATA_SETS[data])
     try:
         model.load_state_dict(weights.state)
     except RuntimeError as error:

@@ -8,15 +8,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lenet_ext.cli.common import UsageError, add_device, add_threads, integer, learning_rate, make_console, say
-from lenet_ext.training.config import OPTIMIZERS, SCHEDULES, TrainConfig
+from lenet_ext.cli.common import (
+    UsageError,
+    add_data,
+    add_device,
+    add_threads,
+    integer,
+    learning_rate,
+    make_console,
+    say,
+)
+from lenet_ext.training.config import OPTIMIZERS, RECIPES, SCHEDULES, TrainConfig
 
 if TYPE_CHECKING:
     from lenet_ext.training.distributed import Processes
     from lenet_ext.training.trainer import Trainer
 
 _DESCRIPTION = """\
-Train LeNet on handwritten digits, evaluate after each epoch, and write to --out:
+Train LeNet, evaluate after each epoch, and write to --out:
   model.safetensors  weights, for eval and predict
   checkpoint.pt      everything that --resume needs
   history.json       configuration and, for each epoch, losses, accuracy and speed
@@ -32,30 +41,37 @@ _FIXED = ("data", "model", "batch_size", "lr", "optimizer", "schedule", "seed")
 _OPTIONS = (*_FIXED, "epochs", "device", "threads", "root")
 
 
+def _defaults(name: str) -> str:
+    return ", ".join(f"{data} {getattr(recipe, name)}" for data, recipe in RECIPES.items())
+
+
 def add_parser(commands: Any) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser("train", help="train and evaluate", description=_DESCRIPTION)
-    parser.add_argument("--data", choices=("digits", "mnist"), help="digits (default, from scikit-learn) or mnist")
+    add_data(parser, "digits, which come with scikit-learn and need no files")
     parser.add_argument(
-        "--root", metavar="DIR", help="directory of the four MNIST files, plain or .gz; what is missing is downloaded"
+        "--root", metavar="DIR", help="directory of the data set's files as published; what is missing is downloaded"
     )
     parser.add_argument("--model", choices=("fused", "reference"), help="fused (default), or stock layers")
     parser.add_argument(
-        "--epochs", type=integer(0), metavar="N", help="total number, 0 only evaluates (default: digits 30, mnist 2)"
+        "--epochs",
+        type=integer(0),
+        metavar="N",
+        help=f"total number, 0 only evaluates (default: {_defaults('epochs')})",
     )
-    parser.add_argument("--batch-size", type=integer(1), metavar="B", help="default: digits 32, mnist 64")
+    parser.add_argument("--batch-size", type=integer(1), metavar="B", help="default: 64, digits 32")
     parser.add_argument(
         "--lr",
         type=learning_rate,
         metavar="X",
-        help="the highest rate (default: one-cycle sgd 0.05, adam 0.005; exponential sgd 0.02, adam 0.002)",
+        help="the highest rate (default: one-cycle sgd 0.05, cifar10 0.02, adam 0.005; exponential 0.02, adam 0.002)",
     )
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, help="default: digits adamw, mnist sgd")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, help="default: sgd, digits adamw")
     parser.add_argument(
         "--schedule",
         choices=SCHEDULES,
         help="of the rate: one-cycle rises and falls once in the whole run, exponential falls from epoch to epoch "
-        "(default: digits exponential, mnist one-cycle)",
+        "(default: one-cycle, digits exponential)",
     )
     add_device(parser)
     add_threads(parser)
@@ -236,7 +252,10 @@ def _finish(trainer: Trainer, out: Path) -> None:
         return
     title = f"LeNet ({trainer.config.model}) on {trainer.config.data}"
     plot_curves(out / "curves.png", trainer.history, title)
-    plot_confusion(out / "confusion.png", result.confusion, f"{title}: test accuracy {100 * result.accuracy:.2f}%")
+    labels = trainer.config.data_set.labels
+    plot_confusion(
+        out / "confusion.png", result.confusion, f"{title}: test accuracy {100 * result.accuracy:.2f}%", labels
+    )
     right, total = int(result.confusion.diagonal().sum()), int(result.confusion.sum())
     seconds = sum(line["seconds"] for line in trainer.history)
     say(

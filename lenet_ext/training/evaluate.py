@@ -8,30 +8,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lenet_ext.training.datasets import NUM_CLASSES, DigitImages
 from lenet_ext.training.distributed import ALONE, Processes
+from lenet_ext.training.images import DigitImages
 
 __all__ = ["Evaluation", "evaluate"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of `evaluate`. ``confusion[i, j]``: how many pictures of digit i were taken for j."""
+    """Result of `evaluate`. ``confusion[i, j]``: how many pictures of class i were taken for j."""
 
     loss: float
     accuracy: float
     confusion: Tensor
 
     def per_class(self) -> list[tuple[int, int, int, float, float]]:
-        """Digit, its number of pictures, how many of them are right, recall and precision (nan: none predicted)."""
+        """Class, its number of pictures, how many of them are right, recall and precision (nan: none predicted)."""
         rows = []
-        for digit in range(NUM_CLASSES):
-            right = int(self.confusion[digit, digit])
-            count = int(self.confusion[digit].sum())
-            predicted = int(self.confusion[:, digit].sum())
+        for label in range(len(self.confusion)):
+            right = int(self.confusion[label, label])
+            count = int(self.confusion[label].sum())
+            predicted = int(self.confusion[:, label].sum())
             recall = right / count if count else float("nan")
             precision = right / predicted if predicted else float("nan")
-            rows.append((digit, count, right, recall, precision))
+            rows.append((label, count, right, recall, precision))
         return rows
 
 
@@ -39,7 +39,7 @@ def evaluate(model: nn.Module, data: DigitImages, batch_size: int = 1024, proces
     """Evaluates a network, without gradients and in eval mode (its mode is restored).
 
     Args:
-        model: maps float32 (B, 1, 32, 32) to scores (B, 10), on the device of the data.
+        model: maps float32 (B, C, 32, 32) to scores (B, classes), on the device of the data.
         data: what to evaluate on; not empty.
         batch_size: pictures at a time.
         processes: those that share the work; all of them must call this, with the same arguments, and get the result.
@@ -51,7 +51,7 @@ def evaluate(model: nn.Module, data: DigitImages, batch_size: int = 1024, proces
         ValueError: the data set is empty.
 
     Example:
-        >>> from lenet_ext.training.datasets import Normalization
+        >>> from lenet_ext.training.images import Normalization
         >>> data = DigitImages(torch.zeros(4, 1, 32, 32, dtype=torch.uint8), torch.arange(4), Normalization(0.0, 1.0))
         >>> evaluate(nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)), data).confusion.sum()
         tensor(4)
@@ -62,15 +62,16 @@ def evaluate(model: nn.Module, data: DigitImages, batch_size: int = 1024, proces
     model.eval()
     device = data.labels.device
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    confusion = torch.zeros(NUM_CLASSES * NUM_CLASSES, dtype=torch.int64, device=device)
+    classes = data.num_classes
+    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     try:
         with torch.inference_mode():
             for images, labels in data.batches(batch_size, share=(processes.rank, processes.size)):
                 scores = model(images)
                 loss += F.cross_entropy(scores.double(), labels, reduction="sum")
-                confusion += torch.bincount(labels * NUM_CLASSES + scores.argmax(1), minlength=NUM_CLASSES**2)
+                confusion += torch.bincount(labels * classes + scores.argmax(1), minlength=classes**2)
     finally:
         model.train(was_training)
     processes.sum(loss)
-    confusion = processes.sum(confusion).view(NUM_CLASSES, NUM_CLASSES).cpu()
+    confusion = processes.sum(confusion).view(classes, classes).cpu()
     return Evaluation(loss.item() / len(data), confusion.diagonal().sum().item() / len(data), confusion)

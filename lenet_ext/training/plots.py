@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,31 +87,38 @@ def plot_curves(path: str | Path, history: list[dict[str, Any]], title: str) -> 
     save_figure(figure, path)
 
 
-def plot_confusion(path: str | Path, confusion: Tensor, title: str) -> None:
+def plot_confusion(path: str | Path, confusion: Tensor, title: str, labels: Sequence[str] | None = None) -> None:
     """Draws a confusion matrix: counts as numbers, the share of each row as color.
 
     Args:
         path: the picture to write.
-        confusion: int64 (10, 10), rows are the true digits.
+        confusion: int64 (classes, classes), rows are the true ones.
         title: above the picture.
+        labels: of the classes; their numbers by default.
     """
-    figure = new_figure(6.2, 5.6)
+    classes = range(len(confusion))
+    names = list(labels or map(str, classes))
+    # Room for each row, and for long names beside and below.
+    side = max(5.6, 0.26 * len(classes) + 1.6) + 0.06 * max(map(len, names))
+    figure = new_figure(side + 0.6, side)
     axes = figure.subplots()
     share = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
     # A square root makes single mistakes visible beside hundreds of right answers.
     image = axes.imshow(share.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)
-    digits = range(len(confusion))
-    for row in digits:
-        for column in digits:
+    size = 9 if len(classes) <= 10 else 6
+    for row in classes:
+        for column in classes:
             count = int(confusion[row, column])
             if count:
                 color = "white" if share[row, column] > 0.3 else "0.15"
-                axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=9)
-    axes.set(xticks=digits, yticks=digits, xlabel="predicted digit", ylabel="true digit", title=title)
+                axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=size)
+    axes.set(xticks=classes, yticks=classes, xlabel="predicted", ylabel="true", title=title)
+    axes.set_xticklabels(names, rotation=90 if max(map(len, names)) > 2 else 0)
+    axes.set_yticklabels(names)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=[0, 0.1**0.5, 0.5**0.5, 1])
     bar.ax.set_yticklabels(["0%", "10%", "50%", "100%"])
-    bar.set_label("share of the true digit")
+    bar.set_label("share of the true class")
     bar.outline.set_visible(False)
     save_figure(figure, path)

@@ -1,24 +1,26 @@
-"""From a picture file to a digit: pictures of any size and kind, brought to what the network was trained on."""
+"""From a picture file to what it shows: pictures of any size and kind, brought to what the network was trained on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lenet_ext.environment.extras import require
-from lenet_ext.training.datasets import IMAGE_SIZE, NORMALIZATION
+from lenet_ext.training.datasets import DATA_SETS, IMAGE_SIZE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["frame_ink", "load_ink", "predict"]
+__all__ = ["frame_ink", "load_ink", "load_photo", "load_picture", "predict"]
 
 _LARGEST = 512  # pixels along an edge; a digit needs no more, and photographs have millions
-_NATIVE_SIZES = {"mnist": ((28, 28), (32, 32)), "digits": ((8, 8), (32, 32))}
+# Of the data sets whose pictures lie in the middle of a frame of 28x28: how long their longer side is.
+_LONGER_SIDE = {"fashion-mnist": 28, "kmnist": 28, "emnist-letters": 24, "emnist-balanced": 24}
 _INK = 0.2  # what is darker than this share of the darkest is part of the digit
 
 
@@ -36,19 +38,7 @@ def load_ink(path: str | Path) -> Tensor:
         ValueError: there is nothing in it, or it is too large.
         lenet_ext.environment.extras.MissingExtraError: Pillow is not installed.
     """
-    pil = require("PIL.Image", "reading pictures", package="pillow")
-    ops = require("PIL.ImageOps", "reading pictures", package="pillow")
-    try:
-        with pil.open(path) as file:
-            # JPEG only: decode at a lower resolution that still exceeds the target.
-            file.draft("L", (2 * _LARGEST, 2 * _LARGEST))
-            gray = _gray(ops.exif_transpose(file))
-    except pil.UnidentifiedImageError:
-        raise ValueError(f"{path}: not a picture in a known format") from None
-    except pil.DecompressionBombError as error:
-        raise ValueError(f"{path}: the picture is too large ({error})") from None
-    except (SyntaxError, EOFError) as error:  # how Pillow reports some damaged files
-        raise ValueError(f"{path}: damaged picture ({error})") from None
+    gray = _decoded(path, "L", _gray)
     scale = _LARGEST / max(gray.shape)
     if scale < 1:
         gray = _resize(gray, max(1, round(gray.shape[0] * scale)), max(1, round(gray.shape[1] * scale)))
@@ -56,6 +46,70 @@ def load_ink(path: str | Path) -> Tensor:
     if ink is None:
         raise ValueError(f"{path}: the picture is blank")
     return ink
+
+
+def load_photo(path: str | Path) -> Tensor:
+    """Reads a photograph: the square in its middle, in colors.
+
+    Args:
+        path: a file in any format and mode that Pillow reads; what is transparent is white.
+
+    Returns:
+        uint8 (3, 32, 32). A picture of 32x32 pixels comes unchanged.
+
+    Raises:
+        OSError: the file cannot be read or is no picture.
+        ValueError: it is too large.
+        lenet_ext.environment.extras.MissingExtraError: Pillow is not installed.
+    """
+    pixels = _decoded(path, "RGB", _colors)
+    height, width = pixels.shape[1:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = pixels[:, top : top + side, left : left + side]
+    small = torch.stack([_resize(channel, IMAGE_SIZE, IMAGE_SIZE) for channel in square])
+    return small.round().clamp(0, 255).to(torch.uint8)
+
+
+def load_picture(path: str | Path, data: str) -> Tensor:
+    """Reads a picture as one of a data set: `load_photo` for colors, else `load_ink` and `frame_ink`.
+
+    Returns:
+        uint8 (C, 32, 32).
+    """
+    return load_photo(path) if DATA_SETS[data].channels == 3 else frame_ink(load_ink(path), data)
+
+
+_Read = TypeVar("_Read")
+
+
+def _decoded(path: str | Path, mode: str, read: Callable[[Image], _Read]) -> _Read:
+    """Opens a picture, turned as it is shown, and reads it; what Pillow raises becomes an error that names the file."""
+    pil = require("PIL.Image", "reading pictures", package="pillow")
+    ops = require("PIL.ImageOps", "reading pictures", package="pillow")
+    try:
+        with pil.open(path) as file:
+            # JPEG only: decode at a lower resolution that still exceeds the target.
+            file.draft(mode, (2 * _LARGEST, 2 * _LARGEST))
+            return read(ops.exif_transpose(file))
+    except pil.UnidentifiedImageError:
+        raise ValueError(f"{path}: not a picture in a known format") from None
+    except pil.DecompressionBombError as error:
+        raise ValueError(f"{path}: the picture is too large ({error})") from None
+    except (SyntaxError, EOFError) as error:  # how Pillow reports some damaged files
+        raise ValueError(f"{path}: damaged picture ({error})") from None
+
+
+def _colors(image: Image) -> Tensor:
+    """Any mode -> float32 (3, H, W) from 0 to 255, laid over white."""
+    numpy = require("numpy", "reading pictures")
+    pil = require("PIL.Image", "reading pictures", package="pillow")
+    if image.mode[0] in "IF":  # 16 or 32 bits a pixel: the range is not known
+        return _gray(image).mul(255).expand(3, -1, -1)
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(numpy.array(image.convert("RGB"), dtype=numpy.float32)).permute(2, 0, 1)
 
 
 def _gray(image: Image) -> Tensor:
@@ -116,10 +170,11 @@ def _separate(gray: Tensor) -> Tensor | None:
 
 
 def frame_ink(ink: Tensor, data: str) -> Tensor:
-    """Puts a digit into the frame in which the pictures of a data set show it.
+    """Puts a digit (or letter, or garment) into the frame in which the pictures of a data set show it.
 
     ``mnist``: the longer side is 20 pixels, the center of mass is the middle of 28x28, padded to 32x32.
     ``digits``: the whole height is filled, at a resolution of 8x8, resized to 32x32.
+    The others: the longer side is 24 pixels (EMNIST) or 28, in the middle of 28x28, padded to 32x32.
     A picture that has the size of that data set's pictures already is taken to be one of them, and only resized.
 
     Args:
@@ -130,26 +185,31 @@ def frame_ink(ink: Tensor, data: str) -> Tensor:
         uint8 (1, 32, 32).
 
     Raises:
-        ValueError: the data set is unknown.
+        ValueError: the data set is unknown, or shows photographs.
 
     Source: Y. LeCun, C. Cortes, C. Burges, "The MNIST database of handwritten digits"; E. Alpaydin, C. Kaynak, "Optical
-    Recognition of Handwritten Digits", both in the description of the files.
+    Recognition of Handwritten Digits", both in the description of the files; G. Cohen and others, "EMNIST: an extension
+    of MNIST to handwritten letters", 2017, section II. How kmnist frames its characters was not found; it is a guess.
 
     Example:
         >>> ink = torch.zeros(100, 60); ink[10:90, 28:32] = 1
         >>> frame_ink(ink, "mnist").shape
         torch.Size([1, 32, 32])
     """
-    if data not in NORMALIZATION:
-        raise ValueError(f"data must be one of {', '.join(NORMALIZATION)}, found {data!r}")
-    if tuple(ink.shape) in _NATIVE_SIZES[data]:
-        size = ink.shape[0]
+    known = [name for name, data_set in DATA_SETS.items() if data_set.channels == 1]
+    if data not in known:
+        raise ValueError(f"data must be one of {', '.join(known)}, found {data!r}")
+    size = ink.shape[0]
+    if ink.shape[1] == size and size in (8 if data == "digits" else 28, IMAGE_SIZE):
         framed = F.pad(ink, (2,) * 4) if size == 28 else _resize(ink, IMAGE_SIZE, IMAGE_SIZE) if size == 8 else ink
     else:
         inked = ink > _INK
         rows, columns = inked.any(1).nonzero().flatten(), inked.any(0).nonzero().flatten()
         ink = ink[int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1]
-        framed = _frame_by_mass(ink) if data == "mnist" else _frame_by_height(ink)
+        if data in _LONGER_SIDE:
+            framed = _frame_in_the_middle(ink, _LONGER_SIDE[data])
+        else:
+            framed = _frame_by_mass(ink) if data == "mnist" else _frame_by_height(ink)
     return framed.mul(255).round().clamp(0, 255).to(torch.uint8).unsqueeze(0)
 
 
@@ -167,6 +227,13 @@ def _frame_by_mass(ink: Tensor) -> Tensor:
     return F.pad(ink, (left, IMAGE_SIZE - width - left, top, IMAGE_SIZE - height - top))
 
 
+def _frame_in_the_middle(ink: Tensor, longer_side: int) -> Tensor:
+    scale = longer_side / max(ink.shape)
+    height, width = (max(1, round(size * scale)) for size in ink.shape)
+    top, left = (IMAGE_SIZE - height) // 2, (IMAGE_SIZE - width) // 2
+    return F.pad(_resize(ink, height, width), (left, IMAGE_SIZE - width - left, top, IMAGE_SIZE - height - top))
+
+
 def _frame_by_height(ink: Tensor) -> Tensor:
     # Hardly a picture of that data set is wider than seven of its eight columns.
     width = min(max(1, round(ink.shape[1] * IMAGE_SIZE / ink.shape[0])), 28)
@@ -180,16 +247,16 @@ def _resize(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def predict(model: nn.Module, pictures: Tensor, data: str) -> Tensor:
-    """Probabilities of the ten digits.
+    """Probabilities of the classes.
 
     Args:
         model: on the CPU or elsewhere, as the pictures are.
-        pictures: uint8 (N, 1, 32, 32).
+        pictures: uint8 (N, C, 32, 32).
         data: name of the data set that the model was trained on.
 
     Returns:
-        float32 (N, 10); each row sums to 1.
+        float32 (N, classes); each row sums to 1.
     """
     model.eval()
     with torch.inference_mode():
-        return model(NORMALIZATION[data](pictures)).float().softmax(1)
+        return model(DATA_SETS[data].normalization(pictures)).float().softmax(1)

@@ -23,9 +23,10 @@ from lenet_ext.environment.files import write_json
 from lenet_ext.net import Net, ReferenceNet
 from lenet_ext.training import checkpoint
 from lenet_ext.training.config import TrainConfig
-from lenet_ext.training.datasets import DigitImages
+from lenet_ext.training.datasets import DataSet
 from lenet_ext.training.distributed import ALONE, Processes
 from lenet_ext.training.evaluate import Evaluation, evaluate
+from lenet_ext.training.images import DigitImages
 from lenet_ext.training_step import TrainingStep
 
 __all__ = ["Trainer", "build_model"]
@@ -36,9 +37,9 @@ _LOWEST_RATE = 0.01
 _SHORTEST_CYCLE = 6
 
 
-def build_model(name: str) -> nn.Module:
-    """``"fused"`` -> `lenet_ext.Net`, ``"reference"`` -> `lenet_ext.ReferenceNet`."""
-    return {"fused": Net, "reference": ReferenceNet}[name]()
+def build_model(name: str, data_set: DataSet) -> nn.Module:
+    """`lenet_ext.Net` (``"fused"``) or `lenet_ext.ReferenceNet` (``"reference"``), for a set's channels and classes."""
+    return {"fused": Net, "reference": ReferenceNet}[name](data_set.channels, data_set.num_classes)
 
 
 class Trainer:
@@ -54,7 +55,7 @@ class Trainer:
         RuntimeError: the device cannot be used.
 
     Example:
-        >>> from lenet_ext.training.datasets import Normalization
+        >>> from lenet_ext.training.images import Normalization
         >>> pixels = torch.zeros(8, 1, 32, 32, dtype=torch.uint8)
         >>> data = DigitImages(pixels, torch.arange(8), Normalization(0.0, 1.0))
         >>> trainer = Trainer(TrainConfig.for_data("digits", model="reference", device="cpu"), data, data)
@@ -78,7 +79,7 @@ class Trainer:
         self.test_data = test_data.to(self.device)
         # Built on the CPU and then moved: the initial weights do not depend on the device.
         torch.manual_seed(config.seed)
-        self.model = build_model(config.model).to(self.device)
+        self.model = build_model(config.model, config.data_set).to(self.device)
         # What is called in training: averages the gradients over the processes.
         self.network = DistributedDataParallel(self.model) if processes.size > 1 else self.model
         self.optimizer = _build_optimizer(config, self.model)

@@ -8,6 +8,7 @@ import http.server
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ pytest.importorskip("pooch")
 from lenet_ext.environment import extras
 from lenet_ext.training import datasets
 from lenet_ext.training.idx import read_idx
+from lenet_ext.training.idx_sets import IDX_SETS
 
 SHARED_MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"
 needs_mnist = pytest.mark.skipif(not SHARED_MNIST.is_dir(), reason=f"no MNIST in {SHARED_MNIST}")
@@ -188,7 +190,7 @@ def test_images_must_have_the_right_form() -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match="digits, mnist, found 'cifar'"):
+    with pytest.raises(ValueError, match=r"digits, mnist, .*cifar10, found 'cifar'"):
         datasets.load("cifar")
 
 
@@ -243,9 +245,9 @@ def test_real_mnist() -> None:
     pixels = train.images.double().div(255)
     assert abs(pixels.mean() - train.normalization.mean) < 1e-3
     assert abs(pixels.std() - train.normalization.std) < 1e-3
-    for name, expected in datasets.MNIST_SHA256.items():
-        content = gzip.decompress((SHARED_MNIST / f"{name}.gz").read_bytes())
-        assert hashlib.sha256(content).hexdigest() == expected
+    for remote in IDX_SETS["mnist"].remotes:
+        content = gzip.decompress((SHARED_MNIST / remote.name).read_bytes())
+        assert f"sha256:{hashlib.sha256(content).hexdigest()}" == remote.checksum
 
 
 # --- download ---------------------------------------------------------------------------------------------------------
@@ -256,11 +258,15 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Directory that a web server on this machine serves as the only mirror; the checksums are those of its files."""
     directory = tmp_path / "mirror"
     write_mnist(directory, compress=True)
-    sums = {
-        path.name.removesuffix(".gz"): hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest()
-        for path in directory.iterdir()
-    }
-    monkeypatch.setattr(datasets, "MNIST_SHA256", sums)
+    mnist = IDX_SETS["mnist"]
+    remotes = tuple(
+        replace(
+            remote,
+            checksum=f"sha256:{hashlib.sha256(gzip.decompress((directory / remote.name).read_bytes())).hexdigest()}",
+        )
+        for remote in mnist.remotes
+    )
+    monkeypatch.setitem(IDX_SETS, "mnist", replace(mnist, remotes=remotes))
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args: object, **kwargs: object) -> None:
@@ -286,9 +292,8 @@ def test_download_into_root_and_reuse(tmp_path: Path, mirror: Path, monkeypatch:
     train, _ = datasets.load_mnist(tmp_path / "root", log=log.append)
     assert len(train) == 20
     assert len(log) == 4
-    assert sorted(path.name for path in (tmp_path / "root").iterdir()) == sorted(
-        f"{n}.gz" for n in datasets.MNIST_SHA256
-    )
+    names = [remote.name for remote in IDX_SETS["mnist"].remotes]
+    assert sorted(path.name for path in (tmp_path / "root").iterdir()) == sorted(names)
     monkeypatch.setenv("LENET_EXT_MNIST_URL", "http://127.0.0.1:9")
     assert len(datasets.load_mnist(tmp_path / "root")[0]) == 20
 
