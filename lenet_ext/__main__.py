@@ -1,4 +1,4 @@
-"""``python -m lenet_ext`` is ``lenet-ext``; without arguments it prints what a bug report needs."""
+"""``python -m lenet_ext`` is ``lenet-ext``."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ import sys
 from lenet_ext.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or ["info"]))
+    sys.exit(main())

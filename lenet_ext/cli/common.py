@@ -116,6 +116,8 @@ def error_line(error: BaseException, *, before: str = "") -> str:
         text = f"{error.filename}: {error.strerror}"
     else:
         text = " ".join(str(error).split())
+    # What a file holds may be in the message, and what it does to a terminal is not the file's to say.
+    text = "".join(char if char.isprintable() else "?" for char in text)
     # A bare KeyError('x') or AssertionError says nothing without its name.
     if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError, ArithmeticError, KeyboardInterrupt)):
         text = f"{type(error).__name__}: {text} (LENET_EXT_TRACEBACK=1 shows where)"

@@ -64,7 +64,7 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, str, torch.device]:
     import torch
 
     from lenet_ext.environment.device import resolve_device
-    from lenet_ext.training.checkpoint import load_weights
+    from lenet_ext.training.checkpoint import load_into, load_weights
     from lenet_ext.training.datasets import DATA_SETS
     from lenet_ext.training.trainer import build_model
 
@@ -78,8 +78,5 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, str, torch.device]:
     if data not in DATA_SETS:
         raise ValueError(f"{args.checkpoint}: trained on {data!r}, a data set that is not known here")
     model = build_model(args.model, DATA_SETS[data])
-    try:
-        model.load_state_dict(weights.state)
-    except RuntimeError as error:
-        raise ValueError(f"{args.checkpoint}: not the weights of this network: {error}") from None
+    load_into(model, weights.state, args.checkpoint)
     return model.eval().to(device), data, device

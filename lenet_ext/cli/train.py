@@ -116,6 +116,7 @@ def _run(
     processes: Processes,
 ) -> None:
     from lenet_ext.training import datasets
+    from lenet_ext.training.checkpoint import load_into
     from lenet_ext.training.trainer import Trainer
 
     tell = say if processes.is_first else _say_nothing
@@ -126,7 +127,7 @@ def _run(
         trainer.load_state_dict(state)
         tell(f"resumed {args.resume} after epoch {trainer.epoch}")
     elif weights is not None:
-        trainer.load_weights(weights)
+        load_into(trainer.model, weights, args.resume)
         tell(
             f"starting from the weights of {args.resume}: weights only; optimizer, epochs and random numbers start anew"
         )

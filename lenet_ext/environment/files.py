@@ -23,7 +23,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         Path to write to.
 
     Raises:
-        OSError: the directory cannot be created or the file cannot be renamed.
+        OSError: the directory cannot be created, or the file cannot be written or renamed; it bears the name of `path`.
 
     Example:
         >>> import tempfile
@@ -42,6 +42,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        # A full disk is told without a name, other errors with the temporary one.
+        if error.errno is None or error.filename not in (None, str(temporary), temporary):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

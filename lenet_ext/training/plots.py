@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,11 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         ValueError: the format is unknown.
     """
     kind = Path(path).suffix.lstrip(".").lower() or "png"
+    # In memory first: what a full disk is called by the libraries beneath differs.
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=150)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=kind, dpi=150)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def tidy(axes: Axes) -> None:

@@ -194,14 +194,6 @@ class Trainer:
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
 
-    def load_weights(self, state: dict[str, Tensor]) -> None:
-        """Starts from these weights; all else starts anew.
-
-        Raises:
-            RuntimeError: they do not fit the network.
-        """
-        self.model.load_state_dict(state)
-
     def save(self, directory: str | Path) -> None:
         """Writes ``model.safetensors``, ``checkpoint.pt`` and ``history.json``; of several processes the first does.
 

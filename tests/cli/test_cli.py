@@ -133,6 +133,15 @@ def test_bad_usage(args: list[str], named: str, capsys: pytest.CaptureFixture[st
     assert "--help" in stderr
 
 
+def test_without_a_command_the_module_does_as_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    done = lenet(cwd=tmp_path)
+    assert done.returncode == stopped.value.code == 2
+    assert done.stderr == capsys.readouterr().err
+    assert done.stdout == ""
+
+
 def test_bad_usage_as_a_process(tmp_path: Path) -> None:
     done = lenet("train", "--lr", "nan", cwd=tmp_path)
     assert_one_line_error(done.returncode, done.stderr, 2)
@@ -457,7 +466,7 @@ def test_predict(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, capsy
 def test_info_is_a_markdown_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     info = lenet_ext.build_info()
     assert main(["info"]) == 0
-    done = lenet(cwd=tmp_path, COLUMNS="40")  # without arguments as well: what a bug report needs
+    done = lenet("info", cwd=tmp_path, COLUMNS="40")
     assert done.returncode == 0, done.stderr
     for output in (done.stdout, capsys.readouterr().out):
         lines = output.splitlines()
