@@ -1,6 +1,6 @@
 """The operators in PyTorch's own, for whatever knows no others.
 
-Exporters find them by themselves, ``torch.onnx.export`` among them. In a program of ``torch.export``::
+``torch.onnx.export`` finds them by itself (``onnx_decompositions``). In a program of ``torch.export``::
 
     table = torch.export.default_decompositions()
     table.update(lenet_ext.decompositions.TABLE)
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch._decomp import decomposition_table, meta_table
 from torch._ops import OperatorBase
 
 from lenet_ext import ops
@@ -46,13 +45,3 @@ TABLE: dict[OperatorBase, Callable[..., Any]] = {
     ops.lenet: _lenet,
 }
 """For ``run_decompositions``. The decomposed program computes the same and has the same derivatives."""
-
-
-def _not_for_shapes(*_: Any) -> None:
-    raise AssertionError("the operators have fake implementations")
-
-
-decomposition_table.update(TABLE)
-# PyTorch takes a tensor's shape and strides from the decomposition where sizes are symbolic, unless the operator is in
-# this table. Ours are not always stock's strides, and torch.compile relies on them.
-meta_table.update(dict.fromkeys(TABLE, _not_for_shapes))

@@ -19,6 +19,7 @@ __all__ = ["register_on_import"]
 _REGISTRATIONS = {
     "torch.distributed.tensor": "lenet_ext.sharding",
     "torch.onnx": "lenet_ext.onnx_symbolics",
+    "torch.onnx._internal.exporter._decomp": "lenet_ext.onnx_decompositions",
     "torch.utils.flop_counter": "lenet_ext.flops",
 }
 
