@@ -26,7 +26,7 @@ from lenet_ext.bench.results import merge, read_results, section_to_dict
 from lenet_ext.environment.files import write_json
 from lenet_ext.training import datasets
 from lenet_ext.training.config import TrainConfig
-from lenet_ext.training.images import DigitImages
+from lenet_ext.training.images import LabelledImages
 from lenet_ext.training.trainer import Trainer
 
 # Who takes part: the network, and the layout of its parameters.
@@ -36,8 +36,10 @@ CONTENDERS = {
     "reference channels_last": ("reference", torch.channels_last),
 }
 
+Images = tuple[LabelledImages, LabelledImages]
 
-def build(contender: str, seed: int, arguments: argparse.Namespace, images: tuple[DigitImages, DigitImages]) -> Trainer:
+
+def build(contender: str, seed: int, arguments: argparse.Namespace, images: Images) -> Trainer:
     """A run that has not begun."""
     model, layout = CONTENDERS[contender]
     options = {"seed": seed, "threads": arguments.threads, "device": arguments.device, "epochs": arguments.epochs}
@@ -46,9 +48,7 @@ def build(contender: str, seed: int, arguments: argparse.Namespace, images: tupl
     return trainer
 
 
-def measure(
-    contender: str, seed: int, arguments: argparse.Namespace, images: tuple[DigitImages, DigitImages]
-) -> dict[str, Any]:
+def measure(contender: str, seed: int, arguments: argparse.Namespace, images: Images) -> dict[str, Any]:
     """Trains until the accuracy is reached, or to the last epoch."""
     trainer = build(contender, seed, arguments, images)
     reached = False

@@ -18,17 +18,17 @@ import tables  # noqa: E402
 import time_to_accuracy  # noqa: E402
 
 from lenet_ext.bench.results import read_results, section_to_dict  # noqa: E402
-from lenet_ext.training.images import DigitImages, Normalization  # noqa: E402
+from lenet_ext.training.images import LabelledImages, Normalization  # noqa: E402
 
 ARGUMENTS = argparse.Namespace(threads=1, device="cpu", epochs=2, accuracy=0.99)
 
 
-def some_pictures() -> tuple[DigitImages, DigitImages]:
+def some_pictures() -> tuple[LabelledImages, LabelledImages]:
     """A bright half for one of two digits: nothing to learn for long."""
     labels = torch.arange(128) % 2
     images = torch.zeros(128, 1, 32, 32, dtype=torch.uint8)
     images[labels == 1, :, :16] = 200
-    return (DigitImages(images, labels, Normalization(0.1, 0.3)),) * 2
+    return (LabelledImages(images, labels, Normalization(0.1, 0.3)),) * 2
 
 
 def test_all_train_on_the_same(capsys: pytest.CaptureFixture[str]) -> None:

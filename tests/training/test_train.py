@@ -25,7 +25,7 @@ from lenet_ext.training.config import TrainConfig
 from lenet_ext.training.evaluate import evaluate
 from lenet_ext.training.trainer import Trainer
 
-Sets = tuple[datasets.DigitImages, datasets.DigitImages]
+Sets = tuple[datasets.LabelledImages, datasets.LabelledImages]
 
 
 @pytest.fixture(autouse=True)
@@ -164,9 +164,9 @@ def test_the_learning_rate_does_not_depend_on_the_number_of_epochs(digits: Sets)
     assert lines[0]["lr"] == lines[1]["lr"] == pytest.approx(config().lr * config().decay)
 
 
-def few(digits: Sets, count: int) -> datasets.DigitImages:
+def few(digits: Sets, count: int) -> datasets.LabelledImages:
     train = digits[0]
-    return datasets.DigitImages(train.images[:count], train.labels[:count], train.normalization)
+    return datasets.LabelledImages(train.images[:count], train.labels[:count], train.normalization)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
@@ -258,7 +258,7 @@ def test_evaluation_against_a_plain_loop(digits: Sets) -> None:
 
 
 def test_evaluation_of_nothing(digits: Sets) -> None:
-    empty = datasets.DigitImages(
+    empty = datasets.LabelledImages(
         torch.zeros(0, 1, 32, 32, dtype=torch.uint8), torch.zeros(0).long(), digits[0].normalization
     )
     with pytest.raises(ValueError, match="empty"):
