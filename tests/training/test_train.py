@@ -204,7 +204,10 @@ def test_defaults_follow_the_data_set() -> None:
     mnist = TrainConfig.for_data("mnist")
     assert (mnist.epochs, mnist.batch_size, mnist.optimizer, mnist.schedule) == (2, 64, "sgd", "one-cycle")
     assert mnist.lr == 0.05
-    assert TrainConfig.for_data("mnist", lr=0.1).lr == 0.1
+    assert TrainConfig.for_data("mnist", lr=0.1).lr == TrainConfig.for_data("mnist", lr=0.1, batch_size=1).lr == 0.1
+    # Half a batch takes half the step; a larger one no larger step.
+    assert TrainConfig.for_data("mnist", batch_size=32).lr == 0.025
+    assert TrainConfig.for_data("mnist", batch_size=1024).lr == 0.05
     assert TrainConfig.for_data("mnist", optimizer="adam").lr < 0.05
 
 
