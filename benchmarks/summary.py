@@ -216,6 +216,30 @@ def write(content: dict[str, Any], folder: Path = RESULTS) -> Path:
     return path
 
 
+def add_section(path: Path, name: str, raw: dict[str, Any]) -> None:
+    """Puts a part that was measured by itself into a machine's small file, in place of the one that it has.
+
+    Args:
+        path: the small file.
+        name: of the part, one of `BENCH_SECTIONS`.
+        raw: what `lenet_ext.bench.results.section_to_dict` made of it.
+
+    Raises:
+        ValueError: the file is of another machine, or of another version of torch.
+    """
+    content = read(path)
+    for key in ("machine", "cpu_capability"):
+        if content[key] != raw[key]:
+            raise ValueError(f"{path} is of another machine: {key} {content[key]}, found {raw[key]}")
+    if content["versions"]["torch"] != raw["versions"]["torch"]:
+        raise ValueError(f"{path} is of torch {content['versions']['torch']}, found {raw['versions']['torch']}")
+    run = raw["runs"][name]
+    content["runs"][name] = {"date": run["date"], "commits": [run["commit"] or "unknown"]}
+    content[name] = raw[name]
+    with atomic_path(path) as temporary:
+        temporary.write_text(dump(content), encoding="utf-8")
+
+
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

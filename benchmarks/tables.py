@@ -6,6 +6,7 @@ has no such table; the headline has a column for each processor instead.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,6 +17,7 @@ from summary import fastest, workloads
 from lenet_ext.bench.cases import CASES
 from lenet_ext.bench.providers import EAGER_LAYOUTS, FUSED_LAYOUTS, PROVIDERS
 from lenet_ext.bench.report import figures, where
+from lenet_ext.bench.timing import percentile
 
 Content = dict[str, Any]
 OTHERS = tuple(name for name, provider in PROVIDERS.items() if provider.kind != "fused")
@@ -186,16 +188,30 @@ def neighbour_table(content: Content) -> str:
 
 
 def accuracy_table(content: Content) -> str:
-    """Seconds until a test accuracy."""
+    """Seconds of training until a test accuracy."""
     rows = content["accuracy"]
-    lines = [
-        [row["model"], str(row["seed"]), str(row["epochs"]) + ("" if row["reached"] else " (not reached)")]
-        + [f"{row[key]:.1f}" for key in ("training_seconds", "total_seconds")]
-        for row in sorted(rows, key=lambda row: (row["model"], row["seed"]))
-    ]
     title = f"Until {100 * rows[0]['target']:g}% test accuracy on MNIST, {rows[0]['threads']} threads. "
-    right = ["seed", "epochs", "seconds of training", "seconds with evaluation"]
-    return f"{title}{origin(content, 'accuracy')}\n\n{table(['model'], right, lines)}"
+    return f"{title}{origin(content, 'accuracy')}\n\n{accuracy_lines(rows)}"
+
+
+def accuracy_lines(rows: list[dict[str, Any]]) -> str:
+    """A line for each contender: the median over the seeds, of which one that did not get there took for ever."""
+    seconds: dict[str, list[float]] = {}
+    for row in rows:
+        seconds.setdefault(row["model"], []).append(row["training_seconds"] if row["reached"] else math.inf)
+    first = statistics.median(seconds["fused"])
+    lines = []
+    for model, times_of_model in seconds.items():
+        own = [row for row in rows if row["model"] == model]
+        median = statistics.median(times_of_model)
+        spread = [f"{percentile(times_of_model, share):.2f}" for share in (0.2, 0.8)]
+        reached = f"{sum(row['reached'] for row in own)} of {len(own)}"
+        epochs = statistics.median(row["epochs"] for row in own)
+        accuracy = statistics.median(row["test_accuracy"][-1] for row in own)
+        cells = [f"{median:.2f} ({' to '.join(spread)})", times(median / first)] if median < math.inf else ["-", "-"]
+        lines.append([model, reached, f"{epochs:g}", *cells, f"{100 * accuracy:.2f}%"])
+    right = ["seeds that reached it", "epochs", "seconds of training (20th to 80th percentile)", "over fused"]
+    return table(["network"], [*right, "accuracy then"], lines)
 
 
 def zoo_table(content: Content) -> str:

@@ -1,47 +1,69 @@
-"""Seconds and epochs until a test accuracy on MNIST, fused and stock, same seeds, same data in the same order.
+"""Seconds of training until a test accuracy on MNIST: `lenet_ext.TrainingStep` and the stock loop, eager and
+channels_last.
 
-The two take turns seed by seed, and each goes first in every other one. ``training_seconds`` is what the optimizer's
-steps took, ``total_seconds`` adds the evaluation after each epoch. With --json the runs become the section "accuracy"
-of a results file of ``lenet-ext bench``.
+Each seed has the same initial weights, pictures and schedule for all of them (the defaults of ``lenet-ext train --data
+mnist``), and they take turns: each seed another one begins. The accuracy is asked for after each epoch and not timed
+(``total_seconds`` has it). A seed that does not reach it counts as one that never does.
+
+    python time_to_accuracy.py --root DIR                                    # prints the table
+    python time_to_accuracy.py --root DIR --json results/MACHINE.json        # and puts it into a machine's small file
+    python time_to_accuracy.py --root DIR --json ../runs/bench/last.json     # or into a raw one of lenet-ext bench
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
 import time
 from pathlib import Path
 from typing import Any
 
+import summary
 import torch
+from tables import accuracy_lines
 
 from lenet_ext.bench.results import merge, read_results, section_to_dict
 from lenet_ext.environment.files import write_json
 from lenet_ext.training import datasets
-from lenet_ext.training.config import MODELS, TrainConfig
+from lenet_ext.training.config import TrainConfig
+from lenet_ext.training.images import LabelledImages
 from lenet_ext.training.trainer import Trainer
 
+# Who takes part: the network, and the layout of its parameters.
+CONTENDERS = {
+    "fused": ("fused", torch.contiguous_format),
+    "reference": ("reference", torch.contiguous_format),
+    "reference channels_last": ("reference", torch.channels_last),
+}
 
-def measure(model: str, seed: int, arguments: argparse.Namespace, images: tuple[Any, Any]) -> dict[str, Any]:
-    """Trains until the accuracy is reached, or to the last epoch of the defaults."""
-    options = {"seed": seed, "threads": arguments.threads, "device": arguments.device}
-    config = TrainConfig.for_data("mnist", model, **options)
-    trainer = Trainer(config, *images)
+Images = tuple[LabelledImages, LabelledImages]
+
+
+def build(contender: str, seed: int, arguments: argparse.Namespace, images: Images) -> Trainer:
+    """A run that has not begun."""
+    model, layout = CONTENDERS[contender]
+    options = {"seed": seed, "threads": arguments.threads, "device": arguments.device, "epochs": arguments.epochs}
+    trainer = Trainer(TrainConfig.for_data("mnist", model, **options), *images)
+    trainer.model.to(memory_format=layout)
+    return trainer
+
+
+def measure(contender: str, seed: int, arguments: argparse.Namespace, images: Images) -> dict[str, Any]:
+    """Trains until the accuracy is reached, or to the last epoch."""
+    trainer = build(contender, seed, arguments, images)
     reached = False
     begin = time.perf_counter()
-    while trainer.epoch < config.epochs and not reached:
+    while trainer.epoch < trainer.config.epochs and not reached:
         line = trainer.run_epoch()
         reached = line["test_accuracy"] >= arguments.accuracy
-        print(
-            f"{model}, seed {seed}: epoch {line['epoch']}, {100 * line['test_accuracy']:.2f}%, {line['seconds']:.2f} s",
-            flush=True,
-        )
+        accuracy = f"{100 * line['test_accuracy']:.2f}%"
+        print(f"{contender}, seed {seed}: epoch {line['epoch']}, {accuracy}, {line['seconds']:.2f} s", flush=True)
     return {
-        "model": model,
+        "model": contender,
         "seed": seed,
         "target": arguments.accuracy,
         "threads": torch.get_num_threads(),
-        "batch": config.batch_size,
+        "batch": trainer.config.batch_size,
         "reached": reached,
         "epochs": trainer.epoch,
         "training_seconds": sum(line["seconds"] for line in trainer.history),
@@ -50,33 +72,43 @@ def measure(model: str, seed: int, arguments: argparse.Namespace, images: tuple[
     }
 
 
+def write(path: Path, runs: list[dict[str, Any]]) -> None:
+    """Puts the runs into a results file of either kind, in place of those that it has.
+
+    Raises:
+        ValueError: it is of another machine.
+    """
+    section = section_to_dict("accuracy", runs)
+    if path.exists() and "columns" in json.loads(path.read_text(encoding="utf-8")):
+        summary.add_section(path, "accuracy", section)
+    else:
+        write_json(path, merge(read_results(path), section))
+
+
 def main() -> None:
-    """Reads the command line, measures both networks, prints and writes the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Reads the command line, measures, prints and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", help="directory of the MNIST files (default: downloaded)")
     parser.add_argument("--accuracy", type=float, default=0.99)
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1")
+    parser.add_argument("--seeds", type=int, default=10, help="seeds 0 to N-1 (default: 10)")
+    parser.add_argument("--epochs", type=int, help="length of the schedule (default: that of lenet-ext train)")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     images = datasets.load("mnist", arguments.root)
+    for contender in CONTENDERS:  # what is imported and chosen at a first step belongs to no seed
+        trainer = build(contender, 0, arguments, images)
+        trainer.step(*next(trainer.train_data.batches(trainer.config.batch_size)))
+        print(f"{contender}: {trainer.step.path}")
     runs = []
+    names = list(CONTENDERS)
     for seed in range(arguments.seeds):
-        for model in MODELS if seed % 2 == 0 else reversed(MODELS):
-            runs.append(measure(model, seed, arguments, images))
-    for model in MODELS:
-        own = [run for run in runs if run["model"] == model]
-        reached = sum(run["reached"] for run in own)
-        medians = [
-            statistics.median(run[key] for run in own) for key in ("training_seconds", "total_seconds", "epochs")
-        ]
-        print(
-            f"{model}: {100 * arguments.accuracy:g}% reached by {reached} of {len(own)}; medians: "
-            f"{medians[0]:.1f} s of training, {medians[1]:.1f} s with evaluation, {medians[2]:g} epochs"
-        )
+        first = seed % len(names)
+        runs += [measure(name, seed, arguments, images) for name in names[first:] + names[:first]]
+    print(f"\n{accuracy_lines(runs)}")
     if arguments.json is not None:
-        write_json(arguments.json, merge(read_results(arguments.json), section_to_dict("accuracy", runs)))
+        write(arguments.json, runs)
 
 
 if __name__ == "__main__":

@@ -195,12 +195,11 @@ bool is_finite(const Tensor& tensor) {
   return finite;
 }
 
-// The vendor's bfloat16 kernels are wrong for grouped channels_last convolutions (weight gradients, now and then, by any
-// amount), and spread NaN to places that none reaches; without instructions for it they are also slow.
+// The vendor's bfloat16 kernels are wrong for grouped channels_last convolutions (weight gradients, now and then, by
+// any amount), and spread NaN to places that none reaches; without instructions for it they are also slow.
 bool vendor_bfloat16_is_right(const ConvPoolShape& s, const Tensor& grad_conv, const Tensor& input,
                               const Tensor& weight) {
-  return vendor_has_bfloat16() && s.groups == 1 && is_finite(grad_conv) && is_finite(input) &&
-         is_finite(weight);
+  return vendor_has_bfloat16() && s.groups == 1 && is_finite(grad_conv) && is_finite(input) && is_finite(weight);
 }
 
 // By way of the dense gradient of the convolution's output, and the vendor's backward pass.

@@ -112,8 +112,8 @@ def say(line: str) -> None:
 
 def error_line(error: BaseException, *, before: str = "") -> str:
     """The message of an error as one line; `before` is put in front unless it is empty."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     else:
         text = " ".join(str(error).split())
     # What a file holds may be in the message, and what it does to a terminal is not the file's to say.

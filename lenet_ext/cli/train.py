@@ -64,7 +64,8 @@ def add_parser(commands: Any) -> None:
         "--lr",
         type=learning_rate,
         metavar="X",
-        help="the highest rate (default: one-cycle sgd 0.05, cifar10 0.02, adam 0.005; exponential 0.02, adam 0.002)",
+        help="the highest rate (default: one-cycle sgd 0.05 at batch 64, cifar10 0.02, adam 0.005; "
+        "exponential sgd 0.02, adam 0.002)",
     )
     parser.add_argument("--optimizer", choices=OPTIMIZERS, help="default: sgd, digits adamw")
     parser.add_argument(

@@ -16,13 +16,13 @@ from lenet_ext.environment.extras import require
 from lenet_ext.training.cifar10 import read_cifar10
 from lenet_ext.training.download import Log
 from lenet_ext.training.idx_sets import IDX_SETS, read_idx_set
-from lenet_ext.training.images import IMAGE_SIZE, DigitImages, Normalization
+from lenet_ext.training.images import IMAGE_SIZE, LabelledImages, Normalization
 
 __all__ = [
     "DATA_SETS",
     "IMAGE_SIZE",
     "DataSet",
-    "DigitImages",
+    "LabelledImages",
     "Normalization",
     "load",
     "load_digits",
@@ -73,7 +73,7 @@ DATA_SETS = {
 }
 
 
-def load(name: str, root: str | Path | None = None, *, log: Log = None) -> tuple[DigitImages, DigitImages]:
+def load(name: str, root: str | Path | None = None, *, log: Log = None) -> tuple[LabelledImages, LabelledImages]:
     """Loads a data set.
 
     ``digits`` needs no files. The files of the others are looked for in ``root``; those that are not there are
@@ -102,17 +102,17 @@ def load(name: str, root: str | Path | None = None, *, log: Log = None) -> tuple
     else:
         train, test = read_cifar10(root, log)
     return (
-        DigitImages(*train, data_set.normalization, data_set.num_classes),
-        DigitImages(*test, data_set.normalization, data_set.num_classes),
+        LabelledImages(*train, data_set.normalization, data_set.num_classes),
+        LabelledImages(*test, data_set.normalization, data_set.num_classes),
     )
 
 
-def load_mnist(root: str | Path | None = None, *, log: Log = None) -> tuple[DigitImages, DigitImages]:
+def load_mnist(root: str | Path | None = None, *, log: Log = None) -> tuple[LabelledImages, LabelledImages]:
     """`load` of ``"mnist"``."""
     return load("mnist", root, log=log)
 
 
-def load_digits() -> tuple[DigitImages, DigitImages]:
+def load_digits() -> tuple[LabelledImages, LabelledImages]:
     """The 1797 handwritten digits that come with scikit-learn, 8x8 pixels, resized to 32x32. No network.
 
     Every fifth picture of each class, in the order of the file, is for testing: the split needs no random numbers, and
@@ -142,6 +142,6 @@ def load_digits() -> tuple[DigitImages, DigitImages]:
         is_test[(labels == digit).nonzero().flatten()[4::5]] = True
     normalization = DATA_SETS["digits"].normalization
     return (
-        DigitImages(images[~is_test], labels[~is_test], normalization),
-        DigitImages(images[is_test], labels[is_test], normalization),
+        LabelledImages(images[~is_test], labels[~is_test], normalization),
+        LabelledImages(images[is_test], labels[is_test], normalization),
     )

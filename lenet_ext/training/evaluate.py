@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lenet_ext.training.distributed import ALONE, Processes
-from lenet_ext.training.images import DigitImages
+from lenet_ext.training.images import LabelledImages
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -35,7 +35,9 @@ class Evaluation:
         return rows
 
 
-def evaluate(model: nn.Module, data: DigitImages, batch_size: int = 1024, processes: Processes = ALONE) -> Evaluation:
+def evaluate(
+    model: nn.Module, data: LabelledImages, batch_size: int = 1024, processes: Processes = ALONE
+) -> Evaluation:
     """Evaluates a network, without gradients and in eval mode (its mode is restored).
 
     Args:
@@ -52,7 +54,8 @@ def evaluate(model: nn.Module, data: DigitImages, batch_size: int = 1024, proces
 
     Example:
         >>> from lenet_ext.training.images import Normalization
-        >>> data = DigitImages(torch.zeros(4, 1, 32, 32, dtype=torch.uint8), torch.arange(4), Normalization(0.0, 1.0))
+        >>> pixels = torch.zeros(4, 1, 32, 32, dtype=torch.uint8)
+        >>> data = LabelledImages(pixels, torch.arange(4), Normalization(0.0, 1.0))
         >>> evaluate(nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)), data).confusion.sum()
         tensor(4)
     """

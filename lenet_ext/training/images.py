@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["IMAGE_SIZE", "DigitImages", "Normalization"]
+__all__ = ["IMAGE_SIZE", "LabelledImages", "Normalization"]
 
 IMAGE_SIZE = 32
 
@@ -48,7 +48,7 @@ def _per_channel(normalization: Normalization, device: torch.device, dtype: torc
     return (1 / (255 * std)).to(device, dtype), (mean / std).to(device, dtype)
 
 
-class DigitImages(Dataset[tuple[Tensor, int]]):
+class LabelledImages(Dataset[tuple[Tensor, int]]):
     """Pictures and labels in memory: a ``torch.utils.data.Dataset``, with a faster way to draw batches.
 
     Args:
@@ -58,7 +58,8 @@ class DigitImages(Dataset[tuple[Tensor, int]]):
         num_classes: how many there are, whether they all occur or not.
 
     Example:
-        >>> data = DigitImages(torch.zeros(5, 1, 32, 32, dtype=torch.uint8), torch.arange(5), Normalization(0.0, 1.0))
+        >>> pixels = torch.zeros(5, 1, 32, 32, dtype=torch.uint8)
+        >>> data = LabelledImages(pixels, torch.arange(5), Normalization(0.0, 1.0))
         >>> image, label = data[3]
         >>> image.shape, label, [len(labels) for _, labels in data.batches(2)]
         (torch.Size([1, 32, 32]), 3, [2, 2, 1])
@@ -79,9 +80,9 @@ class DigitImages(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.normalization(self.images[index]), int(self.labels[index])
 
-    def to(self, device: torch.device | str) -> DigitImages:
+    def to(self, device: torch.device | str) -> LabelledImages:
         """The same data on another device."""
-        return DigitImages(self.images.to(device), self.labels.to(device), self.normalization, self.num_classes)
+        return LabelledImages(self.images.to(device), self.labels.to(device), self.normalization, self.num_classes)
 
     def batches(
         self,

@@ -26,7 +26,7 @@ from lenet_ext.training.config import TrainConfig
 from lenet_ext.training.datasets import DataSet
 from lenet_ext.training.distributed import ALONE, Processes
 from lenet_ext.training.evaluate import Evaluation, evaluate
-from lenet_ext.training.images import DigitImages
+from lenet_ext.training.images import LabelledImages
 from lenet_ext.training_step import TrainingStep
 
 __all__ = ["Trainer", "build_model"]
@@ -57,7 +57,7 @@ class Trainer:
     Example:
         >>> from lenet_ext.training.images import Normalization
         >>> pixels = torch.zeros(8, 1, 32, 32, dtype=torch.uint8)
-        >>> data = DigitImages(pixels, torch.arange(8), Normalization(0.0, 1.0))
+        >>> data = LabelledImages(pixels, torch.arange(8), Normalization(0.0, 1.0))
         >>> trainer = Trainer(TrainConfig.for_data("digits", model="reference", device="cpu"), data, data)
         >>> sorted(trainer.run_epoch())  # doctest: +NORMALIZE_WHITESPACE
         ['epoch', 'images_per_second', 'lr', 'seconds', 'test_accuracy', 'test_loss', 'train_loss']
@@ -66,8 +66,8 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        train_data: DigitImages,
-        test_data: DigitImages,
+        train_data: LabelledImages,
+        test_data: LabelledImages,
         processes: Processes = ALONE,
     ) -> None:
         self.config = config

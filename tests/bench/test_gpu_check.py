@@ -276,7 +276,7 @@ def small(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     monkeypatch.setattr(torch, "cudnn_convolution_relu", lambda x, w, b, *options: F.relu(F.conv2d(x, w, b)))
     train, test = datasets.load_digits()
-    few = datasets.DigitImages(train.images[:320], train.labels[:320], train.normalization)
+    few = datasets.LabelledImages(train.images[:320], train.labels[:320], train.normalization)
     monkeypatch.setattr(datasets, "load", lambda name, root: (few, test))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from archives import write_cifar10
 from torch import distributed as dist
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -20,6 +21,7 @@ NEEDS = {
     "plain_loop.py": ("sklearn",),
     "ddp.py": ("sklearn",),
     "tutorial.ipynb": ("sklearn",),
+    "cifar10.ipynb": ("matplotlib",),
 }
 ARGUMENTS = {"plain_loop.py": ("--epochs", "1")}
 SAYS = {
@@ -82,7 +84,24 @@ def test_notebook() -> None:
     assert scope["accuracy"] > 0.9
 
 
+def test_cifar10_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code runs from top to bottom on made-up pictures, and it shows no outputs, as it says."""
+    skip_without("cifar10.ipynb")
+    cells = json.loads((EXAMPLES / "cifar10.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert "outputs are left empty" in "".join(cells[0]["source"])
+    assert all(cell["execution_count"] is None and cell["outputs"] == [] for cell in code)
+    write_cifar10(tmp_path / "data", "python")
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    for cell in code:
+        exec("".join(cell["source"]), scope)
+    assert scope["step"].path == "one operator"
+    assert 0 <= scope["accuracy"] <= 1
+    assert scope["number"] == 5
+
+
 def test_the_index_names_every_example() -> None:
     index = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    for name in (*SCRIPTS, "tutorial.ipynb"):
+    for name in (*SCRIPTS, *(path.name for path in EXAMPLES.glob("*.ipynb"))):
         assert f"[{name}]({name})" in index

@@ -94,12 +94,12 @@ def test_missing_idx_file(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def digits() -> tuple[datasets.DigitImages, datasets.DigitImages]:
+def digits() -> tuple[datasets.LabelledImages, datasets.LabelledImages]:
     return datasets.load("digits")
 
 
 def test_digits_split_is_complete_stratified_and_fixed(
-    digits: tuple[datasets.DigitImages, datasets.DigitImages],
+    digits: tuple[datasets.LabelledImages, datasets.LabelledImages],
 ) -> None:
     train, test = digits
     assert (len(train), len(test)) == (1442, 355)
@@ -112,7 +112,7 @@ def test_digits_split_is_complete_stratified_and_fixed(
     assert torch.equal(again[1].labels, test.labels)
 
 
-def test_digits_are_normalized(digits: tuple[datasets.DigitImages, datasets.DigitImages]) -> None:
+def test_digits_are_normalized(digits: tuple[datasets.LabelledImages, datasets.LabelledImages]) -> None:
     train, _ = digits
     pixels = train.normalization(train.images)
     assert pixels.shape == (1442, 1, 32, 32)
@@ -121,7 +121,7 @@ def test_digits_are_normalized(digits: tuple[datasets.DigitImages, datasets.Digi
     assert abs(pixels.std() - 1) < 1e-3
 
 
-def test_dataset_works_with_a_data_loader(digits: tuple[datasets.DigitImages, datasets.DigitImages]) -> None:
+def test_dataset_works_with_a_data_loader(digits: tuple[datasets.LabelledImages, datasets.LabelledImages]) -> None:
     _, test = digits
     images, labels = next(iter(torch.utils.data.DataLoader(test, batch_size=16)))
     ours, our_labels = next(iter(test.batches(16)))
@@ -132,9 +132,9 @@ def test_dataset_works_with_a_data_loader(digits: tuple[datasets.DigitImages, da
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def small_set(count: int = 10) -> datasets.DigitImages:
+def small_set(count: int = 10) -> datasets.LabelledImages:
     images = torch.randint(1, 256, (count, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    return datasets.DigitImages(images, torch.arange(count) % 10, datasets.Normalization(0.0, 1 / 255))
+    return datasets.LabelledImages(images, torch.arange(count) % 10, datasets.Normalization(0.0, 1 / 255))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10, 1000])
@@ -186,7 +186,9 @@ def test_bad_batch_size(arguments: tuple[int], message: str) -> None:
 
 def test_images_must_have_the_right_form() -> None:
     with pytest.raises(ValueError, match=r"uint8 \(3, 1, 32, 32\), found torch.float32"):
-        datasets.DigitImages(torch.zeros(3, 1, 32, 32), torch.zeros(3, dtype=torch.int64), datasets.Normalization(0, 1))
+        datasets.LabelledImages(
+            torch.zeros(3, 1, 32, 32), torch.zeros(3, dtype=torch.int64), datasets.Normalization(0, 1)
+        )
 
 
 def test_unknown_name() -> None:

@@ -16,19 +16,19 @@ from torch import distributed as dist
 
 from lenet_ext.cli import main
 from lenet_ext.training import checkpoint
-from lenet_ext.training.datasets import DigitImages, Normalization
+from lenet_ext.training.datasets import LabelledImages, Normalization
 from lenet_ext.training.distributed import ALONE, join_processes
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 
 SOME_DIGITS = """
     import torch
-    from lenet_ext.training.datasets import DigitImages, Normalization
+    from lenet_ext.training.datasets import LabelledImages, Normalization
 
     def some_digits(count):
         generator = torch.Generator().manual_seed(3)
         images = torch.randint(256, (count, 1, 32, 32), generator=generator, dtype=torch.uint8)
-        return DigitImages(images, torch.randint(10, (count,), generator=generator), Normalization(0.5, 0.3))
+        return LabelledImages(images, torch.randint(10, (count,), generator=generator), Normalization(0.5, 0.3))
 """
 
 
@@ -48,7 +48,7 @@ def torchrun(*command: object, cwd: Path, processes: int = 2, **environment: str
 def test_the_shares_are_the_batch(parts: int, shuffled: bool) -> None:
     count, size = 23, 6  # the last batch has 5
     images = torch.randint(256, (count, 1, 32, 32), dtype=torch.uint8)
-    data = DigitImages(images, torch.arange(count), Normalization(0.5, 0.3))
+    data = LabelledImages(images, torch.arange(count), Normalization(0.5, 0.3))
 
     def batches(share: tuple[int, int]):
         options = {"generator": torch.Generator().manual_seed(5), "max_shift": 2} if shuffled else {}

@@ -33,7 +33,7 @@ from lenet_ext.training import cifar10, datasets
 from lenet_ext.training.config import RECIPES, TrainConfig
 from lenet_ext.training.idx import read_idx
 from lenet_ext.training.idx_sets import IDX_SETS
-from lenet_ext.training.images import DigitImages, Normalization
+from lenet_ext.training.images import LabelledImages, Normalization
 from lenet_ext.training.trainer import Trainer
 
 # --- what is known without files --------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_each_channel_has_its_own_normalization() -> None:
 
 def test_batches_of_colors_are_shifted_pictures() -> None:
     images = torch.randint(1, 256, (6, 3, 32, 32), dtype=torch.uint8)
-    data = DigitImages(images, torch.arange(6), Normalization((0.0,) * 3, (1 / 255,) * 3))
+    data = LabelledImages(images, torch.arange(6), Normalization((0.0,) * 3, (1 / 255,) * 3))
     padded = torch.nn.functional.pad(images.float(), (2,) * 4)
     for batch, labels in data.batches(4, generator=torch.Generator().manual_seed(0), max_shift=2):
         for image, label in zip(batch, labels, strict=True):
@@ -210,7 +210,7 @@ def test_no_memory_for_what_is_only_stated(tmp_path: Path, shape: tuple[int, ...
 # --- CIFAR-10 ---------------------------------------------------------------------------------------------------------
 
 
-def assert_made_up(loaded: tuple[DigitImages, DigitImages]) -> None:
+def assert_made_up(loaded: tuple[LabelledImages, LabelledImages]) -> None:
     train, test = loaded
     batches = [cifar10_batch(number, 4) for number in range(6)]
     assert torch.equal(train.images, torch.cat([images for images, _ in batches[:5]]))

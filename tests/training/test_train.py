@@ -25,7 +25,7 @@ from lenet_ext.training.config import TrainConfig
 from lenet_ext.training.evaluate import evaluate
 from lenet_ext.training.trainer import Trainer
 
-Sets = tuple[datasets.DigitImages, datasets.DigitImages]
+Sets = tuple[datasets.LabelledImages, datasets.LabelledImages]
 
 
 @pytest.fixture(autouse=True)
@@ -164,9 +164,9 @@ def test_the_learning_rate_does_not_depend_on_the_number_of_epochs(digits: Sets)
     assert lines[0]["lr"] == lines[1]["lr"] == pytest.approx(config().lr * config().decay)
 
 
-def few(digits: Sets, count: int) -> datasets.DigitImages:
+def few(digits: Sets, count: int) -> datasets.LabelledImages:
     train = digits[0]
-    return datasets.DigitImages(train.images[:count], train.labels[:count], train.normalization)
+    return datasets.LabelledImages(train.images[:count], train.labels[:count], train.normalization)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
@@ -204,7 +204,10 @@ def test_defaults_follow_the_data_set() -> None:
     mnist = TrainConfig.for_data("mnist")
     assert (mnist.epochs, mnist.batch_size, mnist.optimizer, mnist.schedule) == (2, 64, "sgd", "one-cycle")
     assert mnist.lr == 0.05
-    assert TrainConfig.for_data("mnist", lr=0.1).lr == 0.1
+    assert TrainConfig.for_data("mnist", lr=0.1).lr == TrainConfig.for_data("mnist", lr=0.1, batch_size=1).lr == 0.1
+    # Half a batch takes half the step; a larger one no larger step.
+    assert TrainConfig.for_data("mnist", batch_size=32).lr == 0.025
+    assert TrainConfig.for_data("mnist", batch_size=1024).lr == 0.05
     assert TrainConfig.for_data("mnist", optimizer="adam").lr < 0.05
 
 
@@ -258,7 +261,7 @@ def test_evaluation_against_a_plain_loop(digits: Sets) -> None:
 
 
 def test_evaluation_of_nothing(digits: Sets) -> None:
-    empty = datasets.DigitImages(
+    empty = datasets.LabelledImages(
         torch.zeros(0, 1, 32, 32, dtype=torch.uint8), torch.zeros(0).long(), digits[0].normalization
     )
     with pytest.raises(ValueError, match="empty"):
