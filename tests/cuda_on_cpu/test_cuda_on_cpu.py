@@ -35,7 +35,7 @@ def test_the_operators_own_tests(control, algorithm, suites):
 
 def test_the_operators_schemas(control):
     """What an operator returns shares no memory with its arguments, and none of its results with another."""
-    rerun(["operators/test_opcheck.py"], "test_backward or TestLeNet")
+    rerun(["operators/test_opcheck.py"], "test_backward or test_with_activations")
 
 
 @pytest.mark.extended
