@@ -328,6 +328,20 @@ def test_input_narrower_than_the_kernel(device):
     assert_exact(conv_relu_max_pool2d, reference.conv_relu_max_pool2d, tensors, options, integers(*output.shape))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_columns_of_the_kernel_that_meet_nothing_but_padding(device, layout, dtype):
+    """Their weights have the gradient 0, which has to be written; oneDNN's bfloat16 kernels do not."""
+    x, w = (reference.LAYOUTS[layout](integers(*s, dtype=dtype, device=device)) for s in [(3, 2, 36, 1), (34, 2, 5, 3)])
+    options = {"padding": (0, 1), "stride": (2, 3), "pool_kernel_size": (2, 1)}
+    grad_output = integers(3, 34, 8, 1, dtype=dtype)
+    for _ in range(4):
+        # Memory that was just given back is the next to be handed out.
+        junk = [torch.full(w.shape, NAN, dtype=dtype, device=device) for _ in range(9)]
+        del junk
+        assert_exact(conv_relu_max_pool2d, reference.conv_relu_max_pool2d, [x, w, None], options, grad_output)
+
+
 def test_padding_wider_than_the_image(device):
     tensors = [integers(2, 2, 3, 3, device=device), integers(3, 2, 2, 2, device=device), integers(3, device=device)]
     options = {"padding": (9, 17), "stride": (2, 3)}
