@@ -196,13 +196,6 @@ bool is_finite(const Tensor& tensor) {
   return finite;
 }
 
-<<<<<<< HEAD
-// The vendor's bfloat16 kernels are wrong for grouped channels_last convolutions (weight gradients, now and then, by
-// any amount), and spread NaN to places that none reaches; without instructions for it they are also slow.
-bool vendor_bfloat16_is_right(const ConvPoolShape& s, const Tensor& grad_conv, const Tensor& input,
-                              const Tensor& weight) {
-  return vendor_has_bfloat16() && s.groups == 1 && is_finite(grad_conv) && is_finite(input) && is_finite(weight);
-=======
 // Whether each of the kernel's rows (or columns) lies on the image for some output, and not always in the padding.
 bool all_meet_the_image(int64_t kernel, int64_t dilation, int64_t pad, int64_t stride, int64_t size, int64_t outputs) {
   for (int64_t i = 0; i < kernel; ++i) {
@@ -222,7 +215,6 @@ bool vendor_bfloat16_is_right(const ConvPoolShape& s, const Tensor& grad_conv, c
          all_meet_the_image(s.kernel_h, s.dilation_h, s.pad_top, s.stride_h, s.height, s.conv_h) &&
          all_meet_the_image(s.kernel_w, s.dilation_w, s.pad_left, s.stride_w, s.width, s.conv_w) &&
          is_finite(grad_conv) && is_finite(input) && is_finite(weight);
->>>>>>> quicktests
 }
 
 // By way of the dense gradient of the convolution's output, and the vendor's backward pass.
