@@ -76,7 +76,9 @@ def test_bfloat16_rounds_once(device, case: ConvCase):
     ):
         if e is not None:
             assert a.dtype == torch.bfloat16
-            assert_accurate(a, e, m, what, stock=None if ours_alone else s)
+            # oneDNN leaves gradients unwritten of weights that meet nothing but padding.
+            useless = ours_alone or not bool(s.isfinite().all())
+            assert_accurate(a, e, m, what, stock=None if useless else s)
 
 
 LENET = [((1, 32, 32), (6, 1, 5, 5)), ((6, 14, 14), (16, 6, 5, 5))]
