@@ -8,10 +8,15 @@ import torch
 from cuda_on_cpu import build
 
 
+@pytest.fixture(scope="session")
+def library():
+    """Loaded once: a process can register its operators only once."""
+    return build.operators()
+
+
 @pytest.fixture(scope="module")
-def control():
+def control(library):
     """The library's control functions; deterministic mode fills what is allocated with NaN."""
-    library = build.operators()
     torch.use_deterministic_algorithms(True)
     yield library
     library.cuda_on_cpu_configure(-1, 0, 0)
