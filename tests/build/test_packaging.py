@@ -68,7 +68,7 @@ def shipped_files() -> list[str]:
         made = any(
             Path(part).match(pattern)
             for part in name.parts
-            for pattern in (*MADE_BY_TOOLS, ".venv", ".*_cache", ".git")
+            for pattern in (*MADE_BY_TOOLS, ".venv", ".*_cache", ".git", ".hypothesis")
         )
         if path.is_file() and not made:
             names.append(str(name))
