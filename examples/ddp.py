@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import lenet_ext
 from lenet_ext.training.datasets import load_digits
+from lenet_ext.training.distributed import let_go_of_tensors
 
 
 def main() -> None:
@@ -46,6 +47,8 @@ def main() -> None:
             dist.all_reduce(total)
             if rank == 0:
                 print(f"epoch {epoch}: training loss {total[0] / total[1]:.3f}, processes: {dist.get_world_size()}")
+        dist.barrier()
+        let_go_of_tensors()
     finally:
         dist.destroy_process_group()
 

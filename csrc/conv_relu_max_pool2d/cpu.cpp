@@ -38,7 +38,7 @@ cpu::ConvPoolFixedShape lenet_kernels(const ConvPoolShape& s) {
   auto is = [&](int64_t in_channels, int64_t size, int64_t out_channels) {
     return s.in_channels == in_channels && s.height == size && s.width == size && s.out_channels == out_channels;
   };
-  if (options && is(1, 32, 6)) return kernels.conv1;
+  if (options && (is(1, 32, 6) || is(3, 32, 6))) return kernels.first(s.in_channels).conv1;
   if (options && is(6, 14, 16)) return kernels.conv2;
   return {};
 }
@@ -69,7 +69,7 @@ const cpu::ConvPoolBackwardKernels<T>& backward_kernels(const ConvPoolShape& s, 
     const bool input_gradient = grad_input.defined();
     if (fixed != nullptr && contiguous_images(grad_output) && contiguous_images(indices) &&
         (!input.defined() || contiguous_images(input)) &&
-        (!input_gradient || (s.in_channels > 1 && contiguous_images(grad_input)))) {
+        (!input_gradient || (s.in_channels == 6 && contiguous_images(grad_input)))) {
       return *fixed;
     }
   }

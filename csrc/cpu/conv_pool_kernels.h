@@ -135,15 +135,21 @@ struct ConvPoolFixedShape {
   const ConvPoolBackwardKernels<float>* backward;
 };
 
-// The two convolutions of LeNet; the first has no input gradient.
+// The two convolutions of LeNet, for images of one channel and of three; the first convolution has no input gradient.
 struct ConvPoolLenetKernels {
-  ConvPoolFixedShape conv1, conv2;
-  // The weight gradients of both, one image after the other: the gradient between the two layers never leaves the
-  // cache. Prepared and reduced as each layer's own; `packed` is that of conv2 with an input gradient, and the
-  // units are those of each. Job 1 needs no grad_output, job 2 no grad_input (any that is not null will do).
-  int64_t scratch_bytes;
-  bool (*run_both)(const ConvPoolBackward<float>& job1, const ConvPoolBackward<float>& job2, const void* packed,
-                   void* partials1, void* partials2, void* scratch, int64_t begin, int64_t end);
+  struct First {
+    ConvPoolFixedShape conv1;
+    // The weight gradients of both, one image after the other: the gradient between the two layers never leaves the
+    // cache. Prepared and reduced as each layer's own; `packed` is that of conv2 with an input gradient, and the
+    // units are those of each. Job 1 needs no grad_output, job 2 no grad_input (any that is not null will do).
+    int64_t scratch_bytes;
+    bool (*run_both)(const ConvPoolBackward<float>& job1, const ConvPoolBackward<float>& job2, const void* packed,
+                     void* partials1, void* partials2, void* scratch, int64_t begin, int64_t end);
+  };
+  First one_channel, three_channels;
+  ConvPoolFixedShape conv2;
+
+  const First& first(int64_t in_channels) const { return in_channels == 1 ? one_channel : three_channels; }
 };
 
 }  // namespace lenet_ext::cpu

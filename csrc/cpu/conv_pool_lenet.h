@@ -1,6 +1,6 @@
-// The two convolutions of LeNet (5x5, 2x2 pooling, 1x32x32 -> 6 and 6x14x14 -> 16 channels) with every size a
-// constant, for vectors of 16 floats. They serve whoever calls conv_relu_max_pool2d with these shapes: the layers alone
-// as well as the whole network.
+// The two convolutions of LeNet (5x5, 2x2 pooling, 1x32x32 or 3x32x32 -> 6 and 6x14x14 -> 16 channels) with every size
+// a constant, for vectors of 16 floats. They serve whoever calls conv_relu_max_pool2d with these shapes: the layers
+// alone as well as the whole network.
 //
 // Forward, an image at a time: in the first convolution the lanes are output columns (six channels would leave most
 // lanes idle), in the second the 16 output channels. Two convolution rows stay in registers until they are pooled.
@@ -18,7 +18,7 @@ namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY {
 namespace {
 
 constexpr int kTaps = 25;
-constexpr int kRow1 = 32, kSize1 = kRow1 * kRow1;      // input of the first convolution
+constexpr int kRow1 = 32, kSize1 = kRow1 * kRow1;      // a channel of the first convolution's input
 constexpr int kChannels1 = 6, kPooled1 = 14 * 14;      // its output, the second's input
 constexpr int kChannels2 = 16, kPooled2 = 5 * 5;       // the second's output
 constexpr int kDepth2 = kChannels1 * kTaps;            // taps of one output channel of the second
@@ -56,7 +56,7 @@ LENET_EXT_INLINE __m512 odd_columns(__m512 a, __m512 b) {
 
 // A convolution row has 28 columns: two vectors, of columns 0..15 and 12..27. The four columns that both hold give the
 // same pooled values twice.
-template <bool with_codes>
+template <int in_channels, bool with_codes>
 void forward_image1(const float* image, const float* weight, const float* bias, float* output, uint8_t* codes) {
   constexpr int second = 12, out_row = 14;
   for (int y = 0; y < out_row; ++y) {
@@ -65,13 +65,14 @@ void forward_image1(const float* image, const float* weight, const float* bias, 
       const __m512 b = _mm512_set1_ps(bias[o]);
       sum[o][0][0] = sum[o][0][1] = sum[o][1][0] = sum[o][1][1] = b;
     }
-    for (int ky = 0; ky < 5; ++ky) {
-      const float* row = image + (2 * y + ky) * kRow1;
+    for (int step = 0; step < in_channels * 5; ++step) {
+      const int c = step / 5, ky = step % 5;
+      const float* row = image + c * kSize1 + (2 * y + ky) * kRow1;
       LENET_EXT_UNROLL for (int kx = 0; kx < 5; ++kx) {
         const __m512 in[2][2] = {{_mm512_loadu_ps(row + kx), _mm512_loadu_ps(row + kx + second)},
                                  {_mm512_loadu_ps(row + kRow1 + kx), _mm512_loadu_ps(row + kRow1 + kx + second)}};
         LENET_EXT_UNROLL for (int o = 0; o < kChannels1; ++o) {
-          const __m512 w = _mm512_set1_ps(weight[o * kTaps + ky * 5 + kx]);
+          const __m512 w = _mm512_set1_ps(weight[(o * in_channels + c) * kTaps + ky * 5 + kx]);
           LENET_EXT_UNROLL for (int i = 0; i < 4; ++i)
             sum[o][i / 2][i % 2] = _mm512_fmadd_ps(w, in[i / 2][i % 2], sum[o][i / 2][i % 2]);
         }
@@ -169,16 +170,17 @@ inline void forward2_prepare(const ConvPoolForward<float>& job, void* packed) {
   }
 }
 
-inline void forward1_run(const ConvPoolForward<float>& job, const void*, void*, int64_t begin, int64_t end) {
+template <int in_channels>
+void forward1_run(const ConvPoolForward<float>& job, const void*, void*, int64_t begin, int64_t end) {
   const float none[kChannels1] = {};
   const float* bias = job.bias != nullptr ? job.bias : none;
   for (int64_t n = begin; n < end; ++n) {
     const float* image = job.input + n * job.input_strides.n;
     float* output = job.output + n * job.output_strides.n;
     if (job.indices != nullptr) {
-      forward_image1<true>(image, job.weight, bias, output, job.indices + n * job.output_strides.n);
+      forward_image1<in_channels, true>(image, job.weight, bias, output, job.indices + n * job.output_strides.n);
     } else {
-      forward_image1<false>(image, job.weight, bias, output, nullptr);
+      forward_image1<in_channels, false>(image, job.weight, bias, output, nullptr);
     }
   }
 }
@@ -232,20 +234,29 @@ LENET_EXT_INLINE __m512i times(__m512i a, int b) { return _mm512_mullo_epi32(a, 
 // First convolution. Eight lanes of which five are taps of a kernel row. The image is there twice, the second time
 // shifted by half a cache line, for the rows of taps that would otherwise lie across two lines.
 constexpr int kCopy1 = kSize1 + 16;
-constexpr int kSums1 = kChannels1 * 5 * 8;
-constexpr int kPartial1 = kSums1 + 16;  // and the sums of the gradients
+constexpr int kCopies1 = 2 * kCopy1;  // of a channel
+template <int in_channels>
+constexpr int kSums1 = kChannels1 * in_channels * 5 * 8;
+template <int in_channels>
+constexpr int kPartial1 = kSums1<in_channels> + 16;  // and the sums of the gradients
 
+template <int in_channels>
 struct Backward1 {
-  alignas(64) float image[2 * kCopy1 + 16];
+  alignas(64) float image[in_channels * kCopies1 + 16];
   WinnerList<kPooled1> winners;
 };
 
-inline void backward1_image(const float* image, const float* grad, const uint8_t* codes, Backward1& b, float* sums) {
-  for (int i = 0; i < kSize1; i += 16) {
-    const __m512 pixels = _mm512_loadu_ps(image + i);
-    _mm512_store_ps(b.image + i, pixels);
-    _mm256_store_ps(b.image + kCopy1 + i + 8, _mm512_castps512_ps256(pixels));
-    _mm256_store_ps(b.image + kCopy1 + i + 16, _mm512_extractf32x8_ps(pixels, 1));
+template <int in_channels>
+void backward1_image(const float* image, const float* grad, const uint8_t* codes, Backward1<in_channels>& b,
+                     float* sums) {
+  for (int c = 0; c < in_channels; ++c) {
+    float* copies = b.image + c * kCopies1;
+    for (int i = 0; i < kSize1; i += 16) {
+      const __m512 pixels = _mm512_loadu_ps(image + c * kSize1 + i);
+      _mm512_store_ps(copies + i, pixels);
+      _mm256_store_ps(copies + kCopy1 + i + 8, _mm512_castps512_ps256(pixels));
+      _mm256_store_ps(copies + kCopy1 + i + 16, _mm512_extractf32x8_ps(pixels, 1));
+    }
   }
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   constexpr int out_row = 14;
@@ -267,26 +278,31 @@ inline void backward1_image(const float* image, const float* grad, const uint8_t
       offset = _mm512_mask_add_epi32(offset, across, offset, _mm512_set1_epi32(kCopy1 + 8));
       b.winners.append(alive, offset, g);
     }
-    sums[kSums1 + o] += _mm512_reduce_add_ps(bias_sum);
+    sums[kSums1<in_channels> + o] += _mm512_reduce_add_ps(bias_sum);
 
-    __m256 sum[2][5];  // two sets, so that enough multiply-adds are in flight
-    LENET_EXT_UNROLL for (int i = 0; i < 10; ++i)
-      sum[i / 5][i % 5] = _mm256_setzero_ps();
+    constexpr int rows = in_channels * 5;           // of taps
+    constexpr int sets = in_channels == 1 ? 2 : 1;  // so many that enough multiply-adds are in flight
+    __m256 sum[sets][rows];
+    LENET_EXT_UNROLL for (int i = 0; i < sets * rows; ++i)
+      sum[i / rows][i % rows] = _mm256_setzero_ps();
     auto add = [&](int set, int entry) __attribute__((always_inline)) {
       const __m256 scale = _mm256_set1_ps(b.winners.scales[entry]);
       const float* taps = b.image + b.winners.offsets[entry];
-      LENET_EXT_UNROLL for (int ky = 0; ky < 5; ++ky)
-        sum[set][ky] = _mm256_fmadd_ps(scale, _mm256_loadu_ps(taps + ky * kRow1), sum[set][ky]);
+      LENET_EXT_UNROLL for (int i = 0; i < rows; ++i) {
+        const float* row = taps + i / 5 * kCopies1 + i % 5 * kRow1;
+        sum[set][i] = _mm256_fmadd_ps(scale, _mm256_loadu_ps(row), sum[set][i]);
+      }
     };
     int entry = 0;
-    for (; entry + 2 <= b.winners.count; entry += 2) {
-      add(0, entry);
-      add(1, entry + 1);
+    for (; entry + sets <= b.winners.count; entry += sets) {
+      LENET_EXT_UNROLL for (int set = 0; set < sets; ++set)
+        add(set, entry + set);
     }
-    if (entry < b.winners.count) add(0, entry);
-    LENET_EXT_UNROLL for (int ky = 0; ky < 5; ++ky) {
-      float* to = sums + (o * 5 + ky) * 8;
-      _mm256_store_ps(to, _mm256_add_ps(_mm256_load_ps(to), _mm256_add_ps(sum[0][ky], sum[1][ky])));
+    for (; entry < b.winners.count; ++entry) add(0, entry);
+    LENET_EXT_UNROLL for (int i = 0; i < rows; ++i) {
+      float* to = sums + (o * rows + i) * 8;
+      const __m256 both = sets == 2 ? _mm256_add_ps(sum[0][i], sum[sets - 1][i]) : sum[0][i];
+      _mm256_store_ps(to, _mm256_add_ps(_mm256_load_ps(to), both));
     }
   }
 }
@@ -486,9 +502,15 @@ inline int64_t backward1_packed_bytes(const ConvPoolShape&, bool) { return 0; }
 inline int64_t backward2_packed_bytes(const ConvPoolShape&, bool input_gradient) {
   return input_gradient ? 2 * kKernels2 * sizeof(float) : 0;
 }
-inline int64_t backward1_scratch_bytes(const ConvPoolShape&, bool) { return sizeof(Backward1); }
+template <int in_channels>
+int64_t backward1_scratch_bytes(const ConvPoolShape&, bool) {
+  return sizeof(Backward1<in_channels>);
+}
 inline int64_t backward2_scratch_bytes(const ConvPoolShape&, bool) { return sizeof(Backward2); }
-inline int64_t backward1_partial_bytes(const ConvPoolShape&) { return kPartial1 * sizeof(float); }
+template <int in_channels>
+int64_t backward1_partial_bytes(const ConvPoolShape&) {
+  return kPartial1<in_channels> * sizeof(float);
+}
 inline int64_t backward2_partial_bytes(const ConvPoolShape&) { return kPartial2 * sizeof(float); }
 inline bool backward1_prepare(const ConvPoolBackward<float>&, void*) { return true; }
 
@@ -525,20 +547,22 @@ LENET_EXT_INLINE Slice slice_images(const ConvPoolShape& s, int64_t slice) {
   return {slice * s.batch / slices, (slice + 1) * s.batch / slices};
 }
 
-inline bool backward1_run(const ConvPoolBackward<float>& job, const void*, void* partials, void* scratch, int64_t begin,
-                          int64_t end) {
-  Backward1& b = *static_cast<Backward1*>(scratch);
+template <int in_channels>
+bool backward1_run(const ConvPoolBackward<float>& job, const void*, void* partials, void* scratch, int64_t begin,
+                   int64_t end) {
+  constexpr int size = kPartial1<in_channels>;
+  auto& b = *static_cast<Backward1<in_channels>*>(scratch);
   for (int64_t slice = begin; slice < end; ++slice) {
-    float* sums = static_cast<float*>(partials) + slice * kPartial1;
-    for (int i = 0; i < kPartial1; ++i) sums[i] = 0;
+    float* sums = static_cast<float*>(partials) + slice * size;
+    for (int i = 0; i < size; ++i) sums[i] = 0;
     const Slice images = slice_images(job.shape, slice);
     for (int64_t n = images.begin; n < images.end; ++n) {
       const float* image = job.input + n * job.input_strides.n;
-      if (!all_finite(image, kSize1)) return false;
-      backward1_image(image, job.grad_output + n * job.grad_output_strides.n, job.indices + n * job.indices_strides.n,
-                      b, sums);
+      if (!all_finite(image, in_channels * kSize1)) return false;
+      backward1_image<in_channels>(image, job.grad_output + n * job.grad_output_strides.n,
+                                   job.indices + n * job.indices_strides.n, b, sums);
     }
-    if (!all_finite(sums + kSums1, kChannels1)) return false;
+    if (!all_finite(sums + kSums1<in_channels>, kChannels1)) return false;
   }
   return true;
 }
@@ -566,35 +590,37 @@ inline bool backward2_run(const ConvPoolBackward<float>& job, const void* packed
   return true;
 }
 
+template <int in_channels>
 struct BackwardBoth {
-  Backward1 first;
+  Backward1<in_channels> first;
   Backward2 second;
   alignas(64) float grad[kChannels1 * kPooled1];
 };
 
-inline bool backward_both_run(const ConvPoolBackward<float>& job1, const ConvPoolBackward<float>& job2,
-                              const void* packed, void* partials1, void* partials2, void* scratch, int64_t begin,
-                              int64_t end) {
-  BackwardBoth& b = *static_cast<BackwardBoth*>(scratch);
+template <int in_channels>
+bool backward_both_run(const ConvPoolBackward<float>& job1, const ConvPoolBackward<float>& job2, const void* packed,
+                       void* partials1, void* partials2, void* scratch, int64_t begin, int64_t end) {
+  constexpr int size1 = kPartial1<in_channels>;
+  auto& b = *static_cast<BackwardBoth<in_channels>*>(scratch);
   for (int64_t slice = begin; slice < end; ++slice) {
-    float* sums1 = static_cast<float*>(partials1) + slice * kPartial1;
+    float* sums1 = static_cast<float*>(partials1) + slice * size1;
     float* sums2 = static_cast<float*>(partials2) + slice * kPartial2;
-    for (int i = 0; i < kPartial1; ++i) sums1[i] = 0;
+    for (int i = 0; i < size1; ++i) sums1[i] = 0;
     for (int i = 0; i < kPartial2; ++i) sums2[i] = 0;
     const Slice images = slice_images(job1.shape, slice);
     for (int64_t n = images.begin; n < images.end; ++n) {
       const float* image = job1.input + n * job1.input_strides.n;
       const float* between = job2.input + n * job2.input_strides.n;
       const float* grad = job2.grad_output + n * job2.grad_output_strides.n;
-      if (!all_finite(image, kSize1) || !all_finite(between, kChannels1 * kPooled1) ||
+      if (!all_finite(image, in_channels * kSize1) || !all_finite(between, kChannels1 * kPooled1) ||
           !all_finite(grad, kChannels2 * kPooled2)) {
         return false;
       }
       backward2_image(between, grad, job2.indices + n * job2.indices_strides.n, static_cast<const float*>(packed),
                       b.second, sums2, b.grad);
-      backward1_image(image, b.grad, job1.indices + n * job1.indices_strides.n, b.first, sums1);
+      backward1_image<in_channels>(image, b.grad, job1.indices + n * job1.indices_strides.n, b.first, sums1);
     }
-    if (!all_finite(sums1 + kSums1, kChannels1)) return false;
+    if (!all_finite(sums1 + kSums1<in_channels>, kChannels1)) return false;
   }
   return true;
 }
@@ -606,13 +632,18 @@ inline void add_slices(const ConvPoolShape& s, float* sums, int size, int64_t be
   }
 }
 
-inline void backward1_reduce(const ConvPoolBackward<float>& job, void* partials, int64_t begin, int64_t end) {
+template <int in_channels>
+void backward1_reduce(const ConvPoolBackward<float>& job, void* partials, int64_t begin, int64_t end) {
+  constexpr int depth = in_channels * kTaps, biases = kSums1<in_channels>, size = kPartial1<in_channels>;
   float* sums = static_cast<float*>(partials);
-  add_slices(job.shape, sums, kPartial1, begin * 40, end * 40);
-  add_slices(job.shape, sums, kPartial1, kSums1 + begin, kSums1 + end);
+  add_slices(job.shape, sums, size, begin * depth / 5 * 8, end * depth / 5 * 8);
+  add_slices(job.shape, sums, size, biases + begin, biases + end);
   for (int64_t o = begin; o < end; ++o) {
-    for (int tap = 0; tap < kTaps; ++tap) job.grad_weight[o * kTaps + tap] = sums[(o * 5 + tap / 5) * 8 + tap % 5];
-    job.grad_bias[o] = sums[kSums1 + o];
+    for (int tap = 0; tap < depth; ++tap) {
+      const int64_t row = (o * depth + tap) / 5;
+      job.grad_weight[o * depth + tap] = sums[row * 8 + tap % 5];
+    }
+    job.grad_bias[o] = sums[biases + o];
   }
 }
 

@@ -92,8 +92,9 @@ LENET_EXT_INLINE void hidden_layer(const float* in, const float* weight, const f
   }
 }
 
+template <int in_channels>
 struct Activations {
-  alignas(64) float images[kImageSize * kImageSize * kImages];
+  alignas(64) float images[in_channels * kImageSize * kImageSize * kImages];
   float pooled1[kChannels1 * kPooled1 * kPooled1 * kImages];
   float pooled2[kFeatures * kImages];
   float hidden1[kHidden1 * kImages];
@@ -101,9 +102,10 @@ struct Activations {
   float classes[10 * kImages];
 };
 
-void run_unit(const LenetInference& job, int64_t first, Activations& a) {
+template <int in_channels>
+void run_unit(const LenetInference& job, int64_t first, Activations<in_channels>& a) {
   const int64_t count = min_of<int64_t>(kImages, job.batch - first);
-  for (int pixel = 0; pixel < kImageSize * kImageSize; pixel += kImages) {
+  for (int pixel = 0; pixel < in_channels * kImageSize * kImageSize; pixel += kImages) {
     V rows[kImages];
     // The lanes of a last, incomplete unit repeat its last image.
     LENET_EXT_UNROLL for (int i = 0; i < kImages; ++i) {
@@ -113,7 +115,7 @@ void run_unit(const LenetInference& job, int64_t first, Activations& a) {
     LENET_EXT_UNROLL for (int i = 0; i < kImages; ++i)
       store(a.images + (pixel + i) * kImages, rows[i]);
   }
-  conv_layer<0, kChannels1, 1, kImageSize>(a.images, job.conv1_weight, job.conv1_bias, a.pooled1);
+  conv_layer<0, kChannels1, in_channels, kImageSize>(a.images, job.conv1_weight, job.conv1_bias, a.pooled1);
   conv_layer<0, kChannels2, kChannels1, kPooled1>(a.pooled1, job.conv2_weight, job.conv2_bias, a.pooled2);
   hidden_layer<0, kHidden1, kFeatures>(a.pooled2, job.fc1_weight, job.fc1_bias, a.hidden1);
   hidden_layer<0, kHidden2, kHidden1>(a.hidden1, job.fc2_weight, job.fc2_bias, a.hidden2);
@@ -129,13 +131,23 @@ void run_unit(const LenetInference& job, int64_t first, Activations& a) {
   }
 }
 
+template <int in_channels>
+void run_units(const LenetInference& job, void* scratch, int64_t begin, int64_t end) {
+  auto& activations = *static_cast<Activations<in_channels>*>(scratch);
+  for (int64_t unit = begin; unit < end; ++unit) run_unit<in_channels>(job, unit * kImages, activations);
+}
+
 void run(const LenetInference& job, void* scratch, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) run_unit(job, unit * kImages, *static_cast<Activations*>(scratch));
+  (job.in_channels == 1 ? run_units<1> : run_units<3>)(job, scratch, begin, end);
+}
+
+int64_t scratch_bytes(int64_t in_channels) {
+  return in_channels == 1 ? sizeof(Activations<1>) : sizeof(Activations<3>);
 }
 
 }  // namespace
 
 extern const LenetKernels lenet_kernels;
-const LenetKernels lenet_kernels = {kImages, sizeof(Activations), run};
+const LenetKernels lenet_kernels = {kImages, scratch_bytes, run};
 
 }  // namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY

@@ -5,9 +5,9 @@
 
 namespace lenet_ext::cpu {
 
-// Inference of LeNet (float32, one input channel); parameters contiguous, as the layers hold them.
+// Inference of LeNet (float32, images of one channel or of three); parameters contiguous, as the layers hold them.
 struct LenetInference {
-  int64_t batch, classes;
+  int64_t batch, in_channels, classes;
   const float* input;  // images contiguous, `image_stride` apart
   int64_t image_stride;
   const float *conv1_weight, *conv1_bias, *conv2_weight, *conv2_bias;
@@ -17,7 +17,7 @@ struct LenetInference {
 
 struct LenetKernels {
   int64_t lanes;                                                                  // images of a unit of work
-  int64_t scratch_bytes;                                                          // of one run call
+  int64_t (*scratch_bytes)(int64_t in_channels);                                  // of one run call
   void (*run)(const LenetInference&, void* scratch, int64_t begin, int64_t end);  // units: ceil(batch / lanes)
 };
 

@@ -165,6 +165,45 @@ int64_t lenet_backward_slice_images(int64_t batch);
 int64_t lenet_backward_workspace(int64_t batch, int64_t slice_images);
 LaunchResult launch_lenet_backward(DType dtype, const LenetBackwardOf<void>& call, cudaStream_t stream);
 
+// A training step in two launches, in float32: forward pass, loss and what of the backward pass goes image by image;
+// then the sums over the batch and the optimizer's update.
+enum class Loss { kCrossEntropy, kMeanSquaredError };
+struct LossOf {
+  Loss kind;
+  const int64_t* classes;  // [batch], for cross entropy
+  const float* values;     // [batch, classes], for the mean squared error
+  const float* weight;     // [classes], or null
+  float label_smoothing;
+  int64_t ignore_index;
+};
+
+enum class Optimizer { kSgd, kAdam, kAdamW };
+// Of one parameter. Buffers as PyTorch names them; `step` counts the steps before this one.
+struct UpdateOf {
+  float* momentum_buffer;                        // SGD; null without momentum
+  float *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // Adam, AdamW; the last one null without AMSGrad
+  float* step;                                   // on the device, and increased there; null where `steps` has it
+  float steps;                                   // with this one
+  double lr, momentum, dampening, weight_decay;  // SGD; lr and weight_decay in all
+  double beta1, beta2, eps;                      // Adam, AdamW
+  bool nesterov, maximize, first;                // first: the momentum buffer holds nothing yet
+};
+
+struct LenetStep {
+  int64_t batch, classes;
+  int64_t slice_images;   // as in LenetBackwardOf
+  const float* input;     // [batch, 1, 32, 32]
+  float* parameters[10];  // read by the first launch, changed by the second
+  LossOf loss;
+  Optimizer optimizer;
+  UpdateOf updates[10];
+  float* mean_loss;  // [1]
+  void* workspace;   // of lenet_step_workspace() bytes, 16-byte aligned; its contents are overwritten
+};
+bool has_lenet_step(DType dtype, int64_t channels, int64_t classes);
+int64_t lenet_step_workspace(int64_t batch, int64_t classes, int64_t slice_images);
+LaunchResult launch_lenet_step(const LenetStep& call, cudaStream_t stream);
+
 // On the tensor cores, which round what they multiply to the storage type, or to TF32 for float32, and accumulate in
 // float32. The current device must have them. The whole network, and its two convolutions one by one, contiguous
 // tensors all: their values are bit by bit the same.

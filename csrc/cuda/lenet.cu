@@ -1,90 +1,19 @@
 // LeNet from the image to the logits in one launch, in float32 arithmetic on the ordinary units.
-#include "lenet_tiles.cuh"
+#include "lenet_linear_tiles.cuh"
 
 namespace lenet_ext::cuda {
 namespace {
 
-constexpr unsigned kThreads = 256;
-constexpr int kImages = 10;         // of a pass at most: 98% of the threads have work in conv1 and conv2
-constexpr int kRows = kImages / 2;  // images of a thread in a linear layer
-constexpr int kColumns = 4;         // outputs of a thread in a linear layer
-constexpr int kParts = 4;           // into which the sum over a linear layer's inputs is cut
-constexpr int kMostOutputs = kThreads / (2 * kParts) * kColumns;  // 128
-constexpr int kFeatures = Conv2::kPooled, kHidden1 = 120, kHidden2 = 84;
+constexpr unsigned kThreads = kLinearThreads;
+constexpr int kImages = 10;  // of a pass at most: 98% of the threads have work in conv1 and conv2
 
 static_assert(kFeatures + kHidden1 + kHidden2 <= Conv1::kImage, "they take the place of the pixels");
-static_assert(kParts * kMostOutputs <= Conv1::kPooled, "the partial sums take the place of pooled1");
+static_assert(kLinearParts * kMostOutputs <= Conv1::kPooled, "the partial sums take the place of pooled1");
 
 int64_t shared_bytes(int images) {
   return lx::taken<float>(images * Conv1::kImage) + lx::taken<float>(images * Conv1::kPooled) +
          lx::taken<float>(Conv1::kOut * Conv1::kWeights) + lx::taken<float>(Conv1::kOut) +
          lx::taken<float>(Conv2::kOut * Conv2::kWeights) + lx::taken<float>(Conv2::kOut);
-}
-
-// The block computes a linear layer for `images` rows of `in` (shared, [images][depth]) and writes the `present` first
-// ones to `output` (global, may be null) and, as the next layer's input, to `hidden` (shared), if there is ReLU.
-//
-// thread -> up to 5 images x 4 outputs and a quarter of the depth: 9 loads of 16 bytes for 80 multiply-adds. The
-// weights come straight from L2, 16 bytes of a row at a time; the rest of the sector is in L1 when the next step asks
-// for it. The quarters are added in order, through `partial` (shared, [4][images][outputs]).
-__device__ __forceinline__ void linear_images(const float* in, int images, int present, int depth,
-                                              const float* __restrict__ weight, const float* __restrict__ bias,
-                                              int outputs, bool relu, float* partial, float* hidden,
-                                              float* __restrict__ output) {
-  const int workers = lx::divide_up(outputs, kColumns), worker = static_cast<int>(threadIdx.x) % workers;
-  const int first_image = static_cast<int>(threadIdx.x) / workers % 2;
-  const int part = static_cast<int>(threadIdx.x) / workers / 2;
-  if (part < kParts) {
-    const int share = lx::divide_up(depth, 4 * kParts) * 4;
-    const int end = (part + 1) * share < depth ? (part + 1) * share : depth;
-    const float* rows[kColumns];
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      const int column = worker + j * workers;  // neighbouring threads have neighbouring rows of the weight
-      rows[j] = weight + (column < outputs ? column : outputs - 1) * depth;
-    }
-    float sums[kRows][kColumns] = {};
-    lx::Pack<float, 4> next[kColumns];
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) next[j] = lx::load_pack<4>(rows[j] + part * share);
-#pragma unroll 1
-    for (int k = part * share; k < end; k += 4) {
-      lx::Pack<float, 4> w[kColumns];
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        w[j] = next[j];
-        if (k + 4 < end) next[j] = lx::load_pack<4>(rows[j] + k + 4);  // on their way while these are multiplied
-      }
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int image = first_image + 2 * i;
-        if (image >= images) break;
-        const lx::Pack<float, 4> a = lx::load_pack<4>(in + image * depth + k);
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-#pragma unroll
-          for (int step = 0; step < 4; ++step) sums[i][j] += a[step] * w[j][step];
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        const int image = first_image + 2 * i, column = worker + j * workers;
-        if (image < images && column < outputs) partial[(part * images + image) * outputs + column] = sums[i][j];
-      }
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < present * outputs; i += blockDim.x) {
-    float value = bias[i % outputs];
-    for (int p = 0; p < kParts; ++p) value += partial[p * images * outputs + i];
-    if (relu && value <= 0) value = 0;  // NaN passes
-    if (relu) hidden[i] = value;
-    if (output != nullptr) output[i] = value;
-  }
-  __syncthreads();
 }
 
 // block -> `images` images at a time, until the batch is done; all activations of a pass stay in shared memory, each
@@ -142,8 +71,8 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_forward_kernel(LenetForward
       const float* bias = layer == 0 ? call.parameters[5] : layer == 1 ? call.parameters[7] : call.parameters[9];
       float* result = layer == 0 ? call.hidden1 : layer == 1 ? call.hidden2 : call.output;
       float* hidden = features + images * (layer == 0 ? kFeatures : kFeatures + kHidden1);
-      linear_images(in, images, present, depth, weight, bias, outputs, layer < 2, partial, hidden,
-                    result == nullptr ? nullptr : result + first * outputs);
+      linear_images<kImages / 2>(in, images, present, depth, weight, bias, outputs, layer < 2, partial, hidden,
+                                 result == nullptr ? nullptr : result + first * outputs);
       in = hidden;
     }
   }

@@ -25,7 +25,10 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-constexpr double kImageFlops = 833e3, kBackwardFlops = 535e3;  // backward: of the winners alone
+// Of an image; backward of the winners alone.
+double forward_flops(int64_t in_channels) { return 598e3 + 235e3 * in_channels; }
+double backward_flops(int64_t in_channels) { return 476e3 + 59e3 * in_channels; }
+
 constexpr int64_t kPooled1 = kLenetPooled1, kFeatures = kLenetFeatures, kHidden1 = kLenetHidden1,
                   kHidden2 = kLenetHidden2;
 
@@ -51,9 +54,13 @@ ConvPoolShape conv_shape(int64_t batch, int64_t in_channels, int64_t size, int64
   return s;
 }
 
+bool has_contiguous_images(const Tensor& input) {
+  return input.stride(3) == 1 && input.stride(2) == 32 && (input.size(1) == 1 || input.stride(1) == 32 * 32);
+}
+
 // What the kernels need of the arguments of a call: contiguous parameters and images, and their addresses.
 struct Arguments {
-  int64_t batch, classes, image_stride;
+  int64_t batch, in_channels, classes, image_stride;
   Tensor images;
   std::array<Tensor, 10> kept;
   std::array<const float*, 10> p;
@@ -61,8 +68,9 @@ struct Arguments {
 
   Arguments(const Tensor& given, TensorList parameters)
       : batch(given.size(0)),
+        in_channels(given.size(1)),
         classes(parameters[8].size(0)),
-        images(given.stride(3) == 1 && given.stride(2) == 32 ? given : given.contiguous()) {
+        images(has_contiguous_images(given) ? given : given.contiguous()) {
     for (size_t i = 0; i < 10; ++i) {
       kept[i] = parameters[i].is_contiguous() ? parameters[i] : parameters[i].contiguous();
       p[i] = cpu::data<float>(kept[i]);
@@ -73,7 +81,7 @@ struct Arguments {
 };
 
 bool has_kernels(const Tensor& input) {
-  return input.scalar_type() == at::kFloat && input.size(1) == 1 &&
+  return input.scalar_type() == at::kFloat && (input.size(1) == 1 || input.size(1) == 3) &&
          choose_algorithm(Algorithm::Direct) == Algorithm::Direct;
 }
 
@@ -94,9 +102,10 @@ class Blocks {
       : call_(call), by_dot_products_(images <= cpu::gemm_table<float>().most_nt_rows(kFeatures)) {
     const auto& fixed = LENET_EXT_CPU_DISPATCH(conv_pool_lenet_kernels);
     const auto& general = cpu::conv_pool_table<float>().forward;
-    conv_[0] = fixed.conv1.forward != nullptr ? fixed.conv1.forward : &general;
+    const auto* fixed1 = fixed.first(call.in_channels).conv1.forward;
+    conv_[0] = fixed1 != nullptr ? fixed1 : &general;
     conv_[1] = fixed.conv2.forward != nullptr ? fixed.conv2.forward : &general;
-    const ConvPoolShape shapes[] = {conv_shape(1, 1, 32, 6), conv_shape(1, 6, 14, 16)};
+    const ConvPoolShape shapes[] = {conv_shape(1, call.in_channels, 32, 6), conv_shape(1, 6, 14, 16)};
     std::array<int64_t, 5> sizes{};  // in floats
     for (int i = 0; i < 2; ++i) sizes[i] = lines(conv_[i]->packed_bytes(shapes[i]) / 4 + 1);
     if (!by_dot_products_)
@@ -123,7 +132,8 @@ class Blocks {
   // The images from `first` on; `a` points to where the activations of the first of them go.
   void run(int64_t first, int64_t count, const Activations& a, void* scratch) const {
     const float* input = call_.input + first * call_.image_stride;
-    convolution(0, conv_shape(count, 1, 32, 6), input, image_strides(1, 32, call_.image_stride), a.pooled1, a.indices1,
+    convolution(0, conv_shape(count, call_.in_channels, 32, 6), input,
+                image_strides(call_.in_channels, 32, call_.image_stride), a.pooled1, a.indices1,
                 image_strides(6, 14, kPooled1), scratch);
     convolution(1, conv_shape(count, 6, 14, 16), a.pooled1, image_strides(6, 14, kPooled1), a.pooled2, a.indices2,
                 image_strides(16, 5, kFeatures), scratch);
@@ -171,14 +181,15 @@ Tensor inference(const Tensor& input, TensorList parameters) {
   // Whole vectors of images first.
   const int64_t vectors = call.batch / kernels.lanes, single_begin = vectors * kernels.lanes;
   const int64_t blocks = (call.batch - single_begin + kSmallBlock - 1) / kSmallBlock;
-  const cpu::LenetInference job{call.batch, call.classes, call.input, call.image_stride, call.p[0],
-                                call.p[1],  call.p[2],    call.p[3],  call.p[4],         call.p[5],
-                                call.p[6],  call.p[7],    call.p[8],  call.p[9],         out};
+  const cpu::LenetInference job{call.batch, call.in_channels, call.classes, call.input, call.image_stride, call.p[0],
+                                call.p[1],  call.p[2],        call.p[3],    call.p[4],  call.p[5],         call.p[6],
+                                call.p[7],  call.p[8],        call.p[9],    out};
+  const int64_t scratch_bytes = kernels.scratch_bytes(call.in_channels);
   std::optional<Blocks> single;
   if (blocks > 0) single.emplace(call, call.batch - single_begin);
   const int64_t block_floats = lines(kSmallBlock * (kPooled1 + kFeatures + kHidden1 + kHidden2));
-  cpu::parallel_units(vectors + blocks, kImageFlops * call.batch, [&](int64_t begin, int64_t end) {
-    if (begin < vectors) kernels.run(job, cpu::unit_scratch(kernels.scratch_bytes), begin, std::min(end, vectors));
+  cpu::parallel_units(vectors + blocks, forward_flops(call.in_channels) * call.batch, [&](int64_t begin, int64_t end) {
+    if (begin < vectors) kernels.run(job, cpu::unit_scratch(scratch_bytes), begin, std::min(end, vectors));
     if (end <= vectors) return;
     float* scratch = static_cast<float*>(cpu::unit_scratch(block_floats * sizeof(float) + single->conv_scratch()));
     Activations a{};
@@ -207,17 +218,18 @@ LenetLayers training_forward(const Tensor& input, TensorList parameters) {
                         cpu::mutable_data<float>(l.output)};
   const Blocks blocks(call, batch);
   const int64_t size = batch < 2 * kBlock ? kSmallBlock : kBlock;
-  cpu::parallel_units((batch + size - 1) / size, kImageFlops * batch, [&](int64_t begin, int64_t end) {
-    void* scratch = cpu::unit_scratch(blocks.conv_scratch());
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t i = unit * size;
-      blocks.run(i, std::min(size, batch - i),
-                 {all.pooled1 + i * kPooled1, all.indices1 + i * kPooled1, all.pooled2 + i * kFeatures,
-                  all.indices2 + i * kFeatures, all.hidden1 + i * kHidden1, all.hidden2 + i * kHidden2,
-                  all.output + i * call.classes},
-                 scratch);
-    }
-  });
+  cpu::parallel_units(
+      (batch + size - 1) / size, forward_flops(call.in_channels) * batch, [&](int64_t begin, int64_t end) {
+        void* scratch = cpu::unit_scratch(blocks.conv_scratch());
+        for (int64_t unit = begin; unit < end; ++unit) {
+          const int64_t i = unit * size;
+          blocks.run(i, std::min(size, batch - i),
+                     {all.pooled1 + i * kPooled1, all.indices1 + i * kPooled1, all.pooled2 + i * kFeatures,
+                      all.indices2 + i * kFeatures, all.hidden1 + i * kHidden1, all.hidden2 + i * kHidden2,
+                      all.output + i * call.classes},
+                     scratch);
+        }
+      });
   return l;
 }
 
@@ -226,14 +238,15 @@ LenetLayers training_forward(const Tensor& input, TensorList parameters) {
 // operand of a convolution is not finite (cpu/conv_pool_kernels.h says why).
 bool blocks_backward(const Arguments& call, const float* grad_output, const LenetLayers& a,
                      const std::vector<Tensor>& gradients) {
-  const auto& kernels = LENET_EXT_CPU_DISPATCH(conv_pool_lenet_kernels);
+  const auto& convolutions = LENET_EXT_CPU_DISPATCH(conv_pool_lenet_kernels);
+  const auto& kernels = convolutions.first(call.in_channels);
   const auto& gemm = cpu::gemm_table<float>();
-  const auto &first = *kernels.conv1.backward, &second = *kernels.conv2.backward;
+  const auto &first = *kernels.conv1.backward, &second = *convolutions.conv2.backward;
   const int64_t batch = call.batch, classes = call.classes;
   auto grad = [&](int i) { return cpu::mutable_data<float>(gradients[i]); };
 
   cpu::ConvPoolBackward<float> job1{}, job2{};
-  job1.shape = conv_shape(batch, 1, 32, 6), job2.shape = conv_shape(batch, 6, 14, 16);
+  job1.shape = conv_shape(batch, call.in_channels, 32, 6), job2.shape = conv_shape(batch, 6, 14, 16);
   const int64_t slices = first.units(job1.shape);
   const int64_t packed_size = lines(second.packed_bytes(job2.shape, true) / 4);
   const int64_t partial_size1 = lines(first.partial_bytes(job1.shape) / 4);
@@ -252,7 +265,7 @@ bool blocks_backward(const Arguments& call, const float* grad_output, const Lene
   float *const packed = part[0], *const partials1 = part[1], *const partials2 = part[2];
   float *const grad_hidden2 = part[3], *const grad_hidden1 = part[4], *const grad_features = part[5];
 
-  job1.input = call.input, job1.input_strides = image_strides(1, 32, call.image_stride);
+  job1.input = call.input, job1.input_strides = image_strides(call.in_channels, 32, call.image_stride);
   job1.indices = cpu::data<uint8_t>(a.indices1), job1.indices_strides = image_strides(6, 14, kPooled1);
   job1.grad_weight = grad(0), job1.grad_bias = grad(1);
   job2.grad_output = grad_features, job2.grad_output_strides = image_strides(16, 5, kFeatures);
@@ -268,7 +281,7 @@ bool blocks_backward(const Arguments& call, const float* grad_output, const Lene
     gemm.run(product, 0, gemm.units(product));
   };
   std::atomic<bool> finite{true};
-  cpu::parallel_units(slices, kBackwardFlops * batch, [&](int64_t begin, int64_t end) {
+  cpu::parallel_units(slices, backward_flops(call.in_channels) * batch, [&](int64_t begin, int64_t end) {
     void* scratch = cpu::unit_scratch(kernels.scratch_bytes);
     for (int64_t slice = begin; slice < end; ++slice) {
       const int64_t i = slice * batch / slices, rows = (slice + 1) * batch / slices - i;
@@ -307,7 +320,7 @@ struct LenetCpu {
 
   static LenetGradients backward(const char* op, const Tensor& grad_output, const Tensor& input, TensorList parameters,
                                  const LenetLayers& layers, bool input_gradient) {
-    const bool fixed = LENET_EXT_CPU_DISPATCH(conv_pool_lenet_kernels).run_both != nullptr;
+    const bool fixed = LENET_EXT_CPU_DISPATCH(conv_pool_lenet_kernels).one_channel.run_both != nullptr;
     if (fixed && has_kernels(input) && !input_gradient && input.size(0) > 0) {
       const Arguments call(input, parameters);
       LenetGradients gradients;
@@ -317,6 +330,8 @@ struct LenetCpu {
     }
     return lenet_backward_by_layers(kLayers, op, grad_output, input, parameters, layers, input_gradient);
   }
+
+  static Tensor training_step(const char*, const TrainingStepCall&) { return {}; }
 };
 
 }  // namespace

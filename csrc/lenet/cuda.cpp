@@ -129,9 +129,92 @@ LenetGradients lenet_backward(const char* op, const Tensor& grad_output, const T
   return gradients;
 }
 
+// Whether a kernel can change this tensor in place. Weights are read 16 bytes at a time.
+bool in_place(const Tensor& tensor) {
+  return tensor.is_contiguous() && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
+
+cuda::UpdateOf update_of(const TrainingStepCall& step, size_t i, bool adam) {
+  const int64_t width = adam ? kAdamOptions : kSgdOptions;
+  const double* o = step.options.data() + (step.options.size() == static_cast<size_t>(width) ? 0 : i * width);
+  const auto data = [](TensorList list, size_t at) {
+    return list.empty() ? nullptr : list[at].mutable_data_ptr<float>();
+  };
+  cuda::UpdateOf u{};
+  if (!adam) {
+    u.lr = o[0], u.momentum = o[1], u.dampening = o[2], u.weight_decay = o[3];
+    u.nesterov = o[4] != 0, u.maximize = o[5] != 0, u.first = o[6] != 0;
+    u.momentum_buffer = u.momentum != 0 ? data(step.state.momentum_buffer, i) : nullptr;
+    return u;
+  }
+  u.lr = o[0], u.beta1 = o[1], u.beta2 = o[2], u.eps = o[3], u.weight_decay = o[4], u.maximize = o[5] != 0;
+  u.exp_avg = data(step.state.exp_avg, i), u.exp_avg_sq = data(step.state.exp_avg_sq, i);
+  u.max_exp_avg_sq = data(step.state.max_exp_avg_sq, i);
+  return u;
+}
+
+bool has_kernels_of_whole_step(const char* op, const TrainingStepCall& step) {
+  bool possible =
+      cuda::has_lenet_step(cuda_dtype(op, step.input), step.input.size(1), step.parameters[8].size(0)) &&
+      choose_algorithm(step.input.size(0) <= kMostImagesOfTwoLaunches ? Algorithm::Direct : Algorithm::Vendor) ==
+          Algorithm::Direct;
+  for (const TensorList list : {step.parameters, step.state.momentum_buffer, step.state.exp_avg, step.state.exp_avg_sq,
+                                step.state.max_exp_avg_sq}) {
+    for (const Tensor& tensor : list) possible = possible && in_place(tensor);
+  }
+  for (const Tensor& count : step.state.step) possible = possible && count.scalar_type() == at::kFloat;
+  return possible;
+}
+
+// Two launches: forward pass, loss and gradients of the data; gradients of the weights and update.
+Tensor training_step(const char* op, const TrainingStepCall& step) {
+  if (!has_kernels_of_whole_step(op, step)) return {};
+  const CudaScope scope(step.input);
+  const bool adam = step.optimizer != "sgd";
+  const Tensor images = step.input.contiguous(), targets = step.targets.contiguous();
+  const Tensor weight = step.loss.weight.has_value() ? step.loss.weight->contiguous() : Tensor();
+  const Tensor loss = at::empty({}, images.options());
+  cuda::LenetStep call{};
+  call.batch = images.size(0), call.classes = step.parameters[8].size(0);
+  call.slice_images = cuda::lenet_backward_slice_images(call.batch);
+  call.input = images.const_data_ptr<float>();
+  const bool cross_entropy = step.loss.name == "cross_entropy";
+  call.loss.kind = cross_entropy ? cuda::Loss::kCrossEntropy : cuda::Loss::kMeanSquaredError;
+  if (cross_entropy) {
+    call.loss.classes = targets.const_data_ptr<int64_t>();
+  } else {
+    call.loss.values = targets.const_data_ptr<float>();
+  }
+  call.loss.weight = weight.defined() ? weight.const_data_ptr<float>() : nullptr;
+  call.loss.label_smoothing = static_cast<float>(step.loss.label_smoothing);
+  call.loss.ignore_index = step.loss.ignore_index;
+  call.optimizer = !adam                      ? cuda::Optimizer::kSgd
+                   : step.optimizer == "adam" ? cuda::Optimizer::kAdam
+                                              : cuda::Optimizer::kAdamW;
+  for (size_t i = 0; i < 10; ++i) {
+    call.parameters[i] = step.parameters[i].mutable_data_ptr<float>();
+    call.updates[i] = update_of(step, i, adam);
+    if (!adam) continue;
+    // torch.optim keeps the number of steps on the CPU, unless its fused kernels are asked for.
+    float* const count = step.state.step[i].mutable_data_ptr<float>();
+    if (step.state.step[i].device() == images.device()) {
+      call.updates[i].step = count;
+    } else {
+      call.updates[i].steps = *count += 1;
+    }
+  }
+  call.mean_loss = loss.mutable_data_ptr<float>();
+  const Tensor workspace = at::empty({cuda::lenet_step_workspace(call.batch, call.classes, call.slice_images)},
+                                     images.options().dtype(at::kByte));
+  call.workspace = workspace.mutable_data_ptr();
+  check_launch(op, cuda::launch_lenet_step(call, scope.stream), images);
+  return loss;
+}
+
 struct LenetCuda {
   static constexpr auto forward = lenet_forward;
   static constexpr auto backward = lenet_backward;
+  static constexpr auto training_step = lenet_ext::training_step;
 };
 
 }  // namespace

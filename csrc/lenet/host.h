@@ -1,9 +1,9 @@
 // What the whole network's operators do on every device: check, and hand the rest to the device:
 //
 //   Device::forward(op, input, parameters, training) -> LenetLayers
-//   Device::backward(op, grad_output, input, parameters, layers, input_gradient) -> LenetGradients    contiguous, but
-//   for
-//                                                                                      `input` and `parameters`
+//   Device::backward(op, grad_output, input, parameters, layers, input_gradient) -> LenetGradients
+//     all tensors contiguous, but for `input` and `parameters`
+//   Device::training_step(op, call) -> the loss; undefined where the device has no kernels for a step as a whole
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -17,6 +17,16 @@
 #include "lenet/optimizer.h"
 
 namespace lenet_ext {
+
+// The arguments of a training step, checked.
+struct TrainingStepCall {
+  const at::Tensor &input, &targets;
+  at::TensorList parameters;
+  const LossOptions& loss;
+  std::string_view optimizer;
+  const OptimizerState& state;
+  at::ArrayRef<double> options;  // as check_optimizer describes them
+};
 
 template <typename Device>
 class LenetHost {
@@ -68,10 +78,14 @@ class LenetHost {
     check_lenet(op, input, parameters);
     TORCH_CHECK(input.size(0) > 0, op, ": input must have at least one image, got shape ", input.sizes());
     const OptimizerState optimizer_state = check_optimizer(op, optimizer, parameters, state, options);
+    const LossOptions loss_options{loss, weight, label_smoothing, ignore_index};
+    check_loss(op, input, {input.size(0), parameters[8].size(0)}, targets, loss_options);
     const at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor of_whole_step =
+        Device::training_step(op, {input, targets, parameters, loss_options, optimizer, optimizer_state, options});
+    if (of_whole_step.defined()) return of_whole_step;
     const LenetLayers layers = Device::forward(op, input, parameters, true);
-    const LossAndGradient result =
-        loss_and_gradient(op, layers.output, targets, {loss, weight, label_smoothing, ignore_index});
+    const LossAndGradient result = loss_and_gradient(layers.output, targets, loss_options);
     const LenetGradients gradients = Device::backward(op, result.gradient, input, parameters, layers, false);
     update(optimizer, parameters, gradients.parameters, optimizer_state, options);
     return result.loss;

@@ -29,29 +29,6 @@ namespace {
 
 using at::Tensor;
 
-void check(const char* op, const Tensor& output, const Tensor& targets, const LossOptions& options) {
-  const int64_t rows = output.size(0), classes = output.size(1);
-  TORCH_CHECK(targets.device() == output.device(), op, ": targets must be on ", output.device(), ", got ",
-              targets.device());
-  if (options.name == "mse") {
-    TORCH_CHECK(targets.sizes() == output.sizes() && targets.scalar_type() == output.scalar_type(), op,
-                ": targets must have the output's shape ", output.sizes(), " and dtype ", output.scalar_type(),
-                ", got ", targets.scalar_type(), " of shape ", targets.sizes());
-    return;
-  }
-  TORCH_CHECK(options.name == "cross_entropy", op, ": loss must be 'cross_entropy' or 'mse', got '", options.name, "'");
-  TORCH_CHECK(targets.scalar_type() == at::kLong && targets.dim() == 1 && targets.size(0) == rows, op,
-              ": targets must be int64 of shape [", rows, "], got ", targets.scalar_type(), " of shape ",
-              targets.sizes());
-  TORCH_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, op,
-              ": label_smoothing must be between 0 and 1, got ", options.label_smoothing);
-  if (options.weight.has_value()) {
-    check_same_device_and_dtype(op, {{"output", output}, {"weight", *options.weight}});
-    TORCH_CHECK(options.weight->dim() == 1 && options.weight->size(0) == classes, op, ": weight must have shape [",
-                classes, "], got ", options.weight->sizes());
-  }
-}
-
 // --- on the CPU: one pass over the rows ---
 
 template <typename T>
@@ -142,9 +119,31 @@ LossAndGradient mean_squared_error(const Tensor& output, const Tensor& targets) 
 
 }  // namespace
 
-LossAndGradient loss_and_gradient(const char* op, const Tensor& output, const Tensor& targets,
-                                  const LossOptions& options) {
-  check(op, output, targets, options);
+void check_loss(const char* op, const Tensor& like, at::IntArrayRef sizes, const Tensor& targets,
+                const LossOptions& options) {
+  const int64_t rows = sizes[0], classes = sizes[1];
+  TORCH_CHECK(targets.device() == like.device(), op, ": targets must be on ", like.device(), ", got ",
+              targets.device());
+  if (options.name == "mse") {
+    TORCH_CHECK(targets.sizes() == sizes && targets.scalar_type() == like.scalar_type(), op,
+                ": targets must have the output's shape ", sizes, " and dtype ", like.scalar_type(), ", got ",
+                targets.scalar_type(), " of shape ", targets.sizes());
+    return;
+  }
+  TORCH_CHECK(options.name == "cross_entropy", op, ": loss must be 'cross_entropy' or 'mse', got '", options.name, "'");
+  TORCH_CHECK(targets.scalar_type() == at::kLong && targets.dim() == 1 && targets.size(0) == rows, op,
+              ": targets must be int64 of shape [", rows, "], got ", targets.scalar_type(), " of shape ",
+              targets.sizes());
+  TORCH_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, op,
+              ": label_smoothing must be between 0 and 1, got ", options.label_smoothing);
+  if (options.weight.has_value()) {
+    check_same_device_and_dtype(op, {{"output", like}, {"weight", *options.weight}});
+    TORCH_CHECK(options.weight->dim() == 1 && options.weight->size(0) == classes, op, ": weight must have shape [",
+                classes, "], got ", options.weight->sizes());
+  }
+}
+
+LossAndGradient loss_and_gradient(const Tensor& output, const Tensor& targets, const LossOptions& options) {
   if (options.name == "mse") return mean_squared_error(output, targets);
   if (output.is_cpu() && output.scalar_type() == at::kFloat) return cross_entropy_cpu<float>(output, targets, options);
   if (output.is_cpu() && output.scalar_type() == at::kDouble) {

@@ -19,9 +19,12 @@ struct LossAndGradient {
   at::Tensor loss, gradient;  // a scalar; of the shape of `output`
 };
 
-// Throws where stock does: std::out_of_range's torch counterpart, IndexError in Python, for a target outside [0,
-// classes).
-LossAndGradient loss_and_gradient(const char* op, const at::Tensor& output, const at::Tensor& targets,
-                                  const LossOptions& options);
+// Throws if targets or options do not fit an output of `sizes`, on the device and of the dtype of `like`.
+void check_loss(const char* op, const at::Tensor& like, at::IntArrayRef sizes, const at::Tensor& targets,
+                const LossOptions& options);
+
+// For checked arguments. Throws where stock does: std::out_of_range's torch counterpart, IndexError in Python, for a
+// target outside [0, classes).
+LossAndGradient loss_and_gradient(const at::Tensor& output, const at::Tensor& targets, const LossOptions& options);
 
 }  // namespace lenet_ext

@@ -31,11 +31,16 @@ void update_adam(std::string_view optimizer, TensorList parameters, TensorList g
                  const double* o) {
   const bool amsgrad = !s.max_exp_avg_sq.empty(), maximize = o[5] != 0;
   at::_foreach_add_(s.step, 1);
+  // torch.optim keeps the number of steps on the CPU, unless its fused kernels are asked for.
+  std::vector<Tensor> steps;
+  for (const Tensor& step : s.step) {
+    steps.push_back(parameters[0].is_cpu() ? step : step.to(parameters[0].device(), at::kFloat, true));
+  }
   if (optimizer == "adam") {
-    at::_fused_adam_(parameters, gradients, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, s.step, o[0], o[1], o[2], o[4],
+    at::_fused_adam_(parameters, gradients, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, steps, o[0], o[1], o[2], o[4],
                      o[3], amsgrad, maximize);
   } else {
-    at::_fused_adamw_(parameters, gradients, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, s.step, o[0], o[1], o[2], o[4],
+    at::_fused_adamw_(parameters, gradients, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, steps, o[0], o[1], o[2], o[4],
                       o[3], amsgrad, maximize);
   }
 }

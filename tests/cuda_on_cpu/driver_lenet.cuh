@@ -248,4 +248,180 @@ void test_lenet_backward(DType dtype, int64_t batch, int64_t classes, int64_t sl
       });
 }
 
+struct StepCase {
+  int64_t batch, classes, slice_images;
+  Loss loss;
+  Optimizer optimizer;
+  bool options;  // class weights, label smoothing, ignored targets; weight decay, Nesterov, AMSGrad
+};
+
+// Against the forward and backward launches, which have tests of their own, with loss and update in float64 in between.
+// Two steps, because the first one finds nothing in the buffers.
+void test_lenet_step(const StepCase& c) {
+  const int64_t batch = c.batch, classes = c.classes;
+  const std::string name = "lenet step batch " + std::to_string(batch) + " classes " + std::to_string(classes) +
+                           " loss " + std::to_string(static_cast<int>(c.loss)) + " optimizer " +
+                           std::to_string(static_cast<int>(c.optimizer)) + (c.options ? " with options" : "");
+  const DType dtype = DType::kFloat32;
+  const int64_t sizes[] = {150, 6, 2400, 16, 48000, 120, 120 * 84, 84, 84 * classes, classes};
+  const double scales[] = {0.2, 0.2, 0.08, 0.08, 0.05, 0.05, 0.09, 0.09, 0.1, 0.1};
+  auto buffer = [&](int64_t count) { return std::make_unique<Buffer>(dtype, count); };
+  auto floats = [](const std::unique_ptr<Buffer>& b) { return static_cast<float*>(b->data()); };
+
+  std::vector<std::unique_ptr<Buffer>> parameters, gradients, buffers[3];
+  std::vector<std::vector<double>> initial, first, second, largest;
+  for (int i = 0; i < 10; ++i) {
+    initial.push_back(random_values(dtype, sizes[i], scales[i]));
+    first.emplace_back(sizes[i]), second.emplace_back(sizes[i]), largest.emplace_back(sizes[i]);
+    parameters.push_back(buffer(sizes[i])), gradients.push_back(buffer(sizes[i]));
+    for (auto& each : buffers) each.push_back(buffer(sizes[i]));
+  }
+  const auto images = buffer(batch * 1024), values = buffer(batch * classes), weight = buffer(classes),
+             loss = buffer(1);
+  images->set(random_values(dtype, batch * 1024));
+  const std::vector<double> wanted = random_values(dtype, batch * classes);
+  values->set(wanted);
+  std::vector<double> class_weights(classes, 1.0);
+  if (c.options) {
+    for (int64_t i = 0; i < classes; ++i) class_weights[i] = 0.25 + static_cast<double>(i % 5);
+  }
+  weight->set(class_weights);
+  std::vector<int64_t> targets(batch);
+  for (int64_t n = 0; n < batch; ++n) targets[n] = c.options && n % 4 == 1 ? -100 : (n * 7) % classes;
+  Bytes target_bytes(batch * 8);
+  target_bytes.set(
+      {reinterpret_cast<uint8_t*>(targets.data()), reinterpret_cast<uint8_t*>(targets.data()) + batch * 8});
+  const double smoothing = c.options ? 0.125 : 0;
+
+  LenetStep call{};
+  call.batch = batch, call.classes = classes, call.slice_images = c.slice_images;
+  call.input = floats(images), call.mean_loss = floats(loss);
+  call.loss = {c.loss,
+               reinterpret_cast<const int64_t*>(target_bytes.data),
+               floats(values),
+               c.options ? floats(weight) : nullptr,
+               static_cast<float>(smoothing),
+               -100};
+  call.optimizer = c.optimizer;
+  const bool adam = c.optimizer != Optimizer::kSgd;
+  const auto count = buffer(10);  // of Adam's steps; half of the parameters have theirs on the host
+  for (int i = 0; i < 10; ++i) {
+    call.parameters[i] = floats(parameters[i]);
+    UpdateOf& u = call.updates[i];
+    u.lr = 0.03125, u.momentum = 0.5, u.dampening = c.options ? 0 : 0.25, u.weight_decay = c.options ? 0.125 : 0;
+    u.nesterov = c.options, u.maximize = c.options && i % 2 == 1;
+    u.beta1 = 0.75, u.beta2 = 0.875, u.eps = 0.0625;
+    u.momentum_buffer = adam ? nullptr : floats(buffers[0][i]);
+    u.exp_avg = floats(buffers[0][i]), u.exp_avg_sq = floats(buffers[1][i]);
+    u.max_exp_avg_sq = c.options ? floats(buffers[2][i]) : nullptr;
+    u.step = i % 2 == 0 ? floats(count) + i : nullptr;
+  }
+  Buffer workspace(dtype, lenet_step_workspace(batch, classes, c.slice_images) / 4);
+  call.workspace = workspace.data();
+
+  // One step of the same by way of the other launches, from `now`; returns the loss.
+  const auto kept1 = buffer(batch * 1176), kept2 = buffer(batch * 400), hidden1 = buffer(batch * 120),
+             hidden2 = buffer(batch * 84), logits = buffer(batch * classes), grad_logits = buffer(batch * classes);
+  Bytes codes1(batch * 1176), codes2(batch * 400);
+  std::vector<std::vector<double>> now = initial;
+  auto reference_step = [&](int step) {
+    LenetForward forward{};
+    LenetBackwardOf<void> backward{};
+    forward.batch = backward.batch = batch, forward.classes = backward.classes = classes;
+    for (int i = 0; i < 10; ++i) {
+      parameters[i]->set(now[i]);
+      forward.parameters[i] = floats(parameters[i]), backward.parameters[i] = parameters[i]->data();
+      backward.gradients[i] = gradients[i]->data();
+    }
+    forward.input = floats(images), forward.output = floats(logits);
+    forward.pooled1 = floats(kept1), forward.pooled2 = floats(kept2);
+    forward.hidden1 = floats(hidden1), forward.hidden2 = floats(hidden2);
+    forward.indices1 = codes1.data, forward.indices2 = codes2.data;
+    must(launch_lenet_forward(forward, {}).error, "forward");
+    const std::vector<double> y = logits->get();
+    std::vector<double> g(batch * classes);
+    double divisor = 0, total = 0;
+    for (int64_t n = 0; n < batch; ++n) divisor += targets[n] < 0 ? 0 : class_weights[targets[n]];
+    if (c.loss == Loss::kMeanSquaredError) divisor = static_cast<double>(batch * classes);
+    for (int64_t n = 0; n < batch; ++n) {
+      double sum = 0, shares = 0;
+      for (int64_t k = 0; k < classes; ++k) sum += std::exp(y[n * classes + k]);
+      for (int64_t k = 0; k < classes; ++k) {
+        const double value = y[n * classes + k], difference = value - wanted[n * classes + k];
+        const double share = (smoothing / static_cast<double>(classes) + (k == targets[n] ? 1 - smoothing : 0)) *
+                             class_weights[k] / divisor;
+        if (c.loss == Loss::kMeanSquaredError) {
+          total += difference * difference / divisor;
+          g[n * classes + k] = 2 * difference / divisor;
+        } else if (targets[n] >= 0) {
+          total += share * (std::log(sum) - value);
+          shares += share;
+          g[n * classes + k] = -share;
+        }
+      }
+      for (int64_t k = 0; k < classes; ++k) g[n * classes + k] += shares * std::exp(y[n * classes + k]) / sum;
+    }
+    grad_logits->set(g);
+    backward.slice_images = lenet_backward_slice_images(batch);
+    backward.grad_output = grad_logits->data(), backward.input = images->data();
+    backward.pooled1 = kept1->data(), backward.pooled2 = kept2->data();
+    backward.hidden1 = hidden1->data(), backward.hidden2 = hidden2->data();
+    backward.indices1 = codes1.data, backward.indices2 = codes2.data;
+    Buffer room(dtype, lenet_backward_workspace(batch, backward.slice_images) / 4);
+    backward.workspace = room.data();
+    must(launch_lenet_backward(dtype, backward, {}).error, "backward");
+    for (int i = 0; i < 10; ++i) {
+      const UpdateOf& u = call.updates[i];
+      const std::vector<double> gradient = gradients[i]->get();
+      for (int64_t k = 0; k < sizes[i]; ++k) {
+        double d = u.maximize ? -gradient[k] : gradient[k];
+        double& p = now[i][k];
+        if (c.optimizer == Optimizer::kAdamW) p *= 1 - u.lr * u.weight_decay;
+        if (c.optimizer != Optimizer::kAdamW) d += u.weight_decay * p;
+        if (!adam) {
+          first[i][k] = step == 1 ? d : u.momentum * first[i][k] + (1 - u.dampening) * d;
+          p -= u.lr * (u.nesterov ? d + u.momentum * first[i][k] : first[i][k]);
+          continue;
+        }
+        first[i][k] = u.beta1 * first[i][k] + (1 - u.beta1) * d;
+        second[i][k] = u.beta2 * second[i][k] + (1 - u.beta2) * d * d;
+        largest[i][k] = c.options ? std::fmax(largest[i][k], second[i][k]) : second[i][k];
+        const double root = std::sqrt(largest[i][k] / (1 - std::pow(u.beta2, step)));
+        p -= u.lr / (1 - std::pow(u.beta1, step)) * first[i][k] / (root + u.eps);
+      }
+    }
+    return total;
+  };
+  const double losses[] = {reference_step(1), reference_step(2)};
+
+  double got_losses[2];
+  run(
+      name,
+      [&] {
+        LaunchResult result;
+        count->set(std::vector<double>(10, 0.0));
+        for (int i = 0; i < 10; ++i) {
+          parameters[i]->set(initial[i]);
+          for (auto& each : buffers) {
+            each[i]->reset();
+            if (adam) each[i]->set(std::vector<double>(sizes[i], 0.0));
+          }
+        }
+        for (int step = 1; step <= 2 && result.error == cudaSuccess; ++step) {
+          workspace.reset();
+          for (UpdateOf& u : call.updates) u.first = step == 1, u.steps = static_cast<float>(step);
+          result = launch_lenet_step(call, {});
+          got_losses[step - 1] = loss->get()[0];
+        }
+        return result;
+      },
+      [&] {
+        compare(name + " loss", dtype, {got_losses[0], got_losses[1]}, {losses[0], losses[1]}, 1);
+        for (int i = 0; i < 10; ++i) {
+          compare(name + " parameter " + std::to_string(i), dtype, parameters[i]->get(), now[i], 1);
+        }
+        if (adam) expect(count->get()[4] == 2 && count->get()[5] == 0, name + " counts its steps");
+      });
+}
+
 }  // namespace

@@ -27,8 +27,10 @@ settings.register_profile(
 _control = build.operators()
 _algorithm = {None: -1, "direct": 0, "vendor": 1}[os.environ.get("LENET_EXT_ALGORITHM")]
 _control.cuda_on_cpu_configure(_algorithm, 2, 1)
-# The vendor is PyTorch's own convolution here: what oneDNN's does in bfloat16 depends on the processor.
+# The vendor is PyTorch's own convolution here: what oneDNN's does in bfloat16 depends on the processor, and NNPACK's
+# algorithms round where sums of products do not.
 torch.backends.mkldnn.enabled = False
+torch.backends.nnpack.set_flags(False)
 _overrides = torch.library.Library("lenet_ext", "IMPL")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that a kernel is overridden is the point

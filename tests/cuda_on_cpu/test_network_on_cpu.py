@@ -417,3 +417,70 @@ def test_the_whole_networks_backward_checks_its_activations(ops):
                 gradients(ops, g, x, parameters, {**good, name: bad}.values())
     with pytest.raises(RuntimeError, match="lenet_backward: grad_output must be"):
         gradients(ops, g[:, :9], x, parameters, good.values())
+
+
+# Loss, optimizer, its options as csrc/lenet/optimizer.h lists them, and how many tensors it keeps for a parameter.
+STEPS = {
+    "sgd": ("cross_entropy", "sgd", [0.05, *[0.0] * 6], 0),
+    "momentum, first step": ("cross_entropy", "sgd", [0.05, 0.9, 0.0, 0.1, 1.0, 0.0, 1.0], 1),
+    "momentum, later": ("mse", "sgd", [0.05, 0.9, 0.3, 0.1, 0.0, 1.0, 0.0], 1),
+    "adam": ("cross_entropy", "adam", [0.01, 0.9, 0.99, 1e-3, 0.1, 0.0], 3),
+    "adamw, amsgrad": ("mse", "adamw", [0.01, 0.5, 0.9, 1e-3, 0.1, 1.0], 4),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("batch", [1, 5, extended(300)])
+def test_a_training_step_is_two_launches(ops, control, batch, name):
+    """Against the operator of the CPU in float64, which is tested against PyTorch's own loop."""
+    loss, optimizer, options, lists = STEPS[name]
+    net, parameters = reference_net(1, 10, torch.float32)
+    images, targets = torch.randn(batch, 1, 32, 32), torch.randint(10, (batch,))
+    weight = None
+    if loss == "mse":
+        targets = torch.randn(batch, 10)
+    elif optimizer == "sgd":
+        weight = torch.linspace(0.1, 2.0, 10)
+        targets[1::3] = -100
+    state = [torch.rand_like(p) for _ in range(min(lists, 4) - (lists >= 3)) for p in parameters]
+    steps = [torch.tensor(3.0) for _ in parameters] if lists >= 3 else []
+
+    def step(operators, dtype):
+        changed = [p.to(dtype, copy=True) for p in parameters]
+        kept = [s.to(dtype, copy=True) for s in state] + [s.clone() for s in steps]
+        of_targets = targets.to(dtype) if loss == "mse" else targets
+        value = operators.lenet_training_step(
+            images.to(dtype),
+            of_targets,
+            None if weight is None else weight.to(dtype),
+            changed,
+            kept,
+            loss,
+            0.1 if weight is not None else 0.0,
+            -100,
+            optimizer,
+            options,
+        )
+        return value, *changed, *kept
+
+    before = control.cuda_on_cpu_launches()
+    got = under_schedules(control, -1, lambda: step(ops, torch.float32))
+    assert control.cuda_on_cpu_launches() - before == 2 * len(SCHEDULES)
+    for one, other in zip(got, step(torch.ops.lenet_ext, torch.float64), strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_training_steps_that_have_no_kernels(ops, control):
+    """Large batches, other parameters: forward pass, PyTorch's loss, backward pass, PyTorch's update."""
+    for channels, dtype in [(3, torch.float32), (1, torch.float64)]:
+        _, parameters = reference_net(channels, 10, dtype)
+        images, targets = torch.randn(3, channels, 32, 32, dtype=dtype), torch.randint(10, (3,))
+        results = []
+        for operators in (ops, torch.ops.lenet_ext):
+            changed = [p.clone() for p in parameters]
+            value = operators.lenet_training_step(
+                images, targets, None, changed, [], "cross_entropy", 0.0, -100, "sgd", [0.1, *[0.0] * 6]
+            )
+            results.append([value, *changed])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -191,10 +191,11 @@ def test_other_sizes(arguments, batch):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("layout", [*LAYOUTS, "expanded"])
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("batch", [3, 33])
-def test_layouts_of_the_input(layout, batch):
-    ours, stock, x = integer_nets(batch)
-    x = x[:1].expand(batch, 1, 32, 32) if layout == "expanded" else LAYOUTS[layout](x)
+def test_layouts_of_the_input(layout, batch, channels):
+    ours, stock, x = integer_nets(batch, in_channels=channels)
+    x = x[:1].expand(batch, channels, 32, 32) if layout == "expanded" else LAYOUTS[layout](x)
     assert_same_pass(ours, stock, x, integers(1, 1).expand(batch, 10))
     with torch.no_grad():
         assert_equal(ours(x), copy.deepcopy(stock).double()(x.double()).float(), "inference")

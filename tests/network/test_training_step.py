@@ -204,14 +204,15 @@ def test_two_hundred_steps_in_float32_beside_stock():
     assert found < 0.1, "it has not learnt what they have in common"
 
 
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [1, 3, 33, 130])
-def test_any_number_of_threads_gives_the_same_bits(size):
+def test_any_number_of_threads_gives_the_same_bits(size, channels):
     results = []
     for threads in (1, 8):
         torch.set_num_threads(threads)
-        ours, _ = twins(torch.float32)
+        ours, _ = twins(torch.float32, in_channels=channels)
         step = TrainingStep(ours, SGD(ours.parameters(), lr=0.1, momentum=0.9))
-        losses = [step(*batch(size, dtype=torch.float32, seed=seed)) for seed in range(3)]
+        losses = [step(*batch(size, dtype=torch.float32, channels=channels, seed=seed)) for seed in range(3)]
         results.append([*losses, *(p.detach().clone() for p in ours.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

@@ -11,7 +11,11 @@ from lenet_ext.functional import conv_relu_max_pool2d
 
 pytestmark = pytest.mark.kernels
 
-LAYERS = {"conv1": ((1, 32, 32), (6, 1, 5, 5)), "conv2": ((6, 14, 14), (16, 6, 5, 5))}
+LAYERS = {
+    "conv1": ((1, 32, 32), (6, 1, 5, 5)),
+    "conv1 of colours": ((3, 32, 32), (6, 3, 5, 5)),
+    "conv2": ((6, 14, 14), (16, 6, 5, 5)),
+}
 NAN, INF = float("nan"), float("inf")
 
 

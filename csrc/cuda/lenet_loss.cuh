@@ -1,0 +1,85 @@
+// The loss of a training step and its gradient, for some images in shared memory. The formula is that of
+// lenet/loss.cpp.
+#pragma once
+
+#include <cassert>
+
+#include "device.cuh"
+
+namespace lenet_ext::cuda {
+
+template <typename A>
+__device__ __forceinline__ A warp_max(A x) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    const A other = __shfl_xor_sync(0xffffffffu, x, distance);
+    if (other > x || lx::is_nan(other)) x = other;
+  }
+  return x;
+}
+
+// Every thread of the block gets what the mean is divided by: for cross entropy the sum of the weights of the targets
+// that count, always in the same order. `shared`: a value for each warp; a barrier follows before it is used again.
+__device__ __forceinline__ float loss_divisor(const LossOf& loss, int64_t batch, int classes, float* shared) {
+  if (loss.kind == Loss::kMeanSquaredError) return static_cast<float>(batch * classes);
+  const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
+  float sum = 0;
+  for (int64_t row = threadIdx.x; row < batch; row += blockDim.x) {
+    const int64_t target = loss.classes[row];
+    if (target == loss.ignore_index) continue;
+    assert(target >= 0 && target < classes);  // as in PyTorch's own kernels
+    sum += loss.weight == nullptr ? 1.0f : loss.weight[target];
+  }
+  sum = lx::warp_sum(sum);
+  if (threadIdx.x % 32 == 0) shared[warp] = sum;
+  __syncthreads();
+  float total = 0;
+  for (int w = 0; w < warps; ++w) total += shared[w];
+  __syncthreads();
+  return total;
+}
+
+// The loss of row `row`, in every lane of the warp that calls it, and in the place of its outputs, `row_values`
+// (shared, [classes]), their gradient.
+__device__ __forceinline__ float row_loss(const LossOf& loss, int64_t row, int classes, float divisor,
+                                          float* row_values) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  float result = 0;
+  if (loss.kind == Loss::kMeanSquaredError) {
+    for (int c = lane; c < classes; c += 32) {
+      const float difference = row_values[c] - loss.values[row * classes + c];
+      result += difference * difference;
+      row_values[c] = 2 * difference / divisor;
+    }
+    return lx::warp_sum(result) / divisor;
+  }
+  const int64_t target = loss.classes[row];
+  if (target == loss.ignore_index) {
+    for (int c = lane; c < classes; c += 32) row_values[c] = 0;
+    return 0;
+  }
+  const float even = loss.label_smoothing / static_cast<float>(classes) / divisor;
+  const float own = (1 - loss.label_smoothing) * (loss.weight == nullptr ? 1.0f : loss.weight[target]) / divisor;
+  float largest = -INFINITY, sum = 0, shares = 0;
+  for (int c = lane; c < classes; c += 32) {
+    if (row_values[c] > largest || lx::is_nan(row_values[c])) largest = row_values[c];
+  }
+  largest = warp_max(largest);
+  for (int c = lane; c < classes; c += 32) sum += expf(row_values[c] - largest);
+  sum = lx::warp_sum(sum);
+  const float log_sum = largest + logf(sum);
+  for (int c = lane; c < classes; c += 32) {
+    const float share = even * (loss.weight == nullptr ? 1.0f : loss.weight[c]) + (c == target ? own : 0.0f);
+    shares += share;
+    if (share != 0) result += share * (log_sum - row_values[c]);
+  }
+  result = lx::warp_sum(result);
+  const float scale = lx::warp_sum(shares) / sum;
+  for (int c = lane; c < classes; c += 32) {
+    const float share = even * (loss.weight == nullptr ? 1.0f : loss.weight[c]) + (c == target ? own : 0.0f);
+    row_values[c] = expf(row_values[c] - largest) * scale - share;
+  }
+  return result;
+}
+
+}  // namespace lenet_ext::cuda

@@ -1,0 +1,226 @@
+// A training step of LeNet in two launches, in float32 arithmetic on the ordinary units. First image by image: forward
+// pass, loss, backward pass down to conv1, with all activations in shared memory. Then, for each parameter, the sum
+// over the batch and the optimizer's update. Every sum is in the order of lenet.cu and lenet_backward.cu.
+#include "lenet_loss.cuh"
+#include "lenet_weight_sums.cuh"
+#include "optimizer_update.cuh"
+
+namespace lenet_ext::cuda {
+namespace {
+
+constexpr unsigned kThreads = kGradThreads;
+static_assert(kThreads == kLinearThreads);
+
+// What the first launch leaves for the second.
+struct StepWorkspace {
+  float *grad_logits, *features, *hidden1, *hidden2;  // [batch, ...]
+  float* losses;                                      // [batch], each already divided; then the divisor
+  float* corrections;                                 // [10] BiasCorrection
+  int64_t bytes;
+  BackwardWorkspace backward;
+
+  StepWorkspace(void* begin, int64_t batch, int64_t classes, int64_t slices)
+      : bytes(0), backward(nullptr, batch, slices) {
+    const int64_t counts[] = {batch * classes, batch * kFeatures, batch * kHidden1, batch * kHidden2, batch + 1, 20};
+    float** const parts[] = {&grad_logits, &features, &hidden1, &hidden2, &losses, &corrections};
+    unsigned char* at = static_cast<unsigned char*>(begin);
+    for (int i = 0; i < 6; bytes += lx::taken<float>(counts[i]), ++i) {
+      *parts[i] = reinterpret_cast<float*>(at + (at == nullptr ? 0 : bytes));
+    }
+    if (at != nullptr) backward = BackwardWorkspace(at + bytes, batch, slices);
+    bytes += backward.bytes;
+  }
+};
+
+// The shared memory of a pass over `kImages` images.
+template <int kImages>
+struct StepPass {
+  static constexpr ThreadTile kTile = kImages == 1   ? ThreadTile::kSingle
+                                      : kImages == 2 ? ThreadTile::kPair
+                                                     : ThreadTile::kLarge;
+  static constexpr int kRows = (kImages + 1) / 2;  // images of a thread in a linear layer's forward pass
+  // The region of the backward pass begins with the logits and later holds the forward pass's partial sums.
+  static constexpr int kPartial = kImages * kMostClasses;
+  static_assert(kPartial + kLinearParts * kImages * kMostOutputs <= Pass<kImages>::kRegionFloats);
+
+  float *weights1, *biases1, *weights2, *biases2, *pixels, *pooled1, *features, *hidden1, *hidden2;
+  float *turned_weights2, *region;
+  uint8_t *indices1, *indices2;
+
+  LX_DEVICE explicit StepPass(unsigned char* shared) {
+    weights1 = lx::take<float>(shared, Conv1::kOut * Conv1::kWeights);
+    biases1 = lx::take<float>(shared, Conv1::kOut);
+    weights2 = lx::take<float>(shared, Conv2::kOut * Conv2::kWeights);
+    biases2 = lx::take<float>(shared, Conv2::kOut);
+    turned_weights2 = lx::take<float>(shared, Conv2::kOut * Conv2::kWeights);
+    pixels = lx::take<float>(shared, kImages * Conv1::kImage);
+    pooled1 = lx::take<float>(shared, kImages * Conv1::kPooled);  // later its gradient
+    features = lx::take<float>(shared, kImages * kFeatures);      // later their gradient
+    hidden1 = lx::take<float>(shared, kImages * kHidden1);
+    hidden2 = lx::take<float>(shared, kImages * kHidden2);
+    indices1 = lx::take<uint8_t>(shared, kImages * Conv1::kPooled);
+    indices2 = lx::take<uint8_t>(shared, kImages * Conv2::kPooled);
+    region = lx::take<float>(shared, Pass<kImages>::kRegionFloats);
+  }
+  static constexpr int64_t shared_bytes() {
+    int64_t bytes = 0;
+    for (const int64_t floats :
+         {Conv1::kOut * Conv1::kWeights, Conv1::kOut, Conv2::kOut * Conv2::kWeights, Conv2::kOut,
+          Conv2::kOut * Conv2::kWeights, kImages * Conv1::kImage, kImages * Conv1::kPooled, kImages * kFeatures,
+          kImages * kHidden1, kImages * kHidden2, Pass<kImages>::kRegionFloats}) {
+      bytes += lx::taken<float>(floats);
+    }
+    return bytes + lx::taken<uint8_t>(kImages * Conv1::kPooled) + lx::taken<uint8_t>(kImages * Conv2::kPooled);
+  }
+};
+
+// block -> one slice of the batch, `kImages` images at a time. Shared memory: 118 KB with 4 images, 55 KB with one.
+template <int kImages>
+__global__ void __launch_bounds__(kThreads, 1) lenet_step_data_kernel(LenetStep call, StepWorkspace w) {
+  LX_SMEM(shared);
+  const StepPass<kImages> s(shared);
+  using S = StepPass<kImages>;
+  const float* parameters[10];
+#pragma unroll
+  for (int i = 0; i < 10; ++i) parameters[i] = call.parameters[i];
+  const int thread = static_cast<int>(threadIdx.x), classes = static_cast<int>(call.classes);
+  transpose_weights<Conv1>(s.weights1, parameters[0]);
+  transpose_weights<Conv2>(s.weights2, parameters[2]);
+  turn_weights(s.turned_weights2, parameters[2]);
+  if (thread < Conv1::kOut) s.biases1[thread] = parameters[1][thread];
+  if (thread < Conv2::kOut) s.biases2[thread] = parameters[3][thread];
+  const float divisor = loss_divisor(call.loss, call.batch, classes, s.region);
+  if (blockIdx.x == 0 && thread == 0) w.losses[call.batch] = divisor;
+  if (blockIdx.x == 0 && thread < 10 && call.optimizer != Optimizer::kSgd) {
+    const UpdateOf& update = call.updates[thread];
+    reinterpret_cast<BiasCorrection*>(w.corrections)[thread] =
+        bias_correction(update, update.step != nullptr ? (*update.step += 1) : update.steps);
+  }
+
+  const int64_t slice_begin = blockIdx.x * call.slice_images;
+  const int64_t slice_end = slice_begin + call.slice_images < call.batch ? slice_begin + call.slice_images : call.batch;
+#pragma unroll 1
+  for (int64_t first = slice_begin; first < slice_end; first += kImages) {
+    const int present = static_cast<int>(slice_end - first < kImages ? slice_end - first : kImages);
+    __syncthreads();  // the last pass is done with the shared memory
+    lx::copy_to_shared(s.pixels, call.input + first * Conv1::kImage, present * Conv1::kImage);
+    lx::fill_shared(s.pixels + present * Conv1::kImage, (kImages - present) * Conv1::kImage, 0.0f);
+    __syncthreads();
+    convolve_images<Conv1, S::kTile>(s.pixels, s.weights1, s.biases1, kImages, kImages,
+                                     [&](int image, int channel, int window, const Winner<float>& winner) {
+                                       const int at = image * Conv1::kPooled + channel * Conv1::kWindows + window;
+                                       s.pooled1[at] = winner.pooled();
+                                       s.indices1[at] = winner.code();
+                                     });
+    __syncthreads();
+    convolve_images<Conv2, S::kTile>(s.pooled1, s.weights2, s.biases2, kImages, kImages,
+                                     [&](int image, int channel, int window, const Winner<float>& winner) {
+                                       const int at = image * Conv2::kPooled + channel * Conv2::kWindows + window;
+                                       s.features[at] = winner.pooled();
+                                       s.indices2[at] = winner.code();
+                                       if (image < present) w.features[first * kFeatures + at] = winner.pooled();
+                                     });
+    __syncthreads();
+    float *logits = s.region, *partial = s.region + S::kPartial;
+    const float* in = s.features;
+    // One copy of the code for the three layers, as in lenet.cu.
+#pragma unroll 1
+    for (int layer = 0; layer < 3; ++layer) {
+      const int depth = layer == 0 ? kFeatures : layer == 1 ? kHidden1 : kHidden2;
+      const int outputs = layer == 0 ? kHidden1 : layer == 1 ? kHidden2 : classes;
+      const float* weight = layer == 0 ? parameters[4] : layer == 1 ? parameters[6] : parameters[8];
+      const float* bias = layer == 0 ? parameters[5] : layer == 1 ? parameters[7] : parameters[9];
+      float* result = layer == 0 ? w.hidden1 + first * kHidden1 : layer == 1 ? w.hidden2 + first * kHidden2 : logits;
+      float* hidden = layer == 0 ? s.hidden1 : s.hidden2;
+      linear_images<S::kRows>(in, kImages, present, depth, weight, bias, outputs, layer < 2, partial, hidden, result);
+      in = hidden;
+    }
+    // A warp for an image; kImages is at most 4.
+    const int image = thread / 32;
+    if (image < present) {
+      const float loss = row_loss(call.loss, first + image, classes, divisor, logits + image * classes);
+      if (thread % 32 == 0) w.losses[first + image] = loss;
+    } else if (image < kImages) {
+      for (int c = thread % 32; c < classes; c += 32) logits[image * classes + c] = 0;
+    }
+    __syncthreads();
+    for (int i = thread; i < present * classes; i += static_cast<int>(kThreads)) {
+      w.grad_logits[first * classes + i] = logits[i];
+    }
+    linear_backward<kImages>(s.region, present, classes, parameters, static_cast<const float*>(s.hidden1),
+                             static_cast<const float*>(s.hidden2), w.backward.grad_hidden1 + first * kHidden1,
+                             w.backward.grad_hidden2 + first * kHidden2, s.features);
+    convolutions_backward<kImages>(s.region, s.pixels, s.pooled1, s.features, s.turned_weights2, s.indices1, s.indices2,
+                                   present, first == slice_begin, w.backward.partials1 + int64_t{blockIdx.x} * kSums1,
+                                   w.backward.partials2 + int64_t{blockIdx.x} * kSums2, [](int, float) {});
+  }
+}
+
+// The block adds up the losses, always in the same order. `shared`: a value for each warp.
+__device__ __forceinline__ void sum_losses(const LenetStep& call, const float* losses, float* shared) {
+  float sum = 0;
+  for (int64_t row = threadIdx.x; row < call.batch; row += kThreads) sum += losses[row];
+  sum = lx::warp_sum(sum);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (unsigned warp = 1; warp < kThreads / 32; ++warp) sum += shared[warp];
+  *call.mean_loss = losses[call.batch] == 0 ? NAN : sum;  // PyTorch's 0 / 0, where every target is ignored
+}
+
+// The last block adds up the losses, the others the gradients. Shared memory: 24 KB.
+__global__ void __launch_bounds__(kThreads, 2)
+    lenet_step_update_kernel(LenetStep call, WeightSums<float, float> sums, int64_t slices, StepWorkspace w) {
+  LX_SMEM(shared);
+  if (blockIdx.x + 1 == gridDim.x) {
+    sum_losses(call, w.losses, lx::take<float>(shared, kThreads / 32));
+    return;
+  }
+  sums.compute(static_cast<int>(blockIdx.x), call.batch, slices, shared,
+               [&](int parameter, int64_t at, float gradient) {
+                 if (call.optimizer == Optimizer::kSgd) {
+                   sgd(call.updates[parameter], call.parameters[parameter], at, gradient);
+                 } else {
+                   adam(call.updates[parameter], call.optimizer == Optimizer::kAdamW,
+                        reinterpret_cast<const BiasCorrection*>(w.corrections)[parameter], call.parameters[parameter],
+                        at, gradient);
+                 }
+               });
+}
+
+}  // namespace
+
+bool has_lenet_step(DType dtype, int64_t channels, int64_t classes) {
+  return dtype == DType::kFloat32 && channels == Conv1::kIn && classes >= 1 && classes <= kMostClasses;
+}
+
+int64_t lenet_step_workspace(int64_t batch, int64_t classes, int64_t slice_images) {
+  return StepWorkspace(nullptr, batch, classes, lx::divide_up(batch, slice_images)).bytes;
+}
+
+LaunchResult launch_lenet_step(const LenetStep& call, cudaStream_t stream) {
+  LaunchResult result;
+  if (call.batch == 0) return result;
+  const int64_t slices = lx::divide_up(call.batch, call.slice_images);
+  const StepWorkspace w(call.workspace, call.batch, call.classes, slices);
+  // Of a pass: as many as the slice has and as fit.
+  const int images = call.slice_images > 2 && lx::fits_shared_memory(StepPass<4>::shared_bytes())   ? 4
+                     : call.slice_images > 1 && lx::fits_shared_memory(StepPass<2>::shared_bytes()) ? 2
+                                                                                                    : 1;
+  lx::launch(result, "lenet_step_data_kernel",
+             images == 1   ? lenet_step_data_kernel<1>
+             : images == 2 ? lenet_step_data_kernel<2>
+                           : lenet_step_data_kernel<4>,
+             static_cast<unsigned>(slices), kThreads,
+             images == 1   ? StepPass<1>::shared_bytes()
+             : images == 2 ? StepPass<2>::shared_bytes()
+                           : StepPass<4>::shared_bytes(),
+             stream, call, w);
+  const WeightSums<float, float> sums(w.backward, w.grad_logits, static_cast<int>(call.classes), w.features, w.hidden1,
+                                      w.hidden2);
+  lx::launch(result, "lenet_step_update_kernel", lenet_step_update_kernel, static_cast<unsigned>(sums.blocks() + 1),
+             kThreads, weight_shared_bytes(), stream, call, sums, slices, w);
+  return result;
+}
+
+}  // namespace lenet_ext::cuda
