@@ -434,7 +434,7 @@ STEPS = {
 def test_a_training_step_is_two_launches(ops, control, batch, name):
     """Against the operator of the CPU in float64, which is tested against PyTorch's own loop."""
     loss, optimizer, options, lists = STEPS[name]
-    net, parameters = reference_net(1, 10, torch.float32)
+    _, parameters = reference_net(1, 10, torch.float32)
     images, targets = torch.randn(batch, 1, 32, 32), torch.randint(10, (batch,))
     weight = None
     if loss == "mse":
