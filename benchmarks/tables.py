@@ -24,8 +24,7 @@ OTHERS = tuple(name for name, provider in PROVIDERS.items() if provider.kind != 
 STEPS = {"forward": "forward", "training": "forward + backward", "step": "training step"}
 
 # The README's: case, mode and batch of each row.
-HEADLINE = [("net", mode, batch) for mode in ("forward", "training") for batch in (1, 64, 1024)]
-HEADLINE += [(layer, "training", 64) for layer in ("conv1", "conv2", "fc1")]
+HEADLINE = [("net", mode, batch) for mode in ("forward", "training", "step") for batch in (1, 64, 1024)]
 
 
 def table(left: list[str], right: list[str], rows: list[list[str]]) -> str:
@@ -124,22 +123,22 @@ def _layer_cell(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def peers_table(content: Content) -> str:
-    """Every provider on the whole net, for all numbers of threads in one cell."""
+    """Every provider on the whole nets, for all numbers of threads in one cell."""
     cells = workloads(content, "net")
     batches, counts = _sizes(cells)
 
-    def us(mode: str, batch: int, threads: int, name: str) -> str:
-        row = cells.get(("net", mode, batch, threads), {}).get(name)
+    def us(case: str, mode: str, batch: int, threads: int, name: str) -> str:
+        row = cells.get((case, mode, batch, threads), {}).get(name)
         return "-" if row is None else figures(row["median_us"] / batch)
 
     lines = []
-    for mode in dict.fromkeys(mode for _, mode, _, _ in cells):
+    for case, mode in dict.fromkeys(place[:2] for place in cells):
         for name in PROVIDERS:
-            if any(name in rows for place, rows in cells.items() if place[1] == mode):
-                found = [both(us(mode, batch, threads, name) for threads in counts) for batch in batches]
-                lines.append([STEPS[mode], PROVIDERS[name].title, *found])
+            if any(name in rows for place, rows in cells.items() if place[:2] == (case, mode)):
+                found = [both(us(case, mode, batch, threads, name) for threads in counts) for batch in batches]
+                lines.append([title_of(case), STEPS[mode], PROVIDERS[name].title, *found])
     title = f"Microseconds per image with {both(map(str, counts))} threads, medians. {origin(content, 'net')}"
-    return f"{title}\n\n{table(['step', 'provider'], [f'batch {batch}' for batch in batches], lines)}"
+    return f"{title}\n\n{table(['net', 'step', 'provider'], [f'batch {batch}' for batch in batches], lines)}"
 
 
 def overhead_table(content: Content) -> str:

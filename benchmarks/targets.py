@@ -46,7 +46,7 @@ def _net(
     mode: str, batches: tuple[int, ...], target: float, stretch: float, over: tuple[str, ...], yard: str
 ) -> Target:
     sizes = f"{batches[0]} to {batches[-1]}" if len(batches) > 1 else str(batches[0])
-    step = "inference" if mode == "forward" else "training step"
+    step = "inference" if mode == "forward" else "forward + backward"
     return Target(f"{step}, batch {sizes}: {yard}", ("net",), mode, batches, target, stretch, over)
 
 
@@ -75,6 +75,17 @@ TARGETS = [
     *(
         _net("training", (batch,), target, stretch, TRAINERS, "over stock eager and torch.compile")
         for batch, target, stretch in ((64, 4, 6), (8, 5, 8), (1, 8, 20))
+    ),
+    *(
+        Target(
+            f"training step, batch {batch}: over stock eager and torch.compile",
+            ("net",),
+            "step",
+            (batch,),
+            *pair,
+            TRAINERS,
+        )
+        for batch, pair in ((1, (12, 20)), (64, (6, 8)), (1024, (5.5, 7)))
     ),
     *_layer("conv1", "1->6 k5", (64, 1024), (5, 8), (6, 9)),
     *_layer("conv2", "6->16 k5", (64, 1024), (1.8, 2.2), (3.5, 5)),

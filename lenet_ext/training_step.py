@@ -180,19 +180,18 @@ class TrainingStep:
         assert self._view is not None
         state, options = self._view.read()
         try:
-            with torch.no_grad():
-                loss = ops.lenet_training_step(
-                    images,
-                    targets,
-                    self.weight,
-                    parameters,
-                    state,
-                    self.loss,
-                    self.label_smoothing,
-                    self.ignore_index,
-                    _OPTIMIZERS[type(optimizer)],
-                    options,
-                )
+            loss = ops.lenet_training_step(
+                images,
+                targets,
+                self.weight,
+                parameters,
+                state,
+                self.loss,
+                self.label_smoothing,
+                self.ignore_index,
+                _OPTIMIZERS[type(optimizer)],
+                options,
+            )
         except BaseException:
             self._view = None  # its new buffers hold nothing yet
             raise
@@ -250,6 +249,7 @@ class _View:
             self.reason = "the optimizer's parameters are not those of the network"
             return
         self.groups: list[dict[str, Any]] = [groups[id(parameter)] for parameter in parameters]
+        self.has_one_group = len(optimizer.param_groups) == 1
         self.kept: list[dict[str, Any]] = [optimizer.state.get(parameter) or {} for parameter in parameters]
         self.adam = type(optimizer) is not SGD
         self.amsgrad = self.groups[0].get("amsgrad", False)
@@ -272,19 +272,27 @@ class _View:
 
     def read(self) -> tuple[list[Tensor], list[float]]:
         """State and options as the operator takes them: of one parameter where those of all are equal."""
-        read_options = self._adam_options if self.adam else self._sgd_options
-        of_all = [read_options(group, own) for group, own in zip(self.groups, self.kept, strict=True)]
-        equal = of_all.count(of_all[0]) == len(of_all)
-        options = list(of_all[0]) if equal else [option for options in of_all for option in options]
-        return self._adam_state() if self.adam else self._sgd_state(), options
+        if self.adam:
+            groups = self.groups[:1] if self.has_one_group else self.groups
+            return self._adam_state(), [option for group in groups for option in self._adam_options(group)]
+        buffers = [own.get("momentum_buffer") for own in self.kept]
+        first = [buffer is None for buffer in buffers]
+        if self.has_one_group and first.count(first[0]) == len(first):
+            options = self._sgd_options(self.groups[0], first[0])
+        else:
+            options = [
+                option
+                for group, is_first in zip(self.groups, first, strict=True)
+                for option in self._sgd_options(group, is_first)
+            ]
+        return self._sgd_state() if any(first) else buffers, options
 
-    def _sgd_options(self, group: dict[str, Any], own: dict[str, Any]) -> tuple[float, ...]:
-        first = own.get("momentum_buffer") is None
-        values = (group["lr"], group["momentum"], group["dampening"], group["weight_decay"])
-        return (*values, group["nesterov"], group["maximize"], first)
+    def _sgd_options(self, group: dict[str, Any], first: bool) -> list[float]:
+        values = [group["lr"], group["momentum"], group["dampening"], group["weight_decay"]]
+        return [*values, group["nesterov"], group["maximize"], first]
 
-    def _adam_options(self, group: dict[str, Any], own: dict[str, Any]) -> tuple[float, ...]:
-        return (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
+    def _adam_options(self, group: dict[str, Any]) -> list[float]:
+        return [group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"]]
 
     def _sgd_state(self) -> list[Tensor]:
         if not any(group["momentum"] for group in self.optimizer.param_groups):

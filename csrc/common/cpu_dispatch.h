@@ -9,6 +9,7 @@
 #include "cpu/conv_pool_kernels.h"
 #include "cpu/gemm_kernels.h"
 #include "cpu/lenet_kernels.h"
+#include "cpu/optimizer_kernels.h"
 
 namespace lenet_ext::cpu {
 
@@ -16,6 +17,7 @@ LENET_EXT_CPU_DECLARE(ConvPoolKernels, conv_pool_kernels)
 LENET_EXT_CPU_DECLARE(ConvPoolLenetKernels, conv_pool_lenet_kernels)
 LENET_EXT_CPU_DECLARE(GemmKernels, gemm_kernels)
 LENET_EXT_CPU_DECLARE(LenetKernels, lenet_kernels)
+LENET_EXT_CPU_DECLARE(OptimizerKernels, optimizer_kernels)
 
 template <typename T>
 const ConvPoolTable<T>& conv_pool_table() {

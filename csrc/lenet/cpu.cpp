@@ -17,6 +17,7 @@
 #include "common/cpu_dispatch.h"
 #include "common/parallel.h"
 #include "lenet/host.h"
+#include "lenet/optimizer_cpu.h"
 #include "linear/parallel_gemm.h"
 
 namespace lenet_ext {
@@ -332,6 +333,7 @@ struct LenetCpu {
   }
 
   static Tensor training_step(const char*, const TrainingStepCall&) { return {}; }
+  static constexpr auto update = update_on_cpu;
 };
 
 }  // namespace

@@ -215,6 +215,7 @@ struct LenetCuda {
   static constexpr auto forward = lenet_forward;
   static constexpr auto backward = lenet_backward;
   static constexpr auto training_step = lenet_ext::training_step;
+  static bool update(const TrainingStepCall&, TensorList) { return false; }
 };
 
 }  // namespace

@@ -4,6 +4,7 @@
 //   Device::backward(op, grad_output, input, parameters, layers, input_gradient) -> LenetGradients
 //     all tensors contiguous, but for `input` and `parameters`
 //   Device::training_step(op, call) -> the loss; undefined where the device has no kernels for a step as a whole
+//   Device::update(call, gradients) -> whether the device has kernels of its own for it, and has done it
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -13,20 +14,9 @@
 #include <tuple>
 
 #include "lenet/layers.h"
-#include "lenet/loss.h"
-#include "lenet/optimizer.h"
+#include "lenet/training_step.h"
 
 namespace lenet_ext {
-
-// The arguments of a training step, checked.
-struct TrainingStepCall {
-  const at::Tensor &input, &targets;
-  at::TensorList parameters;
-  const LossOptions& loss;
-  std::string_view optimizer;
-  const OptimizerState& state;
-  at::ArrayRef<double> options;  // as check_optimizer describes them
-};
 
 template <typename Device>
 class LenetHost {
@@ -81,13 +71,15 @@ class LenetHost {
     const LossOptions loss_options{loss, weight, label_smoothing, ignore_index};
     check_loss(op, input, {input.size(0), parameters[8].size(0)}, targets, loss_options);
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor of_whole_step =
-        Device::training_step(op, {input, targets, parameters, loss_options, optimizer, optimizer_state, options});
+    const TrainingStepCall call{input, targets, parameters, loss_options, optimizer, optimizer_state, options};
+    const Tensor of_whole_step = Device::training_step(op, call);
     if (of_whole_step.defined()) return of_whole_step;
     const LenetLayers layers = Device::forward(op, input, parameters, true);
     const LossAndGradient result = loss_and_gradient(layers.output, targets, loss_options);
     const LenetGradients gradients = Device::backward(op, result.gradient, input, parameters, layers, false);
-    update(optimizer, parameters, gradients.parameters, optimizer_state, options);
+    if (!Device::update(call, gradients.parameters)) {
+      update(optimizer, parameters, gradients.parameters, optimizer_state, options);
+    }
     return result.loss;
   }
 };

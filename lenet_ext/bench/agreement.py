@@ -33,7 +33,7 @@ def compare(provider: str, work: Workload, found: list[Tensor], expected: list[T
     if len(found) != len(expected):
         raise RuntimeError(f"{where} gives {len(found)} results, stock eager {len(expected)}")
     for number, (ours, stock) in enumerate(zip(found, expected, strict=True)):
-        what = "output" if number == 0 else f"gradient {number}"
+        what = f"gradient {number}" if number > 0 else "loss" if work.mode == "step" else "output"
         if ours.shape != stock.shape:
             raise RuntimeError(f"{where}: {what} has shape {tuple(ours.shape)}, stock eager {tuple(stock.shape)}")
         scale = torch.linalg.vector_norm(stock.double()).item()

@@ -18,8 +18,9 @@ from lenet_ext.net import Net, ReferenceNet
 __all__ = ["CASES", "GROUPS", "MODES", "Case", "FunctionCall", "Workload"]
 
 # forward: in inference mode. training: forward and backward, gradients of all parameters (and of the input, for a
-# layer that is not the first); without loss and optimizer, which are the same for everybody.
-MODES = ("forward", "training")
+# layer that is not the first); without loss and optimizer, which are the same for everybody. step: forward, cross
+# entropy, backward and SGD with momentum, of a whole network.
+MODES = ("forward", "training", "step")
 
 
 class StockConvReLUMaxPool2d(nn.Conv2d):
@@ -102,6 +103,11 @@ class Workload:
     input: Tensor
     grad_output: Tensor
 
+    @property
+    def targets(self) -> Tensor:
+        """The classes that the images of a training step belong to."""
+        return self.grad_output.argmax(1)
+
     @classmethod
     def make(cls, case: Case, mode: str, batch: int, device: torch.device, seed: int = 0) -> Workload:
         """Draws parameters, input and output gradient."""
@@ -173,6 +179,16 @@ def _tiny(name: str, title: str, stock: Callable, fused: Callable, shape: tuple[
 _IMAGE, _FILTER, _VECTOR, _MATRIX = (1, 2, 2), (1, 1, 1, 1), (2,), (2, 2)
 _LIST = (
     Case("net", "LeNet", (1, 32, 32), ReferenceNet, Net, input_grad=False, group="net"),
+    Case(
+        "net3",
+        "LeNet of 3 channels",
+        (3, 32, 32),
+        partial(ReferenceNet, 3),
+        partial(Net, 3),
+        input_grad=False,
+        group="net",
+        batch_sizes=(1, 64, 1024),
+    ),
     _conv("conv1", (1, 32, 32), 6, 5, input_grad=False),
     _conv("conv2", (6, 14, 14), 16, 5),
     _linear("fc1", 400, 120, relu=True),

@@ -26,7 +26,7 @@ def flops_per_image(case: Case, mode: str) -> int | None:
 
     Args:
         case: made of the layers of `lenet_ext.nn`.
-        mode: ``"forward"`` or ``"training"``.
+        mode: one of `MODES`; a step counts as training, the loss and the update being next to nothing.
 
     Example:
         >>> from lenet_ext.bench import CASES
@@ -51,7 +51,7 @@ def flops_per_image(case: Case, mode: str) -> int | None:
     for number, (layer, input_shape, output_shape) in enumerate(layers):
         forward, gradient = _layer_flops(layer, input_shape, output_shape)
         total += forward
-        if mode == "training":
+        if mode != "forward":
             # The gradient of the weight, and that of the input unless nothing comes before.
             total += gradient * (2 if number > 0 or case.input_grad else 1)
     return total

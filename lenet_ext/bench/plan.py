@@ -103,6 +103,8 @@ class Plan:
         for name in self.cases:
             sizes = CASES[name].batch_sizes
             for mode in self.modes:
+                if mode == "step" and CASES[name].group != "net":
+                    continue
                 for batch in self.batch_sizes if sizes is None else sizes:
                     if batch in self.batch_sizes and (name, mode, batch, threads) not in self.done:
                         yield name, mode, batch

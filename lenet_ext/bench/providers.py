@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lenet_ext.bench.cases import MODES, FunctionCall, Workload
 from lenet_ext.bench.peak import cxx_compiler
 from lenet_ext.environment.device import resolve_device
+from lenet_ext.training_step import TrainingStep
 
 __all__ = ["DEFAULT_PROVIDERS", "EAGER_LAYOUTS", "FUSED_LAYOUTS", "PROVIDERS", "Program", "Provider"]
 
@@ -24,8 +26,9 @@ __all__ = ["DEFAULT_PROVIDERS", "EAGER_LAYOUTS", "FUSED_LAYOUTS", "PROVIDERS", "
 class Program:
     """A workload made ready: `run` computes it once, `outputs` gives what the last run computed.
 
-    The outputs of a forward pass are ``[output]``, those of a training step are the output, the gradients of the
-    parameters in their order and, if the case asks for it, the gradient of the input.
+    The outputs of a forward pass are ``[output]``, those of forward and backward are the output, the gradients of the
+    parameters in their order and, if the case asks for it, the gradient of the input; those of a step are the loss and
+    by how much each parameter changed.
     """
 
     run: Callable[[], object]
@@ -77,6 +80,8 @@ class ModuleProvider(Provider):
         self.slow_start = compile_options is not None
         if compile_options is not None and "freezing" in compile_options.get("options", {}):
             self.modes = ("forward",)
+        elif fused and compile_options is not None:
+            self.modes = ("forward", "training")  # a step of ours is one operator as it is
 
     def unavailable(self, device: torch.device) -> str | None:
         if self.fused:
@@ -97,6 +102,8 @@ class ModuleProvider(Provider):
             # Only the layout of what is four-dimensional changes.
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             images, grad_output = _to_channels_last(images), _to_channels_last(grad_output)
+        if work.mode == "step":
+            return self._step_program(module, images, work)
         call: Callable[..., Tensor] = module.bound() if isinstance(module, FunctionCall) else module
         if self.compile_options is not None:
             # fullgraph: a workload that falls back to eager must not pass for a compiled one.
@@ -105,6 +112,49 @@ class ModuleProvider(Provider):
             module.eval()
             return _forward_program(call, images)
         return _training_program(call, list(module.parameters()), images, grad_output, work.case.input_grad)
+
+    def _step_program(self, module: nn.Module, images: Tensor, work: Workload) -> Program:
+        # The fused update is stock's fastest; the rate is so small that the thousandth step is as the first.
+        optimizer = torch.optim.SGD(module.parameters(), lr=_RATE, momentum=0.9, fused=True)
+        targets = work.targets
+        loss_of = _LossOf(module)
+        if self.fused:
+            step: Callable[[Tensor, Tensor], Tensor] = TrainingStep(module, optimizer)
+        else:
+            if self.compile_options is not None:
+                loss_of.compile(fullgraph=True, dynamic=False, **self.compile_options)
+
+            def step(images: Tensor, targets: Tensor) -> Tensor:
+                optimizer.zero_grad()
+                loss = loss_of(images, targets)
+                loss.backward()
+                optimizer.step()
+                return loss.detach()
+
+        def outputs() -> list[Tensor]:
+            """Of one step from the beginning, with a rate of 1."""
+            module.load_state_dict(work.state)
+            optimizer.state.clear()
+            optimizer.param_groups[0]["lr"] = 1.0
+            before = [parameter.detach().clone() for parameter in module.parameters()]
+            loss = step(images, targets)
+            changes = [parameter.detach() - old for parameter, old in zip(module.parameters(), before, strict=True)]
+            optimizer.param_groups[0]["lr"] = _RATE
+            return [loss, *changes]
+
+        return Program(lambda: step(images, targets), outputs)
+
+
+_RATE = 1e-6
+
+
+class _LossOf(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.net(images), targets)
 
 
 def _to_channels_last(tensor: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
     )
     add_device(parser)
     parser.add_argument("--cases", type=names, metavar="A,B", help="net,conv1,conv2,fc1,fc2,fc3, or a group, or all")
-    parser.add_argument("--modes", type=names, metavar="A,B", help="forward,training")
+    parser.add_argument("--modes", type=names, metavar="A,B", help="forward,training,step")
     parser.add_argument("--batch-sizes", type=list_of(integer(1)), metavar="N,N", help="default: 1,8,64,256,1024,4096")
     parser.add_argument("--providers", type=names, metavar="A,B", help="or all (default: what suits each group)")
     parser.set_defaults(run=run)

@@ -119,6 +119,27 @@ def test_provider_computes_what_the_reference_does(name: str, mode: str) -> None
             torch.testing.assert_close(ours, theirs.detach(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["fused", "eager", "channels_last"])
+@pytest.mark.parametrize("case", ["net", "net3"])
+def test_a_step_of_each_is_that_of_the_reference(name: str, case: str) -> None:
+    work = Workload.make(CASES[case], "step", 3, CPU)
+    program = PROVIDERS[name].prepare(work)
+    for _ in range(3):
+        program.run()  # what came before must not count
+    reference = CASES[case].stock()
+    reference.load_state_dict(work.state)
+    loss = torch.nn.functional.cross_entropy(reference(work.input), work.targets)
+    gradients = torch.autograd.grad(loss, list(reference.parameters()))
+    found = program.outputs()
+    for ours, theirs in zip(found, [loss.detach(), *(-gradient for gradient in gradients)], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_only_whole_networks_take_steps() -> None:
+    taken = plan(cases=("fc3", "net"), modes=("forward", "step")).workloads(1)
+    assert [(case, mode) for case, mode, _ in taken] == [("fc3", "forward"), ("net", "forward"), ("net", "step")]
+
+
 def test_compile_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

@@ -204,6 +204,53 @@ def test_two_hundred_steps_in_float32_beside_stock():
     assert found < 0.1, "it has not learnt what they have in common"
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (SGD, {}),
+        (SGD, {"weight_decay": 0.1, "maximize": True}),
+        (SGD, {"momentum": 0.9, "dampening": 0.3}),
+        (SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+        (Adam, {"maximize": True}),
+        (Adam, {"weight_decay": 0.1, "amsgrad": True}),
+        (AdamW, {"weight_decay": 0.1}),
+        (AdamW, {"weight_decay": 0.1, "amsgrad": True, "betas": (0.5, 0.7)}),
+    ],
+    ids=str,
+)
+def test_the_updates_own_kernels(kind, options):
+    """They are float32's; stock's loop in float64 is the yardstick."""
+    ours, _ = twins(torch.float32)
+    stock = copy.deepcopy(ours).double()
+    mine, theirs = (
+        kind(net.parameters(), lr=0.01, eps=1e-3, **options)
+        if kind is not SGD
+        else kind(net.parameters(), lr=0.01, **options)
+        for net in (ours, stock)
+    )
+    step = TrainingStep(ours, mine)
+    for number in range(3):
+        images, targets = batch(5, dtype=torch.float32, seed=number)
+        step(images, targets)
+        plain_step(stock, theirs, images.double(), targets)
+    assert step.path == ONE_OPERATOR
+    for (name, p), q in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(p.detach().double(), q.detach(), rtol=1e-4, atol=2e-6, msg=lambda m: f"{name}: {m}")  # noqa: B023
+        for key, value in mine.state[p].items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(value.double(), theirs.state[q][key].double(), rtol=1e-4, atol=2e-6)
+
+
+def test_an_infinite_parameter_stays_one():
+    """Without weight decay no product of it with zero comes into the update."""
+    for kind in (SGD, Adam):
+        net, _ = twins(torch.float32)
+        net.fc3.bias.data[2] = -torch.inf
+        TrainingStep(net, kind(net.parameters(), lr=0.1))(*batch(dtype=torch.float32))
+        assert net.fc3.bias[2] == -torch.inf
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [1, 3, 33, 130])
 def test_any_number_of_threads_gives_the_same_bits(size, channels):

@@ -13,7 +13,7 @@ import pytest
 import lenet_ext
 
 TESTS = Path(__file__).resolve().parents[1]
-FILES = ["operators", "network/test_net.py"]
+FILES = ["operators", "network/test_net.py", "network/test_training_step.py"]
 # Besides what this machine chooses by itself, which the other files test on one thread.
 VARIANTS = [
     ("direct", "default", 1),
