@@ -275,7 +275,7 @@ class _View:
         if self.adam:
             groups = self.groups[:1] if self.has_one_group else self.groups
             return self._adam_state(), [option for group in groups for option in self._adam_options(group)]
-        buffers = [own.get("momentum_buffer") for own in self.kept]
+        buffers: list[Any] = [own.get("momentum_buffer") for own in self.kept]
         first = [buffer is None for buffer in buffers]
         if self.has_one_group and first.count(first[0]) == len(first):
             options = self._sgd_options(self.groups[0], first[0])
