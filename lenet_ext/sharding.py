@@ -167,7 +167,8 @@ def _share(tensor: DTensor, wanted: Sequence[Placement]) -> Tensor:
         split = after.is_partial() and before != after
         placements.append(_WHOLE if split else after)
         first = first and not (split and coordinate and coordinate[dim] > 0)
-    local = tensor.redistribute(placements=placements).to_local()
+    # Detached: the derivative is the operator's, and torch 2.11 cannot make a tensor with one into another here.
+    local = tensor.detach().redistribute(placements=placements).to_local()
     return local if first else torch.zeros_like(local)
 
 
