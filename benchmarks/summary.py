@@ -3,8 +3,9 @@
     python summary.py ../runs/bench/last.json         # of 'lenet-ext bench', fuse_zoo.py and time_to_accuracy.py
     python summary.py ../runs/gpu/gpu_check.json      # of gpu_check.py
 
-It goes to ``results/``, named by processor and date, and replaces what was there of the same processor. Raw runs are
-not kept in the repository. The file is JSON with a line for each cell:
+It goes to ``results/``, named by processor and date, in place of what was there of the same processor; what this run
+has not measured is kept from there. Raw runs are not kept in the repository. The file is JSON with a line for each
+cell:
 
 - ``source``: ``"bench"`` or ``"gpu_check"``; ``machine``, ``versions``; ``runs``: date and commits of each part.
 - ``columns``, ``rows``: the times. Of ``bench``, in microseconds a call: median and 20th and 80th percentile; ``over``
@@ -206,14 +207,33 @@ def fastest(rows: dict[str, dict[str, Any]], providers: Iterable[str]) -> dict[s
 
 
 def write(content: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Writes the file, and removes others of the same processor."""
+    """Writes the file in place of the one of the same processor.
+
+    Groups and parts that this run has not measured are kept from that one, if it is of the same machine and torch; each
+    has its own date and commit.
+    """
     path = folder / file_name(content)
+    others = list(folder.glob(f"{_processor(content)}-????-??-??.json"))
+    for other in others:
+        content = _completed(content, read(other))
     with atomic_path(path) as temporary:
         temporary.write_text(dump(content), encoding="utf-8")
-    for other in folder.glob(f"{_processor(content)}-????-??-??.json"):
+    for other in others:
         if other != path:
             other.unlink()
     return path
+
+
+def _completed(content: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    if content["source"] != "bench" or any(content[key] != earlier[key] for key in ("machine", "cpu_capability")):
+        return content
+    if content["versions"]["torch"] != earlier["versions"]["torch"]:
+        return content
+    kept = [row for row in earlier["rows"] if row["group"] not in content["runs"]]
+    order = list(CASES)
+    rows = sorted([*content["rows"], *kept], key=lambda row: order.index(row["case"]))
+    missing = {name: earlier[name] for name in BENCH_SECTIONS if name in earlier and name not in content}
+    return {**content, "runs": {**earlier["runs"], **content["runs"]}, "rows": rows, **missing}
 
 
 def add_section(path: Path, name: str, raw: dict[str, Any]) -> None:

@@ -130,6 +130,24 @@ def test_a_new_file_replaces_the_old_one_of_the_same_processor(tmp_path: Path) -
     assert first != second
 
 
+def test_what_a_later_run_leaves_out_is_kept(tmp_path: Path) -> None:
+    """A group that was measured by itself replaces that group, unless torch is another."""
+    layers = {("conv1", "forward", 1, 1): {"fused": 3.0, "eager": 9.0}}
+    memory = [{"case": "net", "mode": "training", "batch": 4, "threads": 1, "provider": "fused", "median_bytes": 5}]
+    summary.write(summary.of_bench(raw({**NET, **layers}, memory=memory)), tmp_path)
+    later = raw({("net", "forward", 1, 1): {"fused": 10.0, "eager": 300.0}})
+    later["runs"]["net"] = {**later["runs"]["net"], "date": "2026-12-01T00:00:00+00:00"}
+    content = read_back(summary.of_bench(later), tmp_path)
+    found = [(row["case"], row["provider"], row["median_us"]) for row in content["rows"]]
+    assert found == [("net", "fused", 10.0), ("net", "eager", 300.0), ("conv1", "fused", 3.0), ("conv1", "eager", 9.0)]
+    dates = {group: run["date"][:10] for group, run in content["runs"].items()}
+    assert dates == {"net": "2026-12-01", "layers": "2026-11-24"}
+    assert content["memory"] == memory
+    alone = read_back(summary.of_bench(raw(NET, versions={"torch": "2.14.0"})), tmp_path)
+    assert {row["case"] for row in alone["rows"]} == {"net"}
+    assert "memory" not in alone
+
+
 def test_a_run_on_a_gpu_is_not_taken_for_its_processor() -> None:
     machine = {"cpu": "AMD EPYC", "gpu": "NVIDIA H100 80GB HBM3", "processors": 2}
     with pytest.raises(ValueError, match=r"gpu_check\.py measures those"):
