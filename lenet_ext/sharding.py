@@ -168,7 +168,7 @@ def _share(tensor: DTensor, wanted: Sequence[Placement]) -> Tensor:
         placements.append(_WHOLE if split else after)
         first = first and not (split and coordinate and coordinate[dim] > 0)
     # Detached: the derivative is the operator's, and torch 2.11 cannot make a tensor with one into another here.
-    local = tensor.detach().redistribute(placements=placements).to_local()
+    local = tensor.detach().redistribute(placements=placements).to_local()  # type: ignore[attr-defined]
     return local if first else torch.zeros_like(local)
 
 

@@ -7,6 +7,9 @@
 #include <atomic>
 #include <cstdlib>
 #include <new>
+#include <thread>
+
+#include "common/neighbour.h"
 
 #ifndef _OPENMP
 #error "compile with -fopenmp: without it at::parallel_for silently runs on one thread"
@@ -64,17 +67,23 @@ void parallel_units(int64_t units, double flops, const F& run) {
   };
   const int64_t grain = units_for(kFlopsPerThread);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), (units + grain - 1) / grain);
-  if (threads <= 1 || at::in_parallel_region()) {
+  if (threads <= 1 || at::in_parallel_region() || is_held_up(Clock::now())) {
     run(0, units);
     return;
   }
   const int64_t chunk = std::max(units_for(kFlopsPerChunk), units / (threads * kChunksPerThread));
   std::atomic<int64_t> next{0};
+  const std::thread::id caller = std::this_thread::get_id();
+  const Clock::time_point start = Clock::now();
+  Clock::time_point done = start;  // with the caller's own share
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t begin; (begin = next.fetch_add(chunk, std::memory_order_relaxed)) < units;) {
       run(begin, std::min(units, begin + chunk));
     }
+    if (std::this_thread::get_id() == caller) done = Clock::now();
   });
+  const Clock::time_point end = Clock::now();
+  note_region(done - start, end - done, end);
 }
 
 }  // namespace lenet_ext::cpu

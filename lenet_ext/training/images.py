@@ -123,8 +123,9 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         self, slices: list[slice], generator: torch.Generator | None, max_shift: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         if generator is None:
-            for chosen in slices:
-                yield self.normalization(self.images[chosen]), self.labels[chosen]
+            for group in _groups(slices):
+                chosen = torch.cat([torch.arange(s.start, s.stop, device=self.labels.device) for s in group])
+                yield from _cut(group, self.normalization(self.images[chosen]), self.labels[chosen])
             return
         device = self.images.device
         order = torch.randperm(len(self), generator=generator).to(device)
@@ -138,6 +139,27 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             (len(self), 2 * max_shift + 1, 2 * max_shift + 1, channels, IMAGE_SIZE, IMAGE_SIZE),
             (channels * width * width, width, 1, width * width, width, 1),
         )
-        for chosen in slices:
-            images = windows[order[chosen], shifts[0, chosen], shifts[1, chosen]]
-            yield self.normalization(images), self.labels[order[chosen]]
+        for group in _groups(slices):
+            chosen, down, right = (torch.cat([values[s] for s in group]) for values in (order, shifts[0], shifts[1]))
+            yield from _cut(group, self.normalization(windows[chosen, down, right]), self.labels[chosen])
+
+
+# Pictures that are made ready at once. Each of the operations that this takes wakes all threads and waits for them: for
+# each batch, that is half of the training beside another process that keeps a core busy.
+_AT_ONCE = 2048
+
+
+def _groups(slices: list[slice]) -> Iterator[list[slice]]:
+    group: list[slice] = []
+    for chosen in slices:
+        if group and sum(s.stop - s.start for s in [*group, chosen]) > _AT_ONCE:
+            yield group
+            group = []
+        group.append(chosen)
+    if group:
+        yield group
+
+
+def _cut(group: list[slice], images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    sizes = [s.stop - s.start for s in group]
+    yield from zip(images.split(sizes), labels.split(sizes), strict=True)

@@ -1,0 +1,52 @@
+// csrc/common/neighbour.cpp under a clock of its own: test_neighbour.py builds and runs this.
+#include <cstdio>
+
+#include "common/neighbour.h"
+
+using namespace lenet_ext::cpu;
+using std::chrono::microseconds;
+using std::chrono::milliseconds;
+
+namespace {
+
+int failures = 0;
+Clock::time_point now{};
+
+void expect(bool held_up, const char* when) {
+  if (is_held_up(now) == held_up) return;
+  ++failures;
+  printf("%s: %s\n", when, held_up ? "not held up" : "held up");
+}
+
+// How long one is alone after a region that was held up.
+milliseconds pause_after_a_wait() {
+  note_region(microseconds(400), milliseconds(4), now);
+  const Clock::time_point begin = now;
+  while (is_held_up(now)) now += milliseconds(1);
+  return std::chrono::duration_cast<milliseconds>(now - begin);
+}
+
+void expect_pause(int expected, const char* when) {
+  const auto pause = pause_after_a_wait().count();
+  if (pause == expected) return;
+  ++failures;
+  printf("%s: alone for %d ms, expected %d\n", when, static_cast<int>(pause), expected);
+}
+
+}  // namespace
+
+int main() {
+  now += milliseconds(1000);
+  expect(false, "at first");
+  note_region(microseconds(400), microseconds(60), now);
+  expect(false, "after a thread that took some time to wake");
+  note_region(milliseconds(10), milliseconds(2), now);
+  expect(false, "after a long region whose last piece was long");
+  int pause = 20;
+  for (int i = 0; i < 6; ++i, pause *= 2) expect_pause(pause, "each time twice as long");
+  expect_pause(640, "but not longer than this");
+  for (int i = 0; i < 5 * 32; ++i) note_region(microseconds(400), microseconds(20), now);
+  expect(false, "after good regions");
+  expect_pause(20, "after many of them");
+  return failures;
+}
