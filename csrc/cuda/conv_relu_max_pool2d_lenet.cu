@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
     lx::copy_to_shared(pixels, input + first * L::kImage, present * L::kImage);
     __syncthreads();
-    gradient.add(pixels, grad_output + first * L::kPooled, indices + first * L::kPooled, present);
+    gradient.add(pixels, L::kImage, grad_output + first * L::kPooled, indices + first * L::kPooled, present);
   }
   float* partial = partials + int64_t{blockIdx.x} * L::kOut * (L::kWeights + 1);
   gradient.finish(reduced, [&](int at, float sum) { partial[at] = sum; });

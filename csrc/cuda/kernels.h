@@ -118,8 +118,8 @@ LaunchResult launch_small_matrix_product(DType dtype, const SmallMatrixProduct& 
 // The whole network in one launch. All tensors are contiguous, weights are 16-byte aligned.
 template <typename T>
 struct LenetForwardOf {
-  int64_t batch, classes;
-  const T* input;           // [batch, 1, 32, 32]
+  int64_t batch, in_channels, classes;
+  const T* input;           // [batch, in_channels, 32, 32]
   const T* parameters[10];  // weight and bias of conv1, conv2, fc1, fc2, fc3
   T* output;                // [batch, classes]
   // What the backward pass needs; null where there will be none.
@@ -145,7 +145,7 @@ LaunchResult launch_lenet_cluster_forward(const LenetForward& call, int blocks, 
 // tensors are contiguous, weights, pooled2 and the hidden layers 16-byte aligned.
 template <typename T>
 struct LenetBackwardOf {
-  int64_t batch, classes;
+  int64_t batch, in_channels, classes;
   int64_t slice_images;  // of a block: lenet_backward_slice_images(batch), the tests use others
   const T* grad_output;  // [batch, classes]
   const T* input;
@@ -162,7 +162,7 @@ struct LenetBackwardOf {
 };
 bool has_lenet_backward(DType dtype, int64_t channels, int64_t classes);
 int64_t lenet_backward_slice_images(int64_t batch);
-int64_t lenet_backward_workspace(int64_t batch, int64_t slice_images);
+int64_t lenet_backward_workspace(int64_t batch, int64_t in_channels, int64_t slice_images);
 LaunchResult launch_lenet_backward(DType dtype, const LenetBackwardOf<void>& call, cudaStream_t stream);
 
 // A training step in two launches, in float32: forward pass, loss and what of the backward pass goes image by image;
@@ -190,9 +190,9 @@ struct UpdateOf {
 };
 
 struct LenetStep {
-  int64_t batch, classes;
+  int64_t batch, in_channels, classes;
   int64_t slice_images;   // as in LenetBackwardOf
-  const float* input;     // [batch, 1, 32, 32]
+  const float* input;     // [batch, in_channels, 32, 32]
   float* parameters[10];  // read by the first launch, changed by the second
   LossOf loss;
   Optimizer optimizer;
@@ -201,7 +201,7 @@ struct LenetStep {
   void* workspace;   // of lenet_step_workspace() bytes, 16-byte aligned; its contents are overwritten
 };
 bool has_lenet_step(DType dtype, int64_t channels, int64_t classes);
-int64_t lenet_step_workspace(int64_t batch, int64_t classes, int64_t slice_images);
+int64_t lenet_step_workspace(int64_t batch, int64_t in_channels, int64_t classes, int64_t slice_images);
 LaunchResult launch_lenet_step(const LenetStep& call, cudaStream_t stream);
 
 // On the tensor cores, which round what they multiply to the storage type, or to TF32 for float32, and accumulate in

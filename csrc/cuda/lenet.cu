@@ -10,45 +10,46 @@ constexpr int kImages = 10;  // of a pass at most: 98% of the threads have work 
 static_assert(kFeatures + kHidden1 + kHidden2 <= Conv1::kImage, "they take the place of the pixels");
 static_assert(kLinearParts * kMostOutputs <= Conv1::kPooled, "the partial sums take the place of pooled1");
 
+template <typename First>
 int64_t shared_bytes(int images) {
-  return lx::taken<float>(images * Conv1::kImage) + lx::taken<float>(images * Conv1::kPooled) +
-         lx::taken<float>(Conv1::kOut * Conv1::kWeights) + lx::taken<float>(Conv1::kOut) +
+  return lx::taken<float>(images * First::kImage) + lx::taken<float>(images * First::kPooled) +
+         lx::taken<float>(First::kOut * First::kWeights) + lx::taken<float>(First::kOut) +
          lx::taken<float>(Conv2::kOut * Conv2::kWeights) + lx::taken<float>(Conv2::kOut);
 }
 
 // block -> `images` images at a time, until the batch is done; all activations of a pass stay in shared memory, each
-// in the place of one that is no longer needed. Shared memory: 98 KB with 10 images, two blocks per multiprocessor.
-// The convolutions' weights are in shared memory for the block's life; those of the linear layers are read from L2 in
-// each pass, 24 KB an image.
-template <ThreadTile kTile>
+// in the place of one that is no longer needed. Shared memory: 98 KB with 10 images of one channel, two blocks per
+// multiprocessor. The convolutions' weights are in shared memory for the block's life; those of the linear layers are
+// read from L2 in each pass, 24 KB an image.
+template <typename First, ThreadTile kTile>
 __global__ void __launch_bounds__(kThreads, 2) lenet_forward_kernel(LenetForward call, int images) {
   LX_SMEM(shared);
-  float* pixels = lx::take<float>(shared, images * Conv1::kImage);
-  float* pooled1 = lx::take<float>(shared, images * Conv1::kPooled);
-  float* weights1 = lx::take<float>(shared, Conv1::kOut * Conv1::kWeights);
-  float* biases1 = lx::take<float>(shared, Conv1::kOut);
+  float* pixels = lx::take<float>(shared, images * First::kImage);
+  float* pooled1 = lx::take<float>(shared, images * First::kPooled);
+  float* weights1 = lx::take<float>(shared, First::kOut * First::kWeights);
+  float* biases1 = lx::take<float>(shared, First::kOut);
   float* weights2 = lx::take<float>(shared, Conv2::kOut * Conv2::kWeights);
   float* biases2 = lx::take<float>(shared, Conv2::kOut);
   float *features = pixels, *partial = pooled1;
 
-  transpose_weights<Conv1>(weights1, call.parameters[0]);
+  transpose_weights<First>(weights1, call.parameters[0]);
   transpose_weights<Conv2>(weights2, call.parameters[2]);
-  if (threadIdx.x < Conv1::kOut) biases1[threadIdx.x] = call.parameters[1][threadIdx.x];
+  if (threadIdx.x < First::kOut) biases1[threadIdx.x] = call.parameters[1][threadIdx.x];
   if (threadIdx.x < Conv2::kOut) biases2[threadIdx.x] = call.parameters[3][threadIdx.x];
 
   const int64_t stride = int64_t{gridDim.x} * images;
   for (int64_t first = int64_t{blockIdx.x} * images; first < call.batch; first += stride) {
     const int present = static_cast<int>(call.batch - first < images ? call.batch - first : images);
-    lx::copy_to_shared(pixels, call.input + first * Conv1::kImage, present * Conv1::kImage);
-    lx::fill_shared(pixels + present * Conv1::kImage, (images - present) * Conv1::kImage, 0.0f);
+    lx::copy_to_shared(pixels, call.input + first * First::kImage, present * First::kImage);
+    lx::fill_shared(pixels + present * First::kImage, (images - present) * First::kImage, 0.0f);
     __syncthreads();
-    convolve_images<Conv1, kTile>(pixels, weights1, biases1, images, present,
+    convolve_images<First, kTile>(pixels, weights1, biases1, images, present,
                                   [&](int image, int channel, int window, const Winner<float>& winner) {
-                                    const int at = image * Conv1::kPooled + channel * Conv1::kWindows + window;
+                                    const int at = image * First::kPooled + channel * First::kWindows + window;
                                     pooled1[at] = winner.pooled();
                                     if (call.pooled1 == nullptr) return;
-                                    call.pooled1[first * Conv1::kPooled + at] = winner.pooled();
-                                    call.indices1[first * Conv1::kPooled + at] = winner.code();
+                                    call.pooled1[first * First::kPooled + at] = winner.pooled();
+                                    call.indices1[first * First::kPooled + at] = winner.code();
                                   });
     __syncthreads();
     convolve_images<Conv2, kTile>(pooled1, weights2, biases2, images, present,
@@ -78,16 +79,11 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_forward_kernel(LenetForward
   }
 }
 
-}  // namespace
-
-bool has_lenet_forward(DType dtype, int64_t channels, int64_t classes) {
-  return dtype == DType::kFloat32 && channels == Conv1::kIn && classes >= 1 && classes <= kMostOutputs;
-}
-
-LaunchResult launch_lenet_forward(const LenetForward& call, cudaStream_t stream) {
+template <typename First>
+LaunchResult forward(const LenetForward& call, cudaStream_t stream) {
   LaunchResult result;
   if (call.batch == 0) return result;
-  const int images = images_per_block(call.batch, kImages, shared_bytes);
+  const int images = images_per_block(call.batch, kImages, shared_bytes<First>);
   // Blocks that stay need the convolutions' weights once. How many there are does not change any result.
   int device = 0, multiprocessors = 0;
   result.error = cudaGetDevice(&device);
@@ -97,11 +93,22 @@ LaunchResult launch_lenet_forward(const LenetForward& call, cudaStream_t stream)
   const unsigned grid = std::min(lx::grid_for(call.batch, images), static_cast<unsigned>(2 * multiprocessors));
   const ThreadTile tile = tile_for(images);
   lx::launch(result, "lenet_forward_kernel",
-             tile == ThreadTile::kSingle ? lenet_forward_kernel<ThreadTile::kSingle>
-             : tile == ThreadTile::kPair ? lenet_forward_kernel<ThreadTile::kPair>
-                                         : lenet_forward_kernel<ThreadTile::kLarge>,
-             grid, kThreads, shared_bytes(images), stream, call, images);
+             tile == ThreadTile::kSingle ? lenet_forward_kernel<First, ThreadTile::kSingle>
+             : tile == ThreadTile::kPair ? lenet_forward_kernel<First, ThreadTile::kPair>
+                                         : lenet_forward_kernel<First, ThreadTile::kLarge>,
+             grid, kThreads, shared_bytes<First>(images), stream, call, images);
   return result;
+}
+
+}  // namespace
+
+bool has_lenet_forward(DType dtype, int64_t channels, int64_t classes) {
+  return dtype == DType::kFloat32 && (channels == Conv1::kIn || channels == ColourConv1::kIn) && classes >= 1 &&
+         classes <= kMostOutputs;
+}
+
+LaunchResult launch_lenet_forward(const LenetForward& call, cudaStream_t stream) {
+  return call.in_channels == 1 ? forward<Conv1>(call, stream) : forward<ColourConv1>(call, stream);
 }
 
 }  // namespace lenet_ext::cuda

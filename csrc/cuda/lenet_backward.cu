@@ -11,14 +11,14 @@ constexpr unsigned kThreads = kGradThreads;
 
 // block -> one slice of the batch, `kImages` images at a time; a pass costs some 30,000 cycles. Shared memory: 93 KB
 // with 4 images, 40 KB with one; two blocks per multiprocessor.
-template <typename T, int kImages>
+template <typename First, typename T, int kImages>
 __global__ void __launch_bounds__(kThreads, 2)
     lenet_backward_data_kernel(LenetBackwardOf<T> call, BackwardWorkspace workspace) {
-  using P = Pass<kImages>;
+  using P = Pass<First, kImages>;
   LX_SMEM(shared);
   float* weights2 = lx::take<float>(shared, Conv2::kOut * Conv2::kWeights);  // turned
-  float* pixels = lx::take<float>(shared, kImages * Conv1::kImage);
-  float* pooled1 = lx::take<float>(shared, kImages * Conv1::kPooled);  // later its gradient
+  float* pixels = lx::take<float>(shared, kImages * First::kImage);
+  float* pooled1 = lx::take<float>(shared, kImages * First::kPooled);  // later its gradient
   float* grad_features = lx::take<float>(shared, kImages * kFeatures);
   float* region = lx::take<float>(shared, P::kRegionFloats);
   turn_weights(weights2, call.parameters[2]);
@@ -34,19 +34,20 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int i = thread; i < kImages * classes; i += static_cast<int>(kThreads)) {
       region[i] = i < present * classes ? lx::widen(call.grad_output[first * classes + i]) : 0.0f;
     }
-    lx::copy_to_shared(pixels, call.input + first * Conv1::kImage, present * Conv1::kImage);
-    lx::copy_to_shared(pooled1, call.pooled1 + first * Conv1::kPooled, present * Conv1::kPooled);
+    lx::copy_to_shared(pixels, call.input + first * First::kImage, present * First::kImage);
+    lx::copy_to_shared(pooled1, call.pooled1 + first * First::kPooled, present * First::kPooled);
     __syncthreads();
     linear_backward<kImages>(region, present, classes, call.parameters, call.hidden1 + first * kHidden1,
                              call.hidden2 + first * kHidden2, workspace.grad_hidden1 + first * kHidden1,
                              workspace.grad_hidden2 + first * kHidden2, grad_features);
-    convolutions_backward<kImages>(region, pixels, pooled1, grad_features, weights2,
-                                   call.indices1 + first * Conv1::kPooled, call.indices2 + first * Conv2::kPooled,
-                                   present, first == slice_begin, workspace.partials1 + int64_t{blockIdx.x} * kSums1,
-                                   workspace.partials2 + int64_t{blockIdx.x} * kSums2, [&](int at, float value) {
-                                     if (call.grad_pooled1 == nullptr) return;
-                                     call.grad_pooled1[first * Conv1::kPooled + at] = lx::narrow<T>(value);
-                                   });
+    convolutions_backward<First, kImages>(region, pixels, pooled1, grad_features, weights2,
+                                          call.indices1 + first * First::kPooled,
+                                          call.indices2 + first * Conv2::kPooled, present, first == slice_begin,
+                                          workspace.partials1 + int64_t{blockIdx.x} * kSums1<First>,
+                                          workspace.partials2 + int64_t{blockIdx.x} * kSums2, [&](int at, float value) {
+                                            if (call.grad_pooled1 == nullptr) return;
+                                            call.grad_pooled1[first * First::kPooled + at] = lx::narrow<T>(value);
+                                          });
   }
 }
 
@@ -70,7 +71,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <typename T>
 LenetBackwardOf<T> typed(const LenetBackwardOf<void>& call) {
   LenetBackwardOf<T> of{};
-  of.batch = call.batch, of.classes = call.classes, of.slice_images = call.slice_images;
+  of.batch = call.batch, of.in_channels = call.in_channels, of.classes = call.classes;
+  of.slice_images = call.slice_images;
   of.grad_output = static_cast<const T*>(call.grad_output), of.input = static_cast<const T*>(call.input);
   of.pooled1 = static_cast<const T*>(call.pooled1), of.indices1 = call.indices1;
   of.pooled2 = static_cast<const T*>(call.pooled2), of.indices2 = call.indices2;
@@ -82,29 +84,29 @@ LenetBackwardOf<T> typed(const LenetBackwardOf<void>& call) {
   return of;
 }
 
-template <typename T>
-LaunchResult backward(const LenetBackwardOf<void>& untyped, cudaStream_t stream) {
+template <typename First, typename T>
+LaunchResult backward_of(const LenetBackwardOf<void>& untyped, cudaStream_t stream) {
   LaunchResult result;
   if (untyped.batch == 0) return result;
   const LenetBackwardOf<T> call = typed<T>(untyped);
   const int64_t slices = lx::divide_up(call.batch, call.slice_images);
-  const BackwardWorkspace w(call.workspace, call.batch, slices);
+  const BackwardWorkspace w(call.workspace, call.batch, First::kIn, slices);
   // Of a pass: as many as the slice has and as fit.
-  const int images = call.slice_images > 2 && lx::fits_shared_memory(Pass<4>::shared_bytes())   ? 4
-                     : call.slice_images > 1 && lx::fits_shared_memory(Pass<2>::shared_bytes()) ? 2
-                                                                                                : 1;
+  const int images = call.slice_images > 2 && lx::fits_shared_memory(Pass<First, 4>::shared_bytes())   ? 4
+                     : call.slice_images > 1 && lx::fits_shared_memory(Pass<First, 2>::shared_bytes()) ? 2
+                                                                                                       : 1;
   lx::launch(result, "lenet_backward_data_kernel",
-             images == 1   ? lenet_backward_data_kernel<T, 1>
-             : images == 2 ? lenet_backward_data_kernel<T, 2>
-                           : lenet_backward_data_kernel<T, 4>,
+             images == 1   ? lenet_backward_data_kernel<First, T, 1>
+             : images == 2 ? lenet_backward_data_kernel<First, T, 2>
+                           : lenet_backward_data_kernel<First, T, 4>,
              static_cast<unsigned>(slices), kThreads,
-             images == 1   ? Pass<1>::shared_bytes()
-             : images == 2 ? Pass<2>::shared_bytes()
-                           : Pass<4>::shared_bytes(),
+             images == 1   ? Pass<First, 1>::shared_bytes()
+             : images == 2 ? Pass<First, 2>::shared_bytes()
+                           : Pass<First, 4>::shared_bytes(),
              stream, call, w);
 
-  const WeightSums<T, T> sums(w, call.grad_output, static_cast<int>(call.classes), call.pooled2, call.hidden1,
-                              call.hidden2);
+  const WeightSums<T, T> sums(w, First::kIn, call.grad_output, static_cast<int>(call.classes), call.pooled2,
+                              call.hidden1, call.hidden2);
   Gradients<T> gradients;
   for (int i = 0; i < 10; ++i) gradients.of[i] = call.gradients[i];
   lx::launch(result, "lenet_backward_weight_kernel", lenet_backward_weight_kernel<T>,
@@ -113,16 +115,22 @@ LaunchResult backward(const LenetBackwardOf<void>& untyped, cudaStream_t stream)
   return result;
 }
 
+template <typename T>
+LaunchResult backward(const LenetBackwardOf<void>& call, cudaStream_t stream) {
+  return call.in_channels == 1 ? backward_of<Conv1, T>(call, stream) : backward_of<ColourConv1, T>(call, stream);
+}
+
 }  // namespace
 
 bool has_lenet_backward(DType dtype, int64_t channels, int64_t classes) {
-  return dtype != DType::kFloat64 && channels == Conv1::kIn && classes >= 1 && classes <= kMostClasses;
+  return dtype != DType::kFloat64 && (channels == Conv1::kIn || channels == ColourConv1::kIn) && classes >= 1 &&
+         classes <= kMostClasses;
 }
 
 int64_t lenet_backward_slice_images(int64_t batch) { return Slices(batch).images; }
 
-int64_t lenet_backward_workspace(int64_t batch, int64_t slice_images) {
-  return BackwardWorkspace(nullptr, batch, batch == 0 ? 0 : lx::divide_up(batch, slice_images)).bytes;
+int64_t lenet_backward_workspace(int64_t batch, int64_t in_channels, int64_t slice_images) {
+  return BackwardWorkspace(nullptr, batch, in_channels, batch == 0 ? 0 : lx::divide_up(batch, slice_images)).bytes;
 }
 
 LaunchResult launch_lenet_backward(DType dtype, const LenetBackwardOf<void>& call, cudaStream_t stream) {

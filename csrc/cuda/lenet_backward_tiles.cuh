@@ -9,17 +9,19 @@
 namespace lenet_ext::cuda {
 
 constexpr int kMostClasses = kMostOutputs;
-constexpr int kSums1 = Conv1::kOut * (Conv1::kWeights + 1);  // weight and bias gradients of conv1: 156
+template <typename First>
+constexpr int kSums1 = First::kOut * (First::kWeights + 1);  // weight and bias gradients of conv1: 156, or 456
 constexpr int kSums2 = Conv2::kOut * (Conv2::kWeights + 1);  // of conv2: 2416
 
 // What this half leaves for the other.
 struct BackwardWorkspace {
   float *grad_hidden1, *grad_hidden2;  // [batch, 120] and [batch, 84], of the values before ReLU
-  float *partials1, *partials2;        // [slices, 156] and [slices, 2416]
+  float *partials1, *partials2;        // [slices, 156 or 456] and [slices, 2416]
   int64_t bytes;
 
-  BackwardWorkspace(void* begin, int64_t batch, int64_t slices) {
-    const int64_t counts[] = {batch * kHidden1, batch * kHidden2, slices * kSums1, slices * kSums2};
+  BackwardWorkspace(void* begin, int64_t batch, int64_t in_channels, int64_t slices) {
+    const int64_t sums1 = in_channels == 1 ? kSums1<Conv1> : kSums1<ColourConv1>;
+    const int64_t counts[] = {batch * kHidden1, batch * kHidden2, slices * sums1, slices * kSums2};
     float** const parts[] = {&grad_hidden1, &grad_hidden2, &partials1, &partials2};
     bytes = 0;
     for (int i = 0; i < 4; bytes += lx::taken<float>(counts[i]), ++i) {
@@ -31,7 +33,7 @@ struct BackwardWorkspace {
 constexpr int largest(int a, int b, int c = 0) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
 
 // The shared memory of a pass over `kImages` images.
-template <int kImages>
+template <typename First, int kImages>
 struct Pass {
   // One region of shared memory holds, one after the other:
   // - the gradients of the linear layers' outputs, and partial sums [parts][images][inputs] of those of their inputs;
@@ -44,8 +46,8 @@ struct Pass {
   static constexpr int kRegionFloats =
       largest(largest(kLinearFloats, kWeightFloats), GradInput<kImages>::kFloats, Conv1GradWeight::kReducedFloats);
   static constexpr int64_t shared_bytes() {
-    return lx::taken<float>(Conv2::kOut * Conv2::kWeights) + lx::taken<float>(kImages * Conv1::kImage) +
-           lx::taken<float>(kImages * Conv1::kPooled) + lx::taken<float>(kImages * kFeatures) +
+    return lx::taken<float>(Conv2::kOut * Conv2::kWeights) + lx::taken<float>(kImages * First::kImage) +
+           lx::taken<float>(kImages * First::kPooled) + lx::taken<float>(kImages * kFeatures) +
            lx::taken<float>(kRegionFloats);
   }
 };
@@ -103,7 +105,7 @@ __device__ __forceinline__ void linear_backward(float* region, int present, int 
                                                 const T* const (&parameters)[10], const M* hidden1, const M* hidden2,
                                                 float* result1, float* result2, float* grad_features) {
   float* gradient = region;
-  float* partial = region + Pass<kImages>::kLinearGradients;
+  float* partial = region + Pass<Conv1, kImages>::kLinearGradients;
 #pragma unroll 1
   for (int layer = 2; layer >= 0; --layer) {
     const int outputs = layer == 2 ? classes : layer == 1 ? kHidden2 : kHidden1;
@@ -121,7 +123,7 @@ __device__ __forceinline__ void linear_backward(float* region, int present, int 
 // conv2's weights, turned. The weight gradients are added to the block's partial sums in global memory, each by the
 // thread that wrote it before: together they would not fit the registers. store_grad_pooled1(position, value): what
 // else becomes of the gradient between the convolutions.
-template <int kImages, typename StoreGradPooled1>
+template <typename First, int kImages, typename StoreGradPooled1>
 __device__ __forceinline__ void convolutions_backward(float* region, const float* pixels, float* pooled1,
                                                       const float* grad_features, const float* turned_weights2,
                                                       const uint8_t* indices1, const uint8_t* indices2, int present,
@@ -143,10 +145,20 @@ __device__ __forceinline__ void convolutions_backward(float* region, const float
   });
   __syncthreads();
 
-  // conv1's weights
-  Conv1GradWeight gradient;
-  gradient.add(pixels, pooled1, indices1, present);
-  gradient.finish(region, [&](int at, float sum) { partials1[at] = first_pass ? sum : partials1[at] + sum; });
+  // conv1's weights, an input channel at a time
+#pragma unroll 1
+  for (int c = 0; c < First::kIn; ++c) {
+    Conv1GradWeight gradient;
+    gradient.add(pixels + c * First::kSize * First::kSize, First::kImage, pooled1, indices1, present);
+    gradient.finish(region, [&](int at, float sum) {
+      if (First::kIn > 1) {
+        const int channel = at / (kTaps + 1), tap = at % (kTaps + 1);
+        if (tap == kTaps && c > 0) return;  // the bias, which is the same for all of them
+        at = channel * (First::kWeights + 1) + (tap == kTaps ? First::kWeights : c * kTaps + tap);
+      }
+      partials1[at] = first_pass ? sum : partials1[at] + sum;
+    });
+  }
 }
 
 }  // namespace lenet_ext::cuda

@@ -163,8 +163,9 @@ struct Conv1GradWeight {
 
   float sums[kSums] = {};  // [channel][tap, bias]
 
+  // For the weights of one input channel: `plane` is its first image's, the next image's is `pitch` later.
   template <typename T>
-  LX_DEVICE void add(const float* pixels, const T* grad_output, const uint8_t* indices, int present) {
+  LX_DEVICE void add(const float* plane, int pitch, const T* grad_output, const uint8_t* indices, int present) {
     const int group = threadIdx.x / kGroupThreads, member = threadIdx.x % kGroupThreads;
 #pragma unroll 1
     for (int item = member; item < present * L::kWindows; item += kGroupThreads) {
@@ -178,7 +179,7 @@ struct Conv1GradWeight {
         expand_window(gradient[c], value, code);
         sums[c * (kTaps + 1) + kTaps] += code == kDead ? 0.0f : value;
       }
-      const float* corner = pixels + image * L::kImage + window / L::kPool * 2 * L::kSize + window % L::kPool * 2;
+      const float* corner = plane + image * pitch + window / L::kPool * 2 * L::kSize + window % L::kPool * 2;
       float rows[2][kTap + 1];
       load_row(rows[0], corner);
 #pragma unroll

@@ -19,21 +19,21 @@ struct StepWorkspace {
   int64_t bytes;
   BackwardWorkspace backward;
 
-  StepWorkspace(void* begin, int64_t batch, int64_t classes, int64_t slices)
-      : bytes(0), backward(nullptr, batch, slices) {
+  StepWorkspace(void* begin, int64_t batch, int64_t in_channels, int64_t classes, int64_t slices)
+      : bytes(0), backward(nullptr, batch, in_channels, slices) {
     const int64_t counts[] = {batch * classes, batch * kFeatures, batch * kHidden1, batch * kHidden2, batch + 1, 20};
     float** const parts[] = {&grad_logits, &features, &hidden1, &hidden2, &losses, &corrections};
     unsigned char* at = static_cast<unsigned char*>(begin);
     for (int i = 0; i < 6; bytes += lx::taken<float>(counts[i]), ++i) {
       *parts[i] = reinterpret_cast<float*>(at + (at == nullptr ? 0 : bytes));
     }
-    if (at != nullptr) backward = BackwardWorkspace(at + bytes, batch, slices);
+    if (at != nullptr) backward = BackwardWorkspace(at + bytes, batch, in_channels, slices);
     bytes += backward.bytes;
   }
 };
 
 // The shared memory of a pass over `kImages` images.
-template <int kImages>
+template <typename First, int kImages>
 struct StepPass {
   static constexpr ThreadTile kTile = kImages == 1   ? ThreadTile::kSingle
                                       : kImages == 2 ? ThreadTile::kPair
@@ -41,53 +41,54 @@ struct StepPass {
   static constexpr int kRows = (kImages + 1) / 2;  // images of a thread in a linear layer's forward pass
   // The region of the backward pass begins with the logits and later holds the forward pass's partial sums.
   static constexpr int kPartial = kImages * kMostClasses;
-  static_assert(kPartial + kLinearParts * kImages * kMostOutputs <= Pass<kImages>::kRegionFloats);
+  static_assert(kPartial + kLinearParts * kImages * kMostOutputs <= Pass<First, kImages>::kRegionFloats);
 
   float *weights1, *biases1, *weights2, *biases2, *pixels, *pooled1, *features, *hidden1, *hidden2;
   float *turned_weights2, *region;
   uint8_t *indices1, *indices2;
 
   LX_DEVICE explicit StepPass(unsigned char* shared) {
-    weights1 = lx::take<float>(shared, Conv1::kOut * Conv1::kWeights);
-    biases1 = lx::take<float>(shared, Conv1::kOut);
+    weights1 = lx::take<float>(shared, First::kOut * First::kWeights);
+    biases1 = lx::take<float>(shared, First::kOut);
     weights2 = lx::take<float>(shared, Conv2::kOut * Conv2::kWeights);
     biases2 = lx::take<float>(shared, Conv2::kOut);
     turned_weights2 = lx::take<float>(shared, Conv2::kOut * Conv2::kWeights);
-    pixels = lx::take<float>(shared, kImages * Conv1::kImage);
-    pooled1 = lx::take<float>(shared, kImages * Conv1::kPooled);  // later its gradient
+    pixels = lx::take<float>(shared, kImages * First::kImage);
+    pooled1 = lx::take<float>(shared, kImages * First::kPooled);  // later its gradient
     features = lx::take<float>(shared, kImages * kFeatures);      // later their gradient
     hidden1 = lx::take<float>(shared, kImages * kHidden1);
     hidden2 = lx::take<float>(shared, kImages * kHidden2);
-    indices1 = lx::take<uint8_t>(shared, kImages * Conv1::kPooled);
+    indices1 = lx::take<uint8_t>(shared, kImages * First::kPooled);
     indices2 = lx::take<uint8_t>(shared, kImages * Conv2::kPooled);
-    region = lx::take<float>(shared, Pass<kImages>::kRegionFloats);
+    region = lx::take<float>(shared, Pass<First, kImages>::kRegionFloats);
   }
   static constexpr int64_t shared_bytes() {
     int64_t bytes = 0;
     for (const int64_t floats :
-         {Conv1::kOut * Conv1::kWeights, Conv1::kOut, Conv2::kOut * Conv2::kWeights, Conv2::kOut,
-          Conv2::kOut * Conv2::kWeights, kImages * Conv1::kImage, kImages * Conv1::kPooled, kImages * kFeatures,
-          kImages * kHidden1, kImages * kHidden2, Pass<kImages>::kRegionFloats}) {
+         {First::kOut * First::kWeights, First::kOut, Conv2::kOut * Conv2::kWeights, Conv2::kOut,
+          Conv2::kOut * Conv2::kWeights, kImages * First::kImage, kImages * First::kPooled, kImages * kFeatures,
+          kImages * kHidden1, kImages * kHidden2, Pass<First, kImages>::kRegionFloats}) {
       bytes += lx::taken<float>(floats);
     }
-    return bytes + lx::taken<uint8_t>(kImages * Conv1::kPooled) + lx::taken<uint8_t>(kImages * Conv2::kPooled);
+    return bytes + lx::taken<uint8_t>(kImages * First::kPooled) + lx::taken<uint8_t>(kImages * Conv2::kPooled);
   }
 };
 
-// block -> one slice of the batch, `kImages` images at a time. Shared memory: 118 KB with 4 images, 55 KB with one.
-template <int kImages>
+// block -> one slice of the batch, `kImages` images at a time. Shared memory: 118 KB with 4 images of one channel, 55
+// KB with one.
+template <typename First, int kImages>
 __global__ void __launch_bounds__(kThreads, 1) lenet_step_data_kernel(LenetStep call, StepWorkspace w) {
   LX_SMEM(shared);
-  const StepPass<kImages> s(shared);
-  using S = StepPass<kImages>;
+  const StepPass<First, kImages> s(shared);
+  using S = StepPass<First, kImages>;
   const float* parameters[10];
 #pragma unroll
   for (int i = 0; i < 10; ++i) parameters[i] = call.parameters[i];
   const int thread = static_cast<int>(threadIdx.x), classes = static_cast<int>(call.classes);
-  transpose_weights<Conv1>(s.weights1, parameters[0]);
+  transpose_weights<First>(s.weights1, parameters[0]);
   transpose_weights<Conv2>(s.weights2, parameters[2]);
   turn_weights(s.turned_weights2, parameters[2]);
-  if (thread < Conv1::kOut) s.biases1[thread] = parameters[1][thread];
+  if (thread < First::kOut) s.biases1[thread] = parameters[1][thread];
   if (thread < Conv2::kOut) s.biases2[thread] = parameters[3][thread];
   const float divisor = loss_divisor(call.loss, call.batch, classes, s.region);
   if (blockIdx.x == 0 && thread == 0) w.losses[call.batch] = divisor;
@@ -103,12 +104,12 @@ __global__ void __launch_bounds__(kThreads, 1) lenet_step_data_kernel(LenetStep 
   for (int64_t first = slice_begin; first < slice_end; first += kImages) {
     const int present = static_cast<int>(slice_end - first < kImages ? slice_end - first : kImages);
     __syncthreads();  // the last pass is done with the shared memory
-    lx::copy_to_shared(s.pixels, call.input + first * Conv1::kImage, present * Conv1::kImage);
-    lx::fill_shared(s.pixels + present * Conv1::kImage, (kImages - present) * Conv1::kImage, 0.0f);
+    lx::copy_to_shared(s.pixels, call.input + first * First::kImage, present * First::kImage);
+    lx::fill_shared(s.pixels + present * First::kImage, (kImages - present) * First::kImage, 0.0f);
     __syncthreads();
-    convolve_images<Conv1, S::kTile>(s.pixels, s.weights1, s.biases1, kImages, kImages,
+    convolve_images<First, S::kTile>(s.pixels, s.weights1, s.biases1, kImages, kImages,
                                      [&](int image, int channel, int window, const Winner<float>& winner) {
-                                       const int at = image * Conv1::kPooled + channel * Conv1::kWindows + window;
+                                       const int at = image * First::kPooled + channel * First::kWindows + window;
                                        s.pooled1[at] = winner.pooled();
                                        s.indices1[at] = winner.code();
                                      });
@@ -150,9 +151,10 @@ __global__ void __launch_bounds__(kThreads, 1) lenet_step_data_kernel(LenetStep 
     linear_backward<kImages>(s.region, present, classes, parameters, static_cast<const float*>(s.hidden1),
                              static_cast<const float*>(s.hidden2), w.backward.grad_hidden1 + first * kHidden1,
                              w.backward.grad_hidden2 + first * kHidden2, s.features);
-    convolutions_backward<kImages>(s.region, s.pixels, s.pooled1, s.features, s.turned_weights2, s.indices1, s.indices2,
-                                   present, first == slice_begin, w.backward.partials1 + int64_t{blockIdx.x} * kSums1,
-                                   w.backward.partials2 + int64_t{blockIdx.x} * kSums2, [](int, float) {});
+    convolutions_backward<First, kImages>(s.region, s.pixels, s.pooled1, s.features, s.turned_weights2, s.indices1,
+                                          s.indices2, present, first == slice_begin,
+                                          w.backward.partials1 + int64_t{blockIdx.x} * kSums1<First>,
+                                          w.backward.partials2 + int64_t{blockIdx.x} * kSums2, [](int, float) {});
   }
 }
 
@@ -188,39 +190,45 @@ __global__ void __launch_bounds__(kThreads, 2)
                });
 }
 
-}  // namespace
-
-bool has_lenet_step(DType dtype, int64_t channels, int64_t classes) {
-  return dtype == DType::kFloat32 && channels == Conv1::kIn && classes >= 1 && classes <= kMostClasses;
-}
-
-int64_t lenet_step_workspace(int64_t batch, int64_t classes, int64_t slice_images) {
-  return StepWorkspace(nullptr, batch, classes, lx::divide_up(batch, slice_images)).bytes;
-}
-
-LaunchResult launch_lenet_step(const LenetStep& call, cudaStream_t stream) {
+template <typename First>
+LaunchResult step(const LenetStep& call, cudaStream_t stream) {
   LaunchResult result;
   if (call.batch == 0) return result;
   const int64_t slices = lx::divide_up(call.batch, call.slice_images);
-  const StepWorkspace w(call.workspace, call.batch, call.classes, slices);
+  const StepWorkspace w(call.workspace, call.batch, First::kIn, call.classes, slices);
   // Of a pass: as many as the slice has and as fit.
-  const int images = call.slice_images > 2 && lx::fits_shared_memory(StepPass<4>::shared_bytes())   ? 4
-                     : call.slice_images > 1 && lx::fits_shared_memory(StepPass<2>::shared_bytes()) ? 2
-                                                                                                    : 1;
+  const int images = call.slice_images > 2 && lx::fits_shared_memory(StepPass<First, 4>::shared_bytes())   ? 4
+                     : call.slice_images > 1 && lx::fits_shared_memory(StepPass<First, 2>::shared_bytes()) ? 2
+                                                                                                           : 1;
   lx::launch(result, "lenet_step_data_kernel",
-             images == 1   ? lenet_step_data_kernel<1>
-             : images == 2 ? lenet_step_data_kernel<2>
-                           : lenet_step_data_kernel<4>,
+             images == 1   ? lenet_step_data_kernel<First, 1>
+             : images == 2 ? lenet_step_data_kernel<First, 2>
+                           : lenet_step_data_kernel<First, 4>,
              static_cast<unsigned>(slices), kThreads,
-             images == 1   ? StepPass<1>::shared_bytes()
-             : images == 2 ? StepPass<2>::shared_bytes()
-                           : StepPass<4>::shared_bytes(),
+             images == 1   ? StepPass<First, 1>::shared_bytes()
+             : images == 2 ? StepPass<First, 2>::shared_bytes()
+                           : StepPass<First, 4>::shared_bytes(),
              stream, call, w);
-  const WeightSums<float, float> sums(w.backward, w.grad_logits, static_cast<int>(call.classes), w.features, w.hidden1,
-                                      w.hidden2);
+  const WeightSums<float, float> sums(w.backward, First::kIn, w.grad_logits, static_cast<int>(call.classes), w.features,
+                                      w.hidden1, w.hidden2);
   lx::launch(result, "lenet_step_update_kernel", lenet_step_update_kernel, static_cast<unsigned>(sums.blocks() + 1),
              kThreads, weight_shared_bytes(), stream, call, sums, slices, w);
   return result;
+}
+
+}  // namespace
+
+bool has_lenet_step(DType dtype, int64_t channels, int64_t classes) {
+  return dtype == DType::kFloat32 && (channels == Conv1::kIn || channels == ColourConv1::kIn) && classes >= 1 &&
+         classes <= kMostClasses;
+}
+
+int64_t lenet_step_workspace(int64_t batch, int64_t in_channels, int64_t classes, int64_t slice_images) {
+  return StepWorkspace(nullptr, batch, in_channels, classes, lx::divide_up(batch, slice_images)).bytes;
+}
+
+LaunchResult launch_lenet_step(const LenetStep& call, cudaStream_t stream) {
+  return call.in_channels == 1 ? step<Conv1>(call, stream) : step<ColourConv1>(call, stream);
 }
 
 }  // namespace lenet_ext::cuda

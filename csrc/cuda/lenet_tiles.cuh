@@ -19,6 +19,7 @@ struct LeNetLayer {
   static constexpr int kWeights = kIn * kTaps;        // of one output channel
 };
 using Conv1 = LeNetLayer<1, 6, 32>;
+using ColourConv1 = LeNetLayer<3, 6, 32>;  // of images of three channels
 using Conv2 = LeNetLayer<6, 16, 14>;
 
 template <typename L>

@@ -147,11 +147,12 @@ struct WeightSums {
   ConvolutionSums convolution[2];
 
   // grad_logits [batch, classes]; features, hidden1 and hidden2: the inputs of the linear layers.
-  WeightSums(const BackwardWorkspace& w, const G* grad_logits, int classes, const T* features, const T* hidden1,
-             const T* hidden2)
+  WeightSums(const BackwardWorkspace& w, int in_channels, const G* grad_logits, int classes, const T* features,
+             const T* hidden1, const T* hidden2)
       : hidden{{w.grad_hidden1, features, kHidden1, kFeatures, 4}, {w.grad_hidden2, hidden1, kHidden2, kHidden1, 6}},
         last{grad_logits, hidden2, classes, kHidden2, 8},
-        convolution{{w.partials2, kSums2, Conv2::kWeights, 2}, {w.partials1, kSums1, Conv1::kWeights, 0}} {}
+        convolution{{w.partials2, kSums2, Conv2::kWeights, 2},
+                    {w.partials1, in_channels == 1 ? kSums1<Conv1> : kSums1<ColourConv1>, in_channels * kTaps, 0}} {}
 
   LX_DEVICE int blocks() const {
     return hidden[0].tiles() + hidden[1].tiles() + last.tiles() + convolution[0].blocks() + convolution[1].blocks();

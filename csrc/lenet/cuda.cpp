@@ -1,7 +1,7 @@
-// The whole network on CUDA. Compiled only where nvcc is found. For one channel and up to 128 classes the forward pass
-// is one launch, in float32 and, where the GPU has tensor cores for them, in float16 and bfloat16; the backward pass of
-// all but large batches is two in each of them. Otherwise the layers go one after the other, without the cost of five
-// operators and five Functions.
+// The whole network on CUDA. Compiled only where nvcc is found. For up to 128 classes the forward pass is one launch,
+// in float32 for one channel and for three and, where the GPU has tensor cores for them, in float16 and bfloat16 for
+// one; the backward pass of all but large batches is two in each of them, for one channel and for three. Otherwise the
+// layers go one after the other, without the cost of five operators and five Functions.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -35,7 +35,7 @@ cuda::LenetForwardOf<T> forward_of(const Tensor& images, const std::vector<Tenso
   };
   auto codes_to = [](const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr<uint8_t>() : nullptr; };
   cuda::LenetForwardOf<T> call{};
-  call.batch = images.size(0), call.classes = p[8].size(0);
+  call.batch = images.size(0), call.in_channels = images.size(1), call.classes = p[8].size(0);
   call.input = static_cast<const T*>(images.const_data_ptr());
   for (size_t i = 0; i < 10; ++i) call.parameters[i] = static_cast<const T*>(p[i].const_data_ptr());
   call.output = to(a.output);
@@ -66,7 +66,7 @@ LenetLayers lenet_forward(const char* op, const Tensor& input, TensorList parame
     a.pooled2 = at::empty({batch, 16, 5, 5}, options), a.indices2 = at::empty({batch, 16, 5, 5}, codes);
     a.hidden1 = at::empty({batch, 120}, options), a.hidden2 = at::empty({batch, 84}, options);
   }
-  const int cluster = tensor_cores ? 0 : cuda::lenet_cluster_blocks(batch, classes);
+  const int cluster = tensor_cores || input.size(1) != 1 ? 0 : cuda::lenet_cluster_blocks(batch, classes);
   const cuda::LaunchResult result =
       tensor_cores   ? cuda::launch_lenet_tensor_core_forward(dtype, forward_of<void>(images, p, a), scope.stream)
       : cluster != 0 ? cuda::launch_lenet_cluster_forward(forward_of<float>(images, p, a), cluster, scope.stream)
@@ -108,7 +108,7 @@ LenetGradients lenet_backward(const char* op, const Tensor& grad_output, const T
     gradients.parameters.push_back(at::empty(p[i].sizes(), p[i].options()));
     call.parameters[i] = p[i].const_data_ptr(), call.gradients[i] = gradients.parameters[i].mutable_data_ptr();
   }
-  call.batch = batch, call.classes = classes;
+  call.batch = batch, call.in_channels = input.size(1), call.classes = classes;
   call.slice_images = cuda::lenet_backward_slice_images(batch);
   call.grad_output = grad_output.const_data_ptr(), call.input = images.const_data_ptr();
   call.pooled1 = a.pooled1.const_data_ptr(), call.indices1 = a.indices1.const_data_ptr<uint8_t>();
@@ -116,7 +116,7 @@ LenetGradients lenet_backward(const char* op, const Tensor& grad_output, const T
   call.hidden1 = a.hidden1.const_data_ptr(), call.hidden2 = a.hidden2.const_data_ptr();
   const Tensor grad_pooled1 = input_gradient ? at::empty({batch, 6, 14, 14}, input.options()) : Tensor();
   if (input_gradient) call.grad_pooled1 = grad_pooled1.mutable_data_ptr();
-  const int64_t bytes = cuda::lenet_backward_workspace(batch, call.slice_images);
+  const int64_t bytes = cuda::lenet_backward_workspace(batch, input.size(1), call.slice_images);
   const Tensor workspace = at::empty({bytes}, input.options().dtype(at::kByte));
   call.workspace = workspace.mutable_data_ptr();
   check_launch(op, cuda::launch_lenet_backward(cuda_dtype(op, input), call, scope.stream), input);
@@ -175,7 +175,7 @@ Tensor training_step(const char* op, const TrainingStepCall& step) {
   const Tensor weight = step.loss.weight.has_value() ? step.loss.weight->contiguous() : Tensor();
   const Tensor loss = at::empty({}, images.options());
   cuda::LenetStep call{};
-  call.batch = images.size(0), call.classes = step.parameters[8].size(0);
+  call.batch = images.size(0), call.in_channels = images.size(1), call.classes = step.parameters[8].size(0);
   call.slice_images = cuda::lenet_backward_slice_images(call.batch);
   call.input = images.const_data_ptr<float>();
   const bool cross_entropy = step.loss.name == "cross_entropy";
@@ -204,8 +204,9 @@ Tensor training_step(const char* op, const TrainingStepCall& step) {
     }
   }
   call.mean_loss = loss.mutable_data_ptr<float>();
-  const Tensor workspace = at::empty({cuda::lenet_step_workspace(call.batch, call.classes, call.slice_images)},
-                                     images.options().dtype(at::kByte));
+  const Tensor workspace =
+      at::empty({cuda::lenet_step_workspace(call.batch, call.in_channels, call.classes, call.slice_images)},
+                images.options().dtype(at::kByte));
   call.workspace = workspace.mutable_data_ptr();
   check_launch(op, cuda::launch_lenet_step(call, scope.stream), images);
   return loss;

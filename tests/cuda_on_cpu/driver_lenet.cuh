@@ -91,7 +91,7 @@ void test_lenet(DType dtype, bool tensor_cores, const LenetCase& c) {
   std::vector<std::unique_ptr<Buffer>> results;
   for (const auto& each : expected) results.push_back(std::make_unique<Buffer>(dtype, each.size()));
   Bytes indices1(batch * 1176), indices2(batch * 400);
-  call.batch = batch, call.classes = classes;
+  call.batch = batch, call.in_channels = 1, call.classes = classes;
   call.input = input.data(), call.output = results[4]->data();
   if (c.training) {
     call.pooled1 = results[0]->data(), call.pooled2 = results[1]->data();
@@ -204,7 +204,7 @@ void test_lenet_backward(DType dtype, int64_t batch, int64_t classes, int64_t sl
   indices1.set(codes1), indices2.set(codes2);
 
   std::vector<double> gradient = random_values(dtype, batch * classes);
-  call.batch = batch, call.classes = classes, call.slice_images = slice_images;
+  call.batch = batch, call.in_channels = 1, call.classes = classes, call.slice_images = slice_images;
   call.grad_output = buffer(gradient), call.input = buffer(images);
   call.pooled1 = buffer(pooled1), call.indices1 = indices1.data;
   call.pooled2 = buffer(inputs[0]), call.indices2 = indices2.data;
@@ -229,7 +229,7 @@ void test_lenet_backward(DType dtype, int64_t batch, int64_t classes, int64_t sl
   expected[2] = second.grad_weight, expected[3] = second.grad_bias;
 
   Buffer grad_pooled1(dtype, batch * 1176);
-  Buffer workspace(DType::kFloat32, lenet_backward_workspace(batch, slice_images) / 4);
+  Buffer workspace(DType::kFloat32, lenet_backward_workspace(batch, 1, slice_images) / 4);
   if (input_gradient) call.grad_pooled1 = grad_pooled1.data();
   call.workspace = workspace.data();
   run(
@@ -249,7 +249,7 @@ void test_lenet_backward(DType dtype, int64_t batch, int64_t classes, int64_t sl
 }
 
 struct StepCase {
-  int64_t batch, classes, slice_images;
+  int64_t batch, in_channels, classes, slice_images;
   Loss loss;
   Optimizer optimizer;
   bool options;  // class weights, label smoothing, ignored targets; weight decay, Nesterov, AMSGrad
@@ -258,12 +258,13 @@ struct StepCase {
 // Against the forward and backward launches, which have tests of their own, with loss and update in float64 in between.
 // Two steps, because the first one finds nothing in the buffers.
 void test_lenet_step(const StepCase& c) {
-  const int64_t batch = c.batch, classes = c.classes;
-  const std::string name = "lenet step batch " + std::to_string(batch) + " classes " + std::to_string(classes) +
-                           " loss " + std::to_string(static_cast<int>(c.loss)) + " optimizer " +
-                           std::to_string(static_cast<int>(c.optimizer)) + (c.options ? " with options" : "");
+  const int64_t batch = c.batch, pixels = 1024 * c.in_channels, classes = c.classes;
+  const std::string name = "lenet step batch " + std::to_string(batch) + " channels " + std::to_string(c.in_channels) +
+                           " classes " + std::to_string(classes) + " loss " + std::to_string(static_cast<int>(c.loss)) +
+                           " optimizer " + std::to_string(static_cast<int>(c.optimizer)) +
+                           (c.options ? " with options" : "");
   const DType dtype = DType::kFloat32;
-  const int64_t sizes[] = {150, 6, 2400, 16, 48000, 120, 120 * 84, 84, 84 * classes, classes};
+  const int64_t sizes[] = {150 * c.in_channels, 6, 2400, 16, 48000, 120, 120 * 84, 84, 84 * classes, classes};
   const double scales[] = {0.2, 0.2, 0.08, 0.08, 0.05, 0.05, 0.09, 0.09, 0.1, 0.1};
   auto buffer = [&](int64_t count) { return std::make_unique<Buffer>(dtype, count); };
   auto floats = [](const std::unique_ptr<Buffer>& b) { return static_cast<float*>(b->data()); };
@@ -276,9 +277,9 @@ void test_lenet_step(const StepCase& c) {
     parameters.push_back(buffer(sizes[i])), gradients.push_back(buffer(sizes[i]));
     for (auto& each : buffers) each.push_back(buffer(sizes[i]));
   }
-  const auto images = buffer(batch * 1024), values = buffer(batch * classes), weight = buffer(classes),
+  const auto images = buffer(batch * pixels), values = buffer(batch * classes), weight = buffer(classes),
              loss = buffer(1);
-  images->set(random_values(dtype, batch * 1024));
+  images->set(random_values(dtype, batch * pixels));
   const std::vector<double> wanted = random_values(dtype, batch * classes);
   values->set(wanted);
   std::vector<double> class_weights(classes, 1.0);
@@ -294,7 +295,8 @@ void test_lenet_step(const StepCase& c) {
   const double smoothing = c.options ? 0.125 : 0;
 
   LenetStep call{};
-  call.batch = batch, call.classes = classes, call.slice_images = c.slice_images;
+  call.batch = batch, call.in_channels = c.in_channels, call.classes = classes;
+  call.slice_images = c.slice_images;
   call.input = floats(images), call.mean_loss = floats(loss);
   call.loss = {c.loss,
                reinterpret_cast<const int64_t*>(target_bytes.data),
@@ -316,7 +318,7 @@ void test_lenet_step(const StepCase& c) {
     u.max_exp_avg_sq = c.options ? floats(buffers[2][i]) : nullptr;
     u.step = i % 2 == 0 ? floats(count) + i : nullptr;
   }
-  Buffer workspace(dtype, lenet_step_workspace(batch, classes, c.slice_images) / 4);
+  Buffer workspace(dtype, lenet_step_workspace(batch, c.in_channels, classes, c.slice_images) / 4);
   call.workspace = workspace.data();
 
   // One step of the same by way of the other launches, from `now`; returns the loss.
@@ -327,7 +329,8 @@ void test_lenet_step(const StepCase& c) {
   auto reference_step = [&](int step) {
     LenetForward forward{};
     LenetBackwardOf<void> backward{};
-    forward.batch = backward.batch = batch, forward.classes = backward.classes = classes;
+    forward.batch = backward.batch = batch, forward.in_channels = backward.in_channels = c.in_channels;
+    forward.classes = backward.classes = classes;
     for (int i = 0; i < 10; ++i) {
       parameters[i]->set(now[i]);
       forward.parameters[i] = floats(parameters[i]), backward.parameters[i] = parameters[i]->data();
@@ -367,7 +370,7 @@ void test_lenet_step(const StepCase& c) {
     backward.pooled1 = kept1->data(), backward.pooled2 = kept2->data();
     backward.hidden1 = hidden1->data(), backward.hidden2 = hidden2->data();
     backward.indices1 = codes1.data, backward.indices2 = codes2.data;
-    Buffer room(dtype, lenet_backward_workspace(batch, backward.slice_images) / 4);
+    Buffer room(dtype, lenet_backward_workspace(batch, c.in_channels, backward.slice_images) / 4);
     backward.workspace = room.data();
     must(launch_lenet_backward(dtype, backward, {}).error, "backward");
     for (int i = 0; i < 10; ++i) {

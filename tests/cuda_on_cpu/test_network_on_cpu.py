@@ -66,7 +66,8 @@ def shared_memory(control, kilobytes):
         control.cuda_on_cpu_set_shared_memory(227 * 1024)
 
 
-# One channel and at most 128 classes are one launch but in float64; the others run layer by layer.
+# At most 128 classes are one launch, but in float64, and for three channels in float32 alone; the others run layer by
+# layer.
 @pytest.mark.parametrize(
     ("batch", "channels", "classes", "precision"),
     [
@@ -75,7 +76,8 @@ def shared_memory(control, kilobytes):
         extended(33, 1, 10, "float32"),
         (4, 1, 128, "float32"),
         (4, 1, 1, "float32"),
-        (3, 3, 10, "float32"),
+        *[(batch, 3, 10, "float32") for batch in (0, 1, 3)],
+        extended(33, 3, 128, "float32"),
         (3, 1, 130, "float32"),
         (3, 1, 10, "float64"),
         (0, 1, 10, "bfloat16"),
@@ -95,7 +97,7 @@ def test_the_whole_network(ops, control, batch, channels, classes, precision):
     with tf32_allowed(precision == "tf32", precision == "tf32"):
         before = control.cuda_on_cpu_launches()
         output = under_schedules(control, -1, lambda: ops.lenet(x, parameters))[0]
-        if dtype != torch.float64 and channels == 1 and classes <= 128:
+        if classes <= 128 and (precision == "float32" or (dtype != torch.float64 and channels == 1)):
             assert control.cuda_on_cpu_launches() - before == len(SCHEDULES) * (batch > 0)
         activations = under_schedules(control, -1, lambda: ops.lenet_with_activations(x, parameters))
     tolerance = TOLERANCES[precision]
@@ -304,9 +306,10 @@ def test_an_image_is_the_same_in_a_batch_of_any_size(ops, control, classes):
     [(1, 10, 3), (2, 128, 3), (3, 1, 3), (17, 7, 3), (33, 10, 3), extended(257, 10, 1), extended(513, 10, 1)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_the_whole_networks_backward_is_two_launches(ops, control, dtype, batch, classes, schedules):
-    net, parameters = reference_net(1, classes, dtype)
-    x, g = torch.randn(batch, 1, 32, 32, dtype=dtype), torch.randn(batch, classes, dtype=dtype)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_whole_networks_backward_is_two_launches(ops, control, channels, dtype, batch, classes, schedules):
+    net, parameters = reference_net(channels, classes, dtype)
+    x, g = torch.randn(batch, channels, 32, 32, dtype=dtype), torch.randn(batch, classes, dtype=dtype)
     activations = ops.lenet_with_activations(x, parameters)[1:]
     control.cuda_on_cpu_configure(-1, 2, 0)
     before = control.cuda_on_cpu_launches()
@@ -430,12 +433,12 @@ STEPS = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize("batch", [1, 5, extended(300)])
-def test_a_training_step_is_two_launches(ops, control, batch, name):
+@pytest.mark.parametrize(("batch", "channels"), [(1, 1), (5, 1), (3, 3), extended(300, 1)])
+def test_a_training_step_is_two_launches(ops, control, batch, channels, name):
     """Against the operator of the CPU in float64, which is tested against PyTorch's own loop."""
     loss, optimizer, options, lists = STEPS[name]
-    _, parameters = reference_net(1, 10, torch.float32)
-    images, targets = torch.randn(batch, 1, 32, 32), torch.randint(10, (batch,))
+    _, parameters = reference_net(channels, 10, torch.float32)
+    images, targets = torch.randn(batch, channels, 32, 32), torch.randint(10, (batch,))
     weight = None
     if loss == "mse":
         targets = torch.randn(batch, 10)
@@ -471,8 +474,8 @@ def test_a_training_step_is_two_launches(ops, control, batch, name):
 
 
 def test_training_steps_that_have_no_kernels(ops, control):
-    """Large batches, other parameters: forward pass, PyTorch's loss, backward pass, PyTorch's update."""
-    for channels, dtype in [(3, torch.float32), (1, torch.float64)]:
+    """Other images, another dtype: forward pass, PyTorch's loss, backward pass, PyTorch's update."""
+    for channels, dtype in [(2, torch.float32), (1, torch.float64)]:
         _, parameters = reference_net(channels, 10, dtype)
         images, targets = torch.randn(3, channels, 32, 32, dtype=dtype), torch.randint(10, (3,))
         results = []
