@@ -7,16 +7,18 @@ recognition", Proceedings of the IEEE 86(11), 1998, in the form that PyTorch's t
 
 from __future__ import annotations
 
-from typing import TypeVar
+import os
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 import torch.nn.modules.module as global_hooks
 from torch import Tensor, nn
 
-from lenet_ext import ops
+from lenet_ext import ops, pretrained
 from lenet_ext._C import is_ordinary_lenet, untouched_parameters
 from lenet_ext.nn import ConvReLUMaxPool2d, Linear, LinearReLU
+from lenet_ext.pretrained.files import load_into
 
 __all__ = ["Net", "ReferenceNet"]
 
@@ -56,6 +58,8 @@ class Net(nn.Module):
         self.fc1 = LinearReLU(16 * 5 * 5, 120, device=device, dtype=dtype)
         self.fc2 = LinearReLU(120, 84, device=device, dtype=dtype)
         self.fc3 = Linear(84, num_classes, device=device, dtype=dtype)
+        # What is known of pretrained weights. Without an annotation, which torch.jit.script would take for its own.
+        self.config = dict[str, Any]()
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
@@ -100,6 +104,73 @@ class Net(nn.Module):
                 "there is lenet_ext.fuse"
             )
         return _converted(reference, cls)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Net:
+        """A trained network.
+
+        Args:
+            name_or_path: ``"mnist"``, whose weights are in this package; a folder that :meth:`save_pretrained` or
+                ``lenet-ext train`` wrote; or a file of weights (safetensors, or a state dict of ``torch.save``, also
+                of a wrapped network and in half precision).
+            device, dtype: of the parameters; by default the CPU's, and torch's default dtype.
+
+        Returns:
+            A network in eval mode. Its attribute ``config`` is what is known of the weights: ``data``, ``labels`` and
+            ``normalization``, whose ``mean`` and ``std`` say what the network wants to see:
+            ``(byte / 255 - mean) / std``, for MNIST of bright ink on a black ground.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+            ValueError: it is damaged, or holds something else than the weights of LeNet.
+            ImportError: safetensors is not installed (``pip install 'lenet_ext[train]'``).
+
+        Example:
+            >>> import torch, lenet_ext
+            >>> net = lenet_ext.Net.from_pretrained("mnist")
+            >>> net.config["normalization"], net.config["test_accuracy"] > 0.992
+            ({'mean': 0.1, 'std': 0.2752}, True)
+        """
+        weights = pretrained.load_pretrained(name_or_path)
+        # On the meta device first: initial values would only take time, and numbers from the random generator.
+        net = cls(*(pretrained.sizes(weights.state) or ()), device="meta", dtype=dtype).to_empty(device=device or "cpu")
+        load_into(net, weights.state, os.fspath(name_or_path))
+        net.config = weights.metadata
+        return net.eval()
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, config: dict[str, Any] | None = None) -> None:
+        """Writes the weights, and what else one must know to use them, for :meth:`from_pretrained` and ``lenet-ext``.
+
+        Args:
+            folder: gets ``model.safetensors`` and ``config.json``, and is created where it is missing.
+            config: entries of ``config.json`` beside the sizes, all of them optional: ``data`` (the name of a data set
+                that ``lenet-ext`` knows: how ``lenet-ext predict`` frames pictures), ``labels`` (a list, what the
+                classes are called), ``normalization`` (``{"mean": m, "std": s}``, numbers or lists of one for each
+                channel), and anything else that JSON can hold. By default those three, as ``config`` has them; what
+                :meth:`from_pretrained` read of accuracy and training is no longer known to be true.
+
+        Raises:
+            OSError: a file cannot be written.
+            TypeError, ValueError: JSON cannot hold ``config``.
+            ImportError: safetensors is not installed (``pip install 'lenet_ext[train]'``).
+
+        Example:
+            >>> import tempfile, lenet_ext
+            >>> net, folder = lenet_ext.Net(), tempfile.mkdtemp()
+            >>> net.save_pretrained(folder, config={"normalization": {"mean": 0.5, "std": 0.25}})
+            >>> lenet_ext.Net.from_pretrained(folder).config["normalization"]
+            {'mean': 0.5, 'std': 0.25}
+        """
+        if config is None:
+            config = {name: self.config[name] for name in ("data", "labels", "normalization") if name in self.config}
+        sizes = {"in_channels": self.conv1.in_channels, "num_classes": self.fc3.out_features}
+        pretrained.save_pretrained(folder, self, {**config, **sizes})
 
     def _parameters_of_whole_network(self, input: Tensor) -> list[Tensor] | None:
         """The ten parameters, where the network can run as one operator with no observable difference; else None.

@@ -23,6 +23,7 @@ __all__ = [
     "learning_rate",
     "list_of",
     "make_console",
+    "printable",
     "say",
 ]
 
@@ -41,6 +42,18 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**kwargs)
+
+    _intermixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Takes options anywhere among file names; argparse by itself ends a list of them at the first option."""
+        if self._subparsers is not None or self._intermixing or "--" in (args or ()):
+            return super().parse_known_args(args, namespace)
+        self._intermixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixing = False
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see '{self.prog} --help')\n")
@@ -110,14 +123,19 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def printable(text: str) -> str:
+    """The text without what is no character to see: what a file's name or content does to a terminal, or to the lines
+    of a list, is not the file's to say."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def error_line(error: BaseException, *, before: str = "") -> str:
     """The message of an error as one line; `before` is put in front unless it is empty."""
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     else:
         text = " ".join(str(error).split())
-    # What a file holds may be in the message, and what it does to a terminal is not the file's to say.
-    text = "".join(char if char.isprintable() else "?" for char in text)
+    text = printable(text)
     # A bare KeyError('x') or AssertionError says nothing without its name.
     if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError, ArithmeticError, KeyboardInterrupt)):
         text = f"{type(error).__name__}: {text} (LENET_EXT_TRACEBACK=1 shows where)"

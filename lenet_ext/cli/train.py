@@ -116,8 +116,8 @@ def _run(
     out: Path,
     processes: Processes,
 ) -> None:
+    from lenet_ext.pretrained.files import load_into
     from lenet_ext.training import datasets
-    from lenet_ext.training.checkpoint import load_into
     from lenet_ext.training.trainer import Trainer
 
     tell = say if processes.is_first else _say_nothing
@@ -151,15 +151,16 @@ def _say_nothing(line: str) -> None:
 
 def _prepare(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str, Any] | None, TrainConfig]:
     """Command line and checkpoint -> state to continue from, weights to start from, configuration."""
-    from lenet_ext.training import checkpoint
+    from lenet_ext.pretrained.files import load_weights
+    from lenet_ext.training.checkpoint import load_checkpoint
 
     given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
     if args.resume is None:
         return None, None, TrainConfig.for_data(given.pop("data", "digits"), given.pop("model", "fused"), **given)
 
-    state = checkpoint.load_checkpoint(args.resume)
+    state = load_checkpoint(args.resume)
     if state is None:
-        weights = checkpoint.load_weights(args.resume)
+        weights = load_weights(args.resume)
         data = given.pop("data", None) or weights.data or "digits"
         return None, weights.state, TrainConfig.for_data(data, given.pop("model", "fused"), **given)
 

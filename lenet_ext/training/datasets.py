@@ -5,9 +5,11 @@ In all but CIFAR-10 a picture is bright ink (255) on a black ground (0).
 
 from __future__ import annotations
 
+import math
 import string
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,36 @@ class DataSet:
     def channels(self) -> int:
         """1, or 3 for colors."""
         return self.normalization.channels
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a file of weights says of it: plain values, fit for JSON."""
+        return {"labels": list(self.labels), "normalization": asdict(self.normalization)}
+
+    def changed_by(self, described: dict[str, Any]) -> DataSet:
+        """The same, with what a file of weights says in its place: `to_dict`, or a part of it, among other things.
+
+        Raises:
+            ValueError: it is not of that form.
+        """
+        labels = described.get("labels", self.labels)
+        if not isinstance(labels, (list, tuple)) or not all(isinstance(x, str) and x.isprintable() for x in labels):
+            raise ValueError("labels must be a list of printable strings")
+        normalization = described.get("normalization", asdict(self.normalization))
+        try:
+            mean, std = (_numbers(normalization[name]) for name in ("mean", "std"))
+        except (KeyError, TypeError, ValueError):
+            raise ValueError("normalization must have a mean and a std, numbers or lists of numbers") from None
+        if len(mean) != len(std) or not mean or min(std) <= 0:
+            raise ValueError("normalization must have as many means as stds, and stds above 0")
+        one = len(mean) == 1
+        return DataSet(tuple(labels), Normalization(mean[0] if one else mean, std[0] if one else std))
+
+
+def _numbers(value: object) -> tuple[float, ...]:
+    numbers = tuple(map(float, value if isinstance(value, (list, tuple)) else (value,)))  # type: ignore[arg-type]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{numbers} are not finite")
+    return numbers
 
 
 _DIGITS = tuple(string.digits)

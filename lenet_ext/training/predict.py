@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -11,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lenet_ext.environment.extras import require
-from lenet_ext.training.datasets import DATA_SETS, IMAGE_SIZE
+from lenet_ext.training.datasets import DATA_SETS, IMAGE_SIZE, Normalization
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["frame_ink", "load_ink", "load_photo", "load_picture", "predict"]
+__all__ = ["frame_ink", "load_ink", "load_photo", "load_picture", "picture_files", "predict"]
 
 _LARGEST = 512  # pixels along an edge; a digit needs no more, and photographs have millions
 # Of the data sets whose pictures lie in the middle of a frame of 28x28: how long their longer side is.
@@ -246,17 +247,47 @@ def _resize(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(image[None, None].float(), size=(height, width), mode="bilinear", antialias=True)[0, 0]
 
 
-def predict(model: nn.Module, pictures: Tensor, data: str) -> Tensor:
+def predict(model: nn.Module, pictures: Tensor, normalization: Normalization) -> Tensor:
     """Probabilities of the classes.
 
     Args:
         model: on the CPU or elsewhere, as the pictures are.
         pictures: uint8 (N, C, 32, 32).
-        data: name of the data set that the model was trained on.
+        normalization: that of the data set that the model was trained on.
 
     Returns:
         float32 (N, classes); each row sums to 1.
     """
     model.eval()
     with torch.inference_mode():
-        return model(DATA_SETS[data].normalization(pictures)).float().softmax(1)
+        return model(normalization(pictures)).float().softmax(1)
+
+
+def picture_files(path: str | Path) -> list[Path]:
+    """The pictures in a folder and in the folders within it, hidden ones left out.
+
+    Args:
+        path: the folder.
+
+    Returns:
+        Files whose names end as those of pictures that Pillow can read, in the order of their names.
+
+    Raises:
+        OSError: a folder cannot be read.
+        lenet_ext.environment.extras.MissingExtraError: Pillow is not installed.
+    """
+    pil = require("PIL.Image", "reading pictures", package="pillow")
+    endings = {ending for ending, kind in pil.registered_extensions().items() if kind in pil.OPEN}
+    found: list[Path] = []
+    for folder, folders, names in os.walk(path, onerror=_raise):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            Path(folder, name)
+            for name in sorted(names)
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in endings
+        ]
+    return found
+
+
+def _raise(error: OSError) -> None:
+    raise error

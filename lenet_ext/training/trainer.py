@@ -21,6 +21,7 @@ import lenet_ext
 from lenet_ext.environment.device import resolve_device
 from lenet_ext.environment.files import write_json
 from lenet_ext.net import Net, ReferenceNet
+from lenet_ext.pretrained.files import save_weights
 from lenet_ext.training import checkpoint
 from lenet_ext.training.config import TrainConfig
 from lenet_ext.training.datasets import DataSet
@@ -194,6 +195,13 @@ class Trainer:
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
 
+    def description(self) -> dict[str, Any]:
+        """What a file of these weights says of them, see `lenet_ext.pretrained`."""
+        description = {"data": self.config.data, **self.config.data_set.to_dict(), "epoch": self.epoch}
+        if self.history:
+            description["test_accuracy"] = self.history[-1]["test_accuracy"]
+        return {**description, "config": self.config.to_dict()}
+
     def save(self, directory: str | Path) -> None:
         """Writes ``model.safetensors``, ``checkpoint.pt`` and ``history.json``; of several processes the first does.
 
@@ -204,10 +212,7 @@ class Trainer:
             return
         directory = Path(directory)
         checkpoint.save_checkpoint(directory / "checkpoint.pt", self.state_dict())
-        metadata: dict[str, Any] = {"config": self.config.to_dict(), "epoch": self.epoch}
-        if self.history:
-            metadata["test_accuracy"] = self.history[-1]["test_accuracy"]
-        checkpoint.save_weights(directory / "model.safetensors", self.model, metadata)
+        save_weights(directory / "model.safetensors", self.model, self.description())
         environment = {
             "lenet_ext": lenet_ext.build_info()["version"],
             "torch": torch.__version__,

@@ -15,6 +15,7 @@ import torch
 from torch import distributed as dist
 
 from lenet_ext.cli import main
+from lenet_ext.pretrained.files import load_weights
 from lenet_ext.training import checkpoint
 from lenet_ext.training.datasets import LabelledImages, Normalization
 from lenet_ext.training.distributed import ALONE, join_processes
@@ -209,7 +210,7 @@ def test_a_run_goes_on_after_a_process_was_killed(tmp_path: Path) -> None:
 
     through = torchrun("-m", "lenet_ext", *TRAIN, "--out", "through", cwd=tmp_path)
     assert through.returncode == 0, through.stderr[-3000:]
-    one, other = (checkpoint.load_weights(tmp_path / name / "checkpoint.pt").state for name in ("killed", "through"))
+    one, other = (load_weights(tmp_path / name / "checkpoint.pt").state for name in ("killed", "through"))
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
     histories = [json.loads((tmp_path / name / "history.json").read_text()) for name in ("killed", "through")]

@@ -20,6 +20,7 @@ from PIL import Image
 
 import lenet_ext
 from lenet_ext.environment import files
+from lenet_ext.pretrained.files import load_weights, save_weights
 from lenet_ext.training import checkpoint, datasets, plots, predict
 from lenet_ext.training.config import TrainConfig
 from lenet_ext.training.evaluate import evaluate
@@ -273,8 +274,8 @@ def test_evaluation_of_nothing(digits: Sets) -> None:
 
 def test_weights_load_into_both_nets_and_keep_their_metadata(tmp_path: Path) -> None:
     net = lenet_ext.Net()
-    checkpoint.save_weights(tmp_path / "w.safetensors", net, {"config": {"data": "mnist"}, "epoch": 7})
-    weights = checkpoint.load_weights(tmp_path / "w.safetensors")
+    save_weights(tmp_path / "w.safetensors", net, {"config": {"data": "mnist"}, "epoch": 7})
+    weights = load_weights(tmp_path / "w.safetensors")
     assert weights.data == "mnist"
     assert weights.metadata["epoch"] == 7
     for model in (lenet_ext.Net(), lenet_ext.ReferenceNet()):
@@ -289,7 +290,7 @@ def test_plain_state_dicts_are_weights_too(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "plain.pt")
     save_file(state, tmp_path / "plain.safetensors")
     for name in ("plain.pt", "plain.safetensors"):
-        weights = checkpoint.load_weights(tmp_path / name)
+        weights = load_weights(tmp_path / name)
         assert weights.data is None
         assert_same_state(weights.state, dict(state))
         assert checkpoint.load_checkpoint(tmp_path / name) is None
@@ -304,7 +305,7 @@ class Malicious:
 
 def test_checkpoints_never_execute_code(tmp_path: Path) -> None:
     torch.save({"format": "lenet_ext checkpoint 1", "model": Malicious()}, tmp_path / "evil.pt", pickle_module=pickle)
-    for load in (checkpoint.load_checkpoint, checkpoint.load_weights):
+    for load in (checkpoint.load_checkpoint, load_weights):
         with pytest.raises(ValueError, match="not a checkpoint that can be read safely"):
             load(tmp_path / "evil.pt")
 
@@ -313,7 +314,7 @@ def test_checkpoints_never_execute_code(tmp_path: Path) -> None:
 def test_files_that_are_no_checkpoint(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ValueError, match="file: not a checkpoint"):
-        checkpoint.load_weights(tmp_path / "file")
+        load_weights(tmp_path / "file")
 
 
 def test_incomplete_checkpoint(tmp_path: Path) -> None:

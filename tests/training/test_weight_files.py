@@ -26,7 +26,7 @@ from safetensors.torch import save, save_file
 import lenet_ext
 from lenet_ext.cli import main
 from lenet_ext.environment import files
-from lenet_ext.training import checkpoint
+from lenet_ext.pretrained.files import load_into, load_weights
 
 State = dict[str, Tensor]
 
@@ -59,7 +59,7 @@ def test_names_of_wrapped_networks(tmp_path: Path, state: State, wrapper: str, k
     wrapped = {WRAPPERS[wrapper](name): value for name, value in state.items()}
     path = tmp_path / f"w.{kind}"
     (torch.save if kind == "pt" else save_file)(wrapped, path)
-    assert_same(checkpoint.load_weights(path).state, state)
+    assert_same(load_weights(path).state, state)
 
 
 def test_what_the_wrappers_really_write(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_what_the_wrappers_really_write(tmp_path: Path) -> None:
     compiled.load_state_dict({f"_orig_mod.{name}": value for name, value in net.state_dict().items()})
     for wrapped in (nn.DataParallel(net), compiled, average, nn.ModuleDict({"model": net})):
         torch.save(wrapped.state_dict(), tmp_path / "w.pt")
-        assert_same(checkpoint.load_weights(tmp_path / "w.pt").state, dict(net.state_dict()))
+        assert_same(load_weights(tmp_path / "w.pt").state, dict(net.state_dict()))
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
@@ -77,29 +77,29 @@ def test_what_the_wrappers_really_write(tmp_path: Path) -> None:
 def test_weights_beside_other_things(tmp_path: Path, state: State, key: str, prefix: str) -> None:
     nested = collections.OrderedDict((prefix + name, value) for name, value in state.items())
     torch.save({"epoch": 3, key: nested, "optimizer": {"state": {}}}, tmp_path / "w.pt")
-    weights = checkpoint.load_weights(tmp_path / "w.pt")
+    weights = load_weights(tmp_path / "w.pt")
     assert_same(weights.state, state)
     assert weights.metadata == {}
 
 
 def test_the_old_form_of_torch_save(tmp_path: Path, state: State) -> None:
     torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert_same(checkpoint.load_weights(tmp_path / "old.pt").state, state)
+    assert_same(load_weights(tmp_path / "old.pt").state, state)
 
 
 def test_a_name_that_only_some_have_is_not_a_wrapper(tmp_path: Path) -> None:
     others = {"module.weight": torch.ones(1), "head.weight": torch.ones(1)}
     torch.save(others, tmp_path / "w.pt")
-    assert checkpoint.load_weights(tmp_path / "w.pt").state.keys() == others.keys()
+    assert load_weights(tmp_path / "w.pt").state.keys() == others.keys()
 
 
 def test_weights_that_do_not_fit_are_one_short_line(state: State) -> None:
     net = lenet_ext.Net(num_classes=26)
     with pytest.raises(ValueError, match=r"^f: .*: fc3.weight has the shape \(10, 84\), expected \(26, 84\); fc3.bias"):
-        checkpoint.load_into(net, state, "f")
+        load_into(net, state, "f")
     others = {f"layer{n}.weight": torch.ones(1) for n in range(300)}
     with pytest.raises(ValueError, match=r"no conv1.weight and 9 more; the network has no layer0.weight and 299 more$"):
-        checkpoint.load_into(net, others, "f")
+        load_into(net, others, "f")
 
 
 # --- damaged and dangerous --------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_a_damaged_safetensors_file_is_named(
 @pytest.mark.parametrize("metadata", ["[1]", '{"config": 3}', '{"config": {"data": ["digits"]}}', "null"])
 def test_metadata_of_others(tmp_path: Path, state: State, metadata: str) -> None:
     (tmp_path / "w.safetensors").write_bytes(save(state, {"lenet_ext": metadata}))
-    assert checkpoint.load_weights(tmp_path / "w.safetensors").data is None
+    assert load_weights(tmp_path / "w.safetensors").data is None
 
 
 # --- a full disk ------------------------------------------------------------------------------------------------------
