@@ -23,6 +23,7 @@ __all__ = [
     "learning_rate",
     "list_of",
     "make_console",
+    "percent",
     "printable",
     "say",
 ]
@@ -83,6 +84,17 @@ def learning_rate(text: str) -> float:
         value = math.nan
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(f"must be a finite number above 0, found {text!r}")
+    return value
+
+
+def percent(text: str) -> float:
+    """Argument type: a number above 0 and at most 100."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 100, found {text!r}")
     return value
 
 

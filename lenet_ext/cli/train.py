@@ -16,12 +16,14 @@ from lenet_ext.cli.common import (
     integer,
     learning_rate,
     make_console,
+    percent,
     say,
 )
 from lenet_ext.training.config import OPTIMIZERS, RECIPES, SCHEDULES, TrainConfig
 
 if TYPE_CHECKING:
     from lenet_ext.training.distributed import Processes
+    from lenet_ext.training.metrics_log import MetricsLog
     from lenet_ext.training.trainer import Trainer
 
 _DESCRIPTION = """\
@@ -86,6 +88,15 @@ def add_parser(commands: Any) -> None:
         metavar="CHECKPOINT",
         help="continue exactly from a checkpoint.pt, or start from the weights of a model.safetensors",
     )
+    parser.add_argument(
+        "--target", type=percent, metavar="ACC", help="stop after the epoch that reaches this test accuracy, in percent"
+    )
+    parser.add_argument(
+        "--log",
+        type=Path,
+        metavar="DIR",
+        help="write metrics.csv there after each epoch, and events for TensorBoard where it is installed",
+    )
     parser.set_defaults(run=run)
 
 
@@ -118,6 +129,7 @@ def _run(
 ) -> None:
     from lenet_ext.pretrained.files import load_into
     from lenet_ext.training import datasets
+    from lenet_ext.training.metrics_log import MetricsLog
     from lenet_ext.training.trainer import Trainer
 
     tell = say if processes.is_first else _say_nothing
@@ -141,8 +153,14 @@ def _run(
         f"{config.data}: {len(train_data)} pictures to train, {len(test_data)} to test; {config.model} network, "
         f"{parameters} parameters; {trainer.device}, threads: {torch.get_num_threads()}, seed: {config.seed}{together}"
     )
-    _fit(trainer, 0 if args.epochs == 0 else config.epochs, out)
+    log = None if args.log is None or not processes.is_first else MetricsLog(args.log)
+    _fit(trainer, 0 if args.epochs == 0 else config.epochs, out, args.target, log)
+    if args.target is not None and trainer.history:
+        tell(_outcome(trainer.history, args.target))
     _finish(trainer, out)
+    if log is not None:
+        log.close()
+        tell(f"wrote {log.written} to {args.log}")
 
 
 def _say_nothing(line: str) -> None:
@@ -188,13 +206,14 @@ def _default_out(args: argparse.Namespace, state: dict[str, Any] | None, config:
     return Path("runs") / f"{config.data}-{config.model}"
 
 
-def _fit(trainer: Trainer, epochs: int, out: Path) -> None:
-    """Trains up to a number of epochs, saving after each, with a progress bar if there is a terminal to draw it on."""
+def _fit(trainer: Trainer, epochs: int, out: Path, target: float | None, log: MetricsLog | None) -> None:
+    """Trains up to a number of epochs or to a test accuracy in percent, saving after each, with a progress bar if there
+    is a terminal to draw it on."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     first = trainer.epoch
     remaining = max(0, epochs - first)
-    if remaining == 0:
+    if remaining == 0 or _reached(trainer.history, target):
         return
     console = make_console()
     progress = Progress(
@@ -211,7 +230,8 @@ def _fit(trainer: Trainer, epochs: int, out: Path) -> None:
     drawn = 0.0
 
     def description() -> str:
-        return f"epoch {trainer.epoch + 1}/{epochs}, rate {trainer.rate:.2g}"
+        best = f", best {max(map(_shown, trainer.history)):.2f}%" if trainer.history else ""
+        return f"epoch {trainer.epoch + 1}/{epochs}, rate {trainer.rate:.2g}{best}"
 
     def on_step(step: int) -> None:
         nonlocal drawn
@@ -228,12 +248,32 @@ def _fit(trainer: Trainer, epochs: int, out: Path) -> None:
                 progress.update(task, description=description())
                 line = trainer.run_epoch(on_step)
                 trainer.save(out)
+                if log is not None:
+                    log.write(trainer.history)
                 if trainer.processes.is_first:
                     progress.console.print(_epoch_line(line, epochs), markup=False, soft_wrap=True)
+                if _reached(trainer.history, target):
+                    break
         except KeyboardInterrupt:
             checkpoint = out / "checkpoint.pt"
             hint = f"continue with --resume {checkpoint}" if trainer.epoch else "no epoch was finished"
             raise KeyboardInterrupt(hint) from None
+
+
+def _shown(line: dict[str, Any]) -> float:
+    """The test accuracy of an epoch in percent, as its line shows it: who reads 99.20% has reached 99.2."""
+    return round(100 * float(line["test_accuracy"]), 2)
+
+
+def _reached(history: list[dict[str, Any]], target: float | None) -> bool:
+    return target is not None and bool(history) and _shown(history[-1]) >= target
+
+
+def _outcome(history: list[dict[str, Any]], target: float) -> str:
+    if _reached(history, target):
+        return f"the target of {target:g}% was reached in epoch {history[-1]['epoch']}"
+    best = max(history, key=_shown)
+    return f"the target of {target:g}% was not reached; the best was {_shown(best):.2f}%, in epoch {best['epoch']}"
 
 
 def _epoch_line(line: dict[str, Any], epochs: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import types
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ import lenet_ext
 from lenet_ext.cli import main
 from lenet_ext.training import datasets
 
-COMMANDS = ("train", "eval", "predict", "bench", "check", "info")
+COMMANDS = ("train", "eval", "predict", "export", "bench", "check", "info")
 SHARED_MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"
 WRITTEN = ("model.safetensors", "checkpoint.pt", "history.json", "curves.png", "confusion.png")
 
@@ -108,6 +110,9 @@ def test_console_script(tmp_path: Path) -> None:
         (["train", "--lr", "-1"], "--lr"),
         (["train", "--lr", "inf"], "--lr"),
         (["train", "--seed", "-5"], "--seed"),
+        (["train", "--target", "0"], "--target"),
+        (["train", "--target", "101"], "--target"),
+        (["train", "--target", "nan"], "--target"),
         (["train", "--data", "cifar"], "--data"),
         (["train", "--optimizer", "lbfgs"], "--optimizer"),
         (["train", "--schedule", "cosine"], "--schedule"),
@@ -115,6 +120,8 @@ def test_console_script(tmp_path: Path) -> None:
         (["train", "--epoch", "1"], "--epoch"),  # no abbreviations: they break when an option is added
         (["eval"], "CHECKPOINT"),
         (["predict", "checkpoint.pt"], "IMAGE"),
+        (["export", "mnist", "--format", "onnx"], "--out"),
+        (["export", "mnist", "--format", "tflite", "--out", "x"], "--format"),
         (["bench", "--batch-sizes", "1,0"], "--batch-sizes"),
         (["bench", "--cases", "conv1,conv9"], "conv9"),
         (["bench", "--json", "no/such/directory/file.json"], "directory"),
@@ -344,6 +351,85 @@ def test_no_epoch_only_evaluates(tmp_path: Path, capsys: pytest.CaptureFixture[s
     torch.manual_seed(0)
     initial = lenet_ext.ReferenceNet().state_dict()
     assert all(torch.equal(value, initial[name]) for name, value in load_file(tmp_path / "model.safetensors").items())
+
+
+def test_target_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["train", "--epochs", "3", "--threads", "1", "--batch-size", "200", "--out", str(tmp_path / "run")]
+    assert main([*args, "--target", "5"]) == 0  # guessing has ten
+    out = capsys.readouterr().out
+    assert "the target of 5% was reached in epoch 1\n" in out
+    assert "after 1 epochs" in out
+    # Resumed, it has nothing to do.
+    saved = str(tmp_path / "run" / "checkpoint.pt")
+    assert main(["train", "--resume", saved, "--target", "5"]) == 0
+    assert "epoch 2/3" not in capsys.readouterr().out
+    assert main(["train", "--resume", saved, "--target", "100"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(
+        r"^the target of 100% was not reached; the best was \d+\.\d\d%, in epoch [123]$", out, re.MULTILINE
+    )
+    assert "after 3 epochs" in out
+
+
+class RecordedEvents:
+    """In the place of tensorboard's writer."""
+
+    def __init__(self, folder: str, purge_step: int) -> None:
+        self.begin, self.scalars, self.closed = (folder, purge_step), [], False
+        everything.append(self)
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.scalars.append((tag, value, step))
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+everything: list[RecordedEvents] = []
+
+
+@pytest.mark.parametrize("tensorboard", [True, False])
+def test_log(
+    tensorboard: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = types.SimpleNamespace(SummaryWriter=RecordedEvents) if tensorboard else None
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    everything.clear()
+    args = ["train", "--threads", "1", "--batch-size", "400", "--out", str(tmp_path / "run")]
+    assert main([*args, "--epochs", "1", "--log", str(tmp_path / "first")]) == 0
+    saved = str(tmp_path / "run" / "checkpoint.pt")
+    assert main(["train", "--resume", saved, "--epochs", "2", "--log", str(tmp_path / "log")]) == 0
+    events = " and events for TensorBoard" if tensorboard else ""
+    assert capsys.readouterr().out.endswith(f"wrote metrics.csv{events} to {tmp_path / 'log'}\n")
+    # The whole history, the epoch before the resumption included.
+    history = json.loads((tmp_path / "run" / "history.json").read_text())["epochs"]
+    with open(tmp_path / "log" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [{name: float(value) for name, value in row.items()} for row in rows] == history
+    if tensorboard:
+        log = everything[-1]
+        assert log.closed
+        assert log.begin == (str(tmp_path / "log"), 1)
+        assert [value for tag, value, step in log.scalars if tag == "loss/test"] == [e["test_loss"] for e in history]
+        assert [step for tag, value, step in log.scalars if tag == "rate"] == [1, 2]
+
+
+def test_log_as_tensorboard_reads_it(tmp_path: Path) -> None:
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    args = ["train", "--threads", "1", "--batch-size", "400", "--out", str(tmp_path / "run")]
+    log = str(tmp_path / "log")
+    assert main([*args, "--epochs", "2", "--log", log]) == 0
+    saved = str(tmp_path / "run" / "checkpoint.pt")
+    assert main(["train", "--resume", saved, "--epochs", "3", "--log", log]) == 0
+    events = reading.EventAccumulator(log)
+    events.Reload()
+    history = json.loads((tmp_path / "run" / "history.json").read_text())["epochs"]
+    found = events.Scalars("accuracy/test")
+    assert [event.step for event in found] == [1, 2, 3]
+    assert [event.value for event in found] == pytest.approx([line["test_accuracy"] for line in history])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
