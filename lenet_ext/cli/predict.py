@@ -8,10 +8,13 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lenet_ext.cli.common import UsageError, add_data, add_device, add_threads, error_line, integer, printable, say
 from lenet_ext.cli.evaluate import LoadedModel, load_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _DESCRIPTION = """\
 Say what each picture shows and print, one line per file and separated by tabs:
@@ -21,6 +24,9 @@ A picture shows one digit. Size and format do not matter, nor whether it is dark
 the digit is cut out and framed as in the data set that the checkpoint was trained on. (For cifar10, whose pictures are
 photographs, the square in the middle is taken.) A folder stands for all pictures in it and in its folders.
 
+With --multiple, a picture may show several digits that do not touch: a line for each of them, in reading order, with
+its place as the last column, left,top,right,bottom in pixels.
+
 Without a CHECKPOINT, the network is the one in the package that was trained on MNIST. A file that cannot be read is a
 line on the standard error, and so is an answer of low probability; after a file that could not be read the exit
 code is 1.
@@ -28,6 +34,7 @@ code is 1.
 _BATCH = 256  # pictures at a time: bounds the memory, and is enough for the network to work at its full speed
 # Below it, 1 in 3 answers of the network in the package is wrong on MNIST's test pictures; above it 1 in 400.
 _UNSURE = 0.8
+_EDGES = ("left", "top", "right", "bottom")
 _ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 
@@ -47,6 +54,8 @@ def add_parser(commands: Any) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print a JSON array with an object per file")
     form.add_argument("--csv", action="store_true", help="print comma-separated values, with a line of names")
+    parser.add_argument("--multiple", action="store_true", help="find all digits of a picture, and where they are")
+    parser.add_argument("--save", metavar="FILE", help="with --multiple: write the picture with boxes in it")
     add_data(parser, "what the checkpoint was trained on")
     add_device(parser)
     add_threads(parser)
@@ -67,20 +76,48 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"{args.images[0]} is a checkpoint: the following arguments are required: IMAGE")
         if args.data not in (None, args.checkpoint):
             raise UsageError(f"--data {args.data} needs a CHECKPOINT that was trained on it")
+    if args.save is not None:
+        _check_save(args)
     loaded = load_model(args)
-    files = _Files(args.images, loaded)
-    rows = _predictions(files, loaded, min(args.top, loaded.data_set.num_classes))
+    if args.multiple and loaded.data_set.channels != 1:
+        raise UsageError(f"--multiple is for digits and letters, not for the photographs of {loaded.data}")
+    files = _Files(args.images, loaded, args.multiple)
+    rows: Iterable[Row] = _predictions(files, loaded, min(args.top, loaded.data_set.num_classes))
+    if args.save is not None:
+        rows = _saved(list(rows), args)
     if args.json:
         _print_json(rows)
     elif args.csv:
-        _print_csv(rows)
+        _print_csv(rows, args.multiple)
     else:
-        for path, found in rows:
-            say("\t".join([printable(path), *(f"{label}\t{probability:.4f}" for label, probability in found)]))
+        for row in rows:
+            fields = [printable(row.path), *(f"{label}\t{probability:.4f}" for label, probability in row.found)]
+            say("\t".join(fields if row.box is None else [*fields, ",".join(map(str, row.box))]))
     return 1 if files.failed else 0
 
 
-Found = list[tuple[str, float]]  # classes and their probabilities, the most probable first
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+class Row(NamedTuple):
+    """What one digit was taken for: classes and their probabilities, the most probable first."""
+
+    path: str
+    found: list[tuple[str, float]]
+    box: Box | None
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the answer can be given without a word of doubt."""
+        return self.found[0][1] >= _UNSURE
+
+
+class Item(NamedTuple):
+    """One digit to look at: uint8 (C, 32, 32), and where it is if that was asked for."""
+
+    path: str
+    picture: Tensor
+    box: Box | None
 
 
 def _is_checkpoint(path: str) -> bool:
@@ -103,24 +140,39 @@ def _is_checkpoint(path: str) -> bool:
 class _Files:
     """The pictures that were asked for, read one after the other; what cannot be read is told and left out."""
 
-    def __init__(self, paths: Iterable[str], loaded: LoadedModel) -> None:
+    def __init__(self, paths: Iterable[str], loaded: LoadedModel, multiple: bool) -> None:
         self.paths = paths
         self.data = loaded.data
+        self.read = self._several if multiple else self._one
         self.failed = False
 
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
+    def __iter__(self) -> Iterator[Item]:
         from lenet_ext.environment.extras import MissingExtraError
-        from lenet_ext.training.predict import load_picture
 
         for path in self._names():
             try:
-                picture = load_picture(path, self.data)
+                items = self.read(path)
             except MissingExtraError:
                 raise
             except Exception as error:  # decoders raise whatever they like; the other files can still be read
                 self._tell(path, error)
             else:
-                yield path, picture
+                yield from items
+
+    def _one(self, path: str) -> list[Item]:
+        from lenet_ext.training.predict import load_picture
+
+        return [Item(path, load_picture(path, self.data), None)]
+
+    def _several(self, path: str) -> list[Item]:
+        from lenet_ext.training.predict import frame_ink, load_page
+        from lenet_ext.training.segment import find_digits
+
+        ink, scale = load_page(path)
+        return [
+            Item(path, frame_ink(digit, self.data, cut_out=True), box.scaled(scale).edges)
+            for box, digit in find_digits(ink)
+        ]
 
     def _names(self) -> Iterator[str]:
         from lenet_ext.training.predict import picture_files
@@ -144,9 +196,9 @@ class _Files:
         self.failed = True
 
 
-def _predictions(files: _Files, loaded: LoadedModel, top: int) -> Iterator[tuple[str, Found]]:
-    """Path and most probable classes of each picture that can be read, in their order."""
-    batch: list[tuple[str, Any]] = []
+def _predictions(files: Iterable[Item], loaded: LoadedModel, top: int) -> Iterator[Row]:
+    """The most probable classes of each digit that can be read, in their order."""
+    batch: list[Item] = []
     for item in files:
         batch.append(item)
         if len(batch) == _BATCH:
@@ -156,41 +208,67 @@ def _predictions(files: _Files, loaded: LoadedModel, top: int) -> Iterator[tuple
         yield from _answer(batch, loaded, top)
 
 
-def _answer(batch: list[tuple[str, Any]], loaded: LoadedModel, top: int) -> Iterator[tuple[str, Found]]:
+def _answer(batch: list[Item], loaded: LoadedModel, top: int) -> Iterator[Row]:
     import torch
 
     from lenet_ext.training.predict import predict
 
-    pictures = torch.stack([picture for _, picture in batch]).to(loaded.device)
+    pictures = torch.stack([item.picture for item in batch]).to(loaded.device)
     best = predict(loaded.model, pictures, loaded.data_set.normalization).topk(top)
     labels = loaded.data_set.labels
-    for (path, _), values, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
-        found = [(labels[index], value) for index, value in zip(indices, values, strict=True)]
-        yield path, found
-        if not _is_sure(found):
-            label, probability = found[0]
-            doubt = f"{label} has a probability of only {probability:.2f}"
-            print(f"lenet-ext predict: unsure: {printable(path)}: {doubt}", file=sys.stderr)
+    for item, values, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
+        row = Row(item.path, [(labels[index], p) for index, p in zip(indices, values, strict=True)], item.box)
+        yield row
+        if not row.is_sure:
+            label, probability = row.found[0]
+            where = "" if row.box is None else f" at {','.join(map(str, row.box))}"
+            doubt = f"{label}{where} has a probability of only {probability:.2f}"
+            print(f"lenet-ext predict: unsure: {printable(row.path)}: {doubt}", file=sys.stderr)
 
 
-def _print_json(rows: Iterable[tuple[str, Found]]) -> None:
+def _check_save(args: argparse.Namespace) -> None:
+    """Found out before the work, not after."""
+    from lenet_ext.training.segment import picture_format
+
+    if not args.multiple:
+        raise UsageError("--save needs --multiple: it draws where the digits are")
+    if len(args.images) != 1 or os.path.isdir(args.images[0]):
+        raise UsageError("--save takes one picture")
+    try:
+        picture_format(args.save)
+    except ValueError as error:
+        raise UsageError(f"--save {error}") from None
+
+
+def _saved(rows: list[Row], args: argparse.Namespace) -> list[Row]:
+    from lenet_ext.training.segment import Box as Place
+    from lenet_ext.training.segment import save_annotated
+
+    if rows:
+        texts = [row.found[0][0] + ("" if row.is_sure else "?") for row in rows]
+        places = [Place(*row.box) for row in rows if row.box is not None]
+        save_annotated(rows[0].path, list(zip(places, texts, strict=True)), args.save)
+    return rows
+
+
+def _print_json(rows: Iterable[Row]) -> None:
     lines = []
-    for path, found in rows:
-        top = [{"label": label, "probability": round(probability, 6)} for label, probability in found]
-        lines.append("  " + json.dumps({"path": path, **top[0], "sure": _is_sure(found), "top": top}))
+    for row in rows:
+        top = [{"label": label, "probability": round(probability, 6)} for label, probability in row.found]
+        entry = {"path": row.path, **top[0], "sure": row.is_sure, "top": top}
+        if row.box is not None:
+            entry["box"] = dict(zip(_EDGES, row.box, strict=True))
+        lines.append("  " + json.dumps(entry))
     say("[\n" + ",\n".join(lines) + "\n]" if lines else "[]")
 
 
-def _print_csv(rows: Iterable[tuple[str, Found]]) -> None:
+def _print_csv(rows: Iterable[Row], multiple: bool) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     header: list[str] = []
-    for path, found in rows:
+    for row in rows:
         if not header:
             header = ["path", "label", "probability"]
-            header += [f"{name}_{place}" for place in range(2, len(found) + 1) for name in ("label", "probability")]
-            writer.writerow(header)
-        writer.writerow([printable(path), *(value for label, p in found for value in (label, f"{p:.6f}"))])
-
-
-def _is_sure(found: Found) -> bool:
-    return found[0][1] >= _UNSURE
+            header += [f"{name}_{n}" for n in range(2, len(row.found) + 1) for name in ("label", "probability")]
+            writer.writerow([*header, *(_EDGES if multiple else ())])
+        found = (value for label, probability in row.found for value in (label, f"{probability:.6f}"))
+        writer.writerow([printable(row.path), *found, *(row.box or ())])

@@ -17,12 +17,24 @@ from lenet_ext.training.datasets import DATA_SETS, IMAGE_SIZE, Normalization
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["frame_ink", "load_ink", "load_photo", "load_picture", "picture_files", "predict"]
+__all__ = [
+    "INK",
+    "frame_ink",
+    "load_ink",
+    "load_page",
+    "load_photo",
+    "load_picture",
+    "open_picture",
+    "picture_files",
+    "predict",
+]
 
 _LARGEST = 512  # pixels along an edge; a digit needs no more, and photographs have millions
+_LARGEST_PAGE = 2048
+_ANY_SIZE = 1 << 16
 # Of the data sets whose pictures lie in the middle of a frame of 28x28: how long their longer side is.
 _LONGER_SIDE = {"fashion-mnist": 28, "kmnist": 28, "emnist-letters": 24, "emnist-balanced": 24}
-_INK = 0.2  # what is darker than this share of the darkest is part of the digit
+INK = 0.2  # what is darker than this share of the darkest is part of the digit
 
 
 def load_ink(path: str | Path) -> Tensor:
@@ -39,14 +51,27 @@ def load_ink(path: str | Path) -> Tensor:
         ValueError: there is nothing in it, or it is too large.
         lenet_ext.environment.extras.MissingExtraError: Pillow is not installed.
     """
-    gray = _decoded(path, "L", _gray)
-    scale = _LARGEST / max(gray.shape)
+    return _ink(path, _LARGEST)[0]
+
+
+def load_page(path: str | Path) -> tuple[Tensor, float]:
+    """`load_ink` of a picture with more than one digit, which is kept larger.
+
+    Returns:
+        float32 (H, W), and how many pixels of the picture, in each direction, are one of its pixels.
+    """
+    return _ink(path, _LARGEST_PAGE)
+
+
+def _ink(path: str | Path, largest: int) -> tuple[Tensor, float]:
+    gray, edge = _decoded(path, "L", _gray, largest)
+    scale = largest / max(gray.shape)
     if scale < 1:
         gray = _resize(gray, max(1, round(gray.shape[0] * scale)), max(1, round(gray.shape[1] * scale)))
     ink = _separate(gray)
     if ink is None:
         raise ValueError(f"{path}: the picture is blank")
-    return ink
+    return ink, edge / max(ink.shape)
 
 
 def load_photo(path: str | Path) -> Tensor:
@@ -63,7 +88,7 @@ def load_photo(path: str | Path) -> Tensor:
         ValueError: it is too large.
         lenet_ext.environment.extras.MissingExtraError: Pillow is not installed.
     """
-    pixels = _decoded(path, "RGB", _colors)
+    pixels, _ = _decoded(path, "RGB", _colors, _LARGEST)
     height, width = pixels.shape[1:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -84,15 +109,20 @@ def load_picture(path: str | Path, data: str) -> Tensor:
 _Read = TypeVar("_Read")
 
 
-def _decoded(path: str | Path, mode: str, read: Callable[[Image], _Read]) -> _Read:
-    """Opens a picture, turned as it is shown, and reads it; what Pillow raises becomes an error that names the file."""
+def _decoded(path: str | Path, mode: str, read: Callable[[Image], _Read], largest: int) -> tuple[_Read, int]:
+    """Opens a picture, turned as it is shown, and reads it; what Pillow raises becomes an error that names the file.
+
+    The picture may be read smaller than it is, but with more than `largest` pixels along its longer edge. How long that
+    edge is in the file is returned beside.
+    """
     pil = require("PIL.Image", "reading pictures", package="pillow")
     ops = require("PIL.ImageOps", "reading pictures", package="pillow")
     try:
         with pil.open(path) as file:
             # JPEG only: decode at a lower resolution that still exceeds the target.
-            file.draft(mode, (2 * _LARGEST, 2 * _LARGEST))
-            return read(ops.exif_transpose(file))
+            edge = max(file.size)
+            file.draft(mode, (2 * largest, 2 * largest))
+            return read(ops.exif_transpose(file)), edge
     except pil.UnidentifiedImageError:
         raise ValueError(f"{path}: not a picture in a known format") from None
     except pil.DecompressionBombError as error:
@@ -104,13 +134,18 @@ def _decoded(path: str | Path, mode: str, read: Callable[[Image], _Read]) -> _Re
 def _colors(image: Image) -> Tensor:
     """Any mode -> float32 (3, H, W) from 0 to 255, laid over white."""
     numpy = require("numpy", "reading pictures")
+    return torch.from_numpy(numpy.array(_on_white(image), dtype=numpy.float32)).permute(2, 0, 1)
+
+
+def _on_white(image: Image) -> Image:
+    """Any mode -> RGB, laid over white."""
     pil = require("PIL.Image", "reading pictures", package="pillow")
     if image.mode[0] in "IF":  # 16 or 32 bits a pixel: the range is not known
-        return _gray(image).mul(255).expand(3, -1, -1)
+        return pil.fromarray(_gray(image).mul(255).round().to(torch.uint8).numpy()).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
-    return torch.from_numpy(numpy.array(image.convert("RGB"), dtype=numpy.float32)).permute(2, 0, 1)
+    return image.convert("RGB")
 
 
 def _gray(image: Image) -> Tensor:
@@ -170,17 +205,19 @@ def _separate(gray: Tensor) -> Tensor | None:
     return (ink / ink.max()).float()
 
 
-def frame_ink(ink: Tensor, data: str) -> Tensor:
+def frame_ink(ink: Tensor, data: str, *, cut_out: bool = False) -> Tensor:
     """Puts a digit (or letter, or garment) into the frame in which the pictures of a data set show it.
 
     ``mnist``: the longer side is 20 pixels, the center of mass is the middle of 28x28, padded to 32x32.
     ``digits``: the whole height is filled, at a resolution of 8x8, resized to 32x32.
     The others: the longer side is 24 pixels (EMNIST) or 28, in the middle of 28x28, padded to 32x32.
-    A picture that has the size of that data set's pictures already is taken to be one of them, and only resized.
+    A picture that has the size of that data set's pictures already is taken to be one of them, and only resized, unless
+    it was ``cut_out`` of another.
 
     Args:
         ink: float32 (H, W), 0 to 1, as `load_ink` returns it; not blank.
         data: name of the data set.
+        cut_out: whether the size of the picture means nothing.
 
     Returns:
         uint8 (1, 32, 32).
@@ -201,10 +238,10 @@ def frame_ink(ink: Tensor, data: str) -> Tensor:
     if data not in known:
         raise ValueError(f"data must be one of {', '.join(known)}, found {data!r}")
     size = ink.shape[0]
-    if ink.shape[1] == size and size in (8 if data == "digits" else 28, IMAGE_SIZE):
+    if not cut_out and ink.shape[1] == size and size in (8 if data == "digits" else 28, IMAGE_SIZE):
         framed = F.pad(ink, (2,) * 4) if size == 28 else _resize(ink, IMAGE_SIZE, IMAGE_SIZE) if size == 8 else ink
     else:
-        inked = ink > _INK
+        inked = ink > INK
         rows, columns = inked.any(1).nonzero().flatten(), inked.any(0).nonzero().flatten()
         ink = ink[int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1]
         if data in _LONGER_SIDE:
@@ -261,6 +298,15 @@ def predict(model: nn.Module, pictures: Tensor, normalization: Normalization) ->
     model.eval()
     with torch.inference_mode():
         return model(normalization(pictures)).float().softmax(1)
+
+
+def open_picture(path: str | Path) -> Image:
+    """The picture in colors and in its full size, as it is shown; what is transparent is white.
+
+    Raises:
+        As `load_photo`.
+    """
+    return _decoded(path, "RGB", _on_white, _ANY_SIZE)[0]
 
 
 def picture_files(path: str | Path) -> list[Path]:
