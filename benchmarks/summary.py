@@ -9,7 +9,7 @@ cell:
 
 - ``source``: ``"bench"`` or ``"gpu_check"``; ``machine``, ``versions``; ``runs``: date and commits of each part.
 - ``columns``, ``rows``: the times. Of ``bench``, in microseconds a call: median and 20th and 80th percentile; ``over``
-  is that time over the time of ours (of the faster layout, where there are two), within the same rounds, likewise; and
+  is that time over the time of ours (of the faster layout, where there are two), the median within the same rounds; and
   the share of the processor's peak. Of ``gpu_check``: median, 10th and 90th percentile.
 - the other parts as they were measured: ``memory``, ``neighbour``, ``zoo``, ``accuracy``; ``checks``, ``ceilings``,
   ``mnist``.
@@ -31,7 +31,7 @@ from lenet_ext.environment.files import atomic_path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BENCH_COLUMNS = ["case", "mode", "threads", "batch", "provider"]
-BENCH_COLUMNS += ["p20_us", "median_us", "p80_us", "over_p20", "over", "over_p80", "peak_share"]
+BENCH_COLUMNS += ["p20_us", "median_us", "p80_us", "over", "peak_share"]
 GPU_COLUMNS = ["case", "mode", "batch", "precision", "provider", "p10_us", "median_us", "p90_us"]
 BENCH_SECTIONS = ["memory", "neighbour", "zoo", "accuracy"]
 
@@ -55,7 +55,7 @@ def of_bench(raw: dict[str, Any]) -> dict[str, Any]:
             continue
         over = _over(row, line)
         if over is not None:
-            rows.append({**row, **dict(zip(("over_p20", "over", "over_p80"), over, strict=True))})
+            rows.append({**row, "over": over})
     runs = {}
     for group, run in raw["runs"].items():
         # A group may have been measured in pieces.
@@ -74,17 +74,16 @@ def _workload(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["case"], row["mode"], row["threads"], row["batch"]
 
 
-def _over(row: dict[str, Any], line: dict[str, Any]) -> list[float] | None:
+def _over(row: dict[str, Any], line: dict[str, Any]) -> float | None:
     """The row's time over that of the layout of ours that is compared; None for a row that is not shown."""
-    percentiles = ("_p20", "", "_p80")
     if row["provider"] == line["best_fused"]:
-        return [1.0, 1.0, 1.0]
+        return 1.0
     if row["provider"] == line["best_eager"]:
-        return [line[f"speedup{name}"] for name in percentiles]
+        return line["speedup"]
     if row["provider"] == line["best_peer"]:
-        return [line[f"peer_speedup{name}"] for name in percentiles]
+        return line["peer_speedup"]
     if row["group"] == "net" and line["best_fused"] == "fused":
-        return [row[f"fused_speedup{name}"] for name in percentiles]
+        return row["fused_speedup"]
     return None
 
 
@@ -164,9 +163,9 @@ def dump(content: dict[str, Any]) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits, two more than a table shows."""
+    """Four digits, one more than a table shows."""
     if isinstance(value, float):
-        short = float(f"{value:.5g}")
+        short = float(f"{value:.4g}")
         return int(short) if short.is_integer() else short
     if isinstance(value, list):
         return [_rounded(item) for item in value]

@@ -97,9 +97,9 @@ def test_a_small_file_has_a_line_for_each_cell(tmp_path: Path) -> None:
 
 def test_numbers_are_not_changed_by_more_than_they_are_shown() -> None:
     assert summary._rounded([1234567.0, 1.23456789, {"share": 0.1234567}, 2.0, None, "text", True]) == [
-        1234600,
-        1.2346,
-        {"share": 0.12346},
+        1235000,
+        1.235,
+        {"share": 0.1235},
         2,
         None,
         "text",
