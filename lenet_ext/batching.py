@@ -9,6 +9,7 @@ batch of a batched matrix product.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -138,13 +139,18 @@ def _(info, in_dims, grad_output, indices, input, weight, input_size, weight_siz
     return _unmapped_where_not_wanted(apart, dims, mask)
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """(size, ..., features) as (size, rows, features). Not by -1, which nothing determines where there are no features."""
+    return tensor.reshape(tensor.shape[0], prod(tensor.shape[1:-1]), tensor.shape[-1])
+
+
 def _linear(operator: Callable[..., Tensor], info: Any, in_dims: tuple, *arguments: Any) -> tuple[Tensor, int]:
     input, weight, bias = arguments
     if in_dims[1] is None and in_dims[2] is None:
         return operator(input.movedim(in_dims[0], 0), weight, bias), 0
     size = info.batch_size
     samples = _mapped_first(input, in_dims[0], size)
-    factors = samples.reshape(size, -1, samples.shape[-1]), _mapped_first(weight, in_dims[1], size).transpose(1, 2)
+    factors = _rows(samples), _mapped_first(weight, in_dims[1], size).transpose(1, 2)
     # Not a sum behind the product: autocast would cast the one and not the other.
     output = (
         torch.bmm(*factors)
@@ -174,7 +180,7 @@ def _linear_backward(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
         gradients = ops.linear_backward(_mapped_first(grad_output, in_dims[0], size), None, weight, mask)
         return _unmapped_where_not_wanted(gradients, (0, 0, 0), mask)
     grads = _mapped_first(grad_output, in_dims[0], size)
-    rows = grads.reshape(size, -1, grads.shape[-1])
+    rows = _rows(grads)
     none = grads.new_empty(0)
     grad_input = grad_weight = none
     if mask[0]:
@@ -182,7 +188,7 @@ def _linear_backward(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
         grad_input = grad_input.reshape(*grads.shape[:-1], grad_input.shape[-1])
     if mask[1]:
         samples = _mapped_first(input, in_dims[1], size)
-        grad_weight = rows.transpose(1, 2).bmm(samples.reshape(size, -1, samples.shape[-1]))
+        grad_weight = rows.transpose(1, 2).bmm(_rows(samples))
     grad_bias = rows.sum(1) if mask[2] else none
     return _unmapped_where_not_wanted((grad_input, grad_weight, grad_bias), (0, 0, 0), mask)
 

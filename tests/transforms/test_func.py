@@ -104,6 +104,15 @@ def test_vmap_without_bias_and_unbatched(device, name):
     _assert_close(*(vmap(lambda x, f=f: f(x, w[0]))(x) for f in _functions(name)))
 
 
+@pytest.mark.parametrize("sizes", [(0, 3), (4, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("name", ["linear", "linear_relu"])
+def test_vmap_without_features(device, name, sizes):
+    """A sum of nothing for each sample, and as many gradients of nothing."""
+    x, w = (integers(2, *s, dtype=torch.float64, device=device) for s in [(2, 3, sizes[0]), (sizes[1], sizes[0])])
+    _assert_close(*(vmap(f)(x, w) for f in _functions(name)))
+    _assert_close(*(vmap(grad(lambda x, w, f=f: f(x, w).sum(), argnums=(0, 1)))(x, w) for f in _functions(name)))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_vmap_in_vmap(device, name):
     shapes = SHAPES[name]
