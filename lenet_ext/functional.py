@@ -230,6 +230,7 @@ def conv_relu_max_pool2d_normalized(input: Tensor, weight: Tensor, bias: Tensor 
     small_window = options[4][0] * options[4][1] <= ops.MAX_WINDOW
     if small_window and not torch.compiler.is_compiling() and is_ordinary(input, weight, bias):
         return ops.conv_relu_max_pool2d(input, weight, bias, *options)
+    _check_tensors("conv_relu_max_pool2d", input, weight, bias)
     if not small_window or not _has_kernel(input, weight, bias):
         return _stock_conv_relu_max_pool2d(input, weight, bias, options)
     dim = input.dim()

@@ -331,6 +331,15 @@ def test_wrong_gradient(device):
             output.backward(bad)
 
 
+@pytest.mark.parametrize("padding", [0, "same"])
+@pytest.mark.parametrize("pool_kernel_size", [2, 16], ids=["kernel", "stock"])
+@pytest.mark.parametrize("value", [None, 1.0, [1.0]], ids=str)
+def test_a_layer_names_an_input_that_is_no_tensor(value, pool_kernel_size, padding):
+    layer = nn.ConvReLUMaxPool2d(3, 4, 3, padding=padding, pool_kernel_size=pool_kernel_size)
+    with pytest.raises(TypeError, match=f"input must be a Tensor, got {type(value).__name__}"):
+        layer(value)
+
+
 MODULES = [
     ({"in_channels": 3, "out_channels": 4, "kernel_size": 3, "groups": 2}, torch.nn.Conv2d),
     ({"in_channels": 4, "out_channels": 3, "kernel_size": 3, "groups": 2}, torch.nn.Conv2d),
