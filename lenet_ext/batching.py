@@ -140,7 +140,7 @@ def _(info, in_dims, grad_output, indices, input, weight, input_size, weight_siz
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """(size, ..., features) as (size, rows, features). Not by -1, which nothing determines where there are no features."""
+    """(size, ..., features) as (size, rows, features). Without features nothing would determine a -1."""
     return tensor.reshape(tensor.shape[0], prod(tensor.shape[1:-1]), tensor.shape[-1])
 
 

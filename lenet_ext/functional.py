@@ -45,6 +45,8 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
         elif len(value) == 2:
             return _integer(name, value[0]), _integer(name, value[1])
         else:
+            for element in value:
+                _integer(name, element)
             raise RuntimeError(f"conv_relu_max_pool2d: {name} must be an int or a pair of ints, got {value!r}")
     number = _integer(name, value)
     return number, number
@@ -65,6 +67,13 @@ def _padding(
         return height // 2, height - height // 2, width // 2, width - width // 2
     vertical, horizontal = _pair("padding", padding)
     return vertical, vertical, horizontal, horizontal
+
+
+def kernel_size_of(weight: Tensor) -> tuple[int, int]:
+    """What padding="same" depends on; as numbers, where a tracer has symbols, since padding is one of the operator's."""
+    if weight.dim() != 4:
+        raise RuntimeError(f"conv_relu_max_pool2d: weight must be 4-D, got shape {tuple(weight.shape)}")
+    return int(weight.shape[2]), int(weight.shape[3])
 
 
 def normalize_options(
@@ -218,10 +227,9 @@ def conv_relu_max_pool2d(
         pool_dilation,
         ceil_mode,
     )
-    # "same" depends on the kernel; as numbers, where a tracer has symbols, since padding is one of the operator's.
-    kernel_size = (int(weight.shape[2]), int(weight.shape[3])) if isinstance(padding, str) else (0, 0)
+    kernel = kernel_size_of(weight) if isinstance(padding, str) else (0, 0)
     cacheable = not torch.compiler.is_compiling() and _SCALARS.issuperset(map(type, arguments))
-    options = (_cached_options if cacheable else normalize_options)(*arguments, kernel_size)
+    options = (_cached_options if cacheable else normalize_options)(*arguments, kernel)
     return conv_relu_max_pool2d_normalized(input, weight, bias, options)
 
 

@@ -67,8 +67,8 @@ class ConvReLUMaxPool2d(nn.Conv2d):
     def _options(self, weight: Tensor) -> tuple:
         """The normalised options, computed again only when an attribute was changed."""
         attributes = _option_attributes(self)
-        # "same" depends on the kernel; the shape of a replaced weight counts, not what the constructor was told.
-        kernel_size = (int(weight.shape[2]), int(weight.shape[3])) if isinstance(attributes[1], str) else (0, 0)
+        # The shape of a replaced weight counts, not what the constructor was told.
+        kernel_size = functional.kernel_size_of(weight) if isinstance(attributes[1], str) else (0, 0)
         cached = self.__dict__.get("_normalized")
         if cached is None or cached[0] != attributes or cached[1] != kernel_size:
             options = functional.normalize_options(*attributes, kernel_size)  # type: ignore[call-arg]

@@ -93,6 +93,7 @@ CONV = {
     "padding 2**63": ({"padding": HUGE}, "padding", str(HUGE)),
     "padding 2**62": ({"padding": 2**62}, "padding", None),
     "padding 2**40": ({"padding": 2**40}, None, None),
+    "dilation of four letters": ({"dilation": tuple("full")}, "dilation", "f"),
     "dilation 0": ({"dilation": 0}, "dilation", "0"),
     "dilation -1": ({"dilation": -1}, "dilation", "-1"),
     "dilation of three": ({"dilation": (1, 1, 1)}, "dilation", "1, 1, 1"),
@@ -338,6 +339,14 @@ def test_a_layer_names_an_input_that_is_no_tensor(value, pool_kernel_size, paddi
     layer = nn.ConvReLUMaxPool2d(3, 4, 3, padding=padding, pool_kernel_size=pool_kernel_size)
     with pytest.raises(TypeError, match=f"input must be a Tensor, got {type(value).__name__}"):
         layer(value)
+
+
+@pytest.mark.parametrize("padding", [0, "same"])
+def test_a_layer_names_a_weight_of_another_shape(padding):
+    layer = nn.ConvReLUMaxPool2d(3, 4, 3, padding=padding)
+    layer.weight = torch.nn.Parameter(t(4, 3, 3))
+    with pytest.raises(RuntimeError, match=r"weight must be 4-D.*4, 3, 3"):
+        layer(t(2, 3, 8, 8))
 
 
 MODULES = [
