@@ -9,12 +9,13 @@ BIN := $(abspath $(VENV))/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc lenet_ext build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
-.PHONY: help demo test test-all bench tables gpu-check lint format clean
+.PHONY: help demo test test-all fuzz bench tables gpu-check lint format clean
 
 help:
 	@echo "make demo     train on real digits, then compare with stock PyTorch"
 	@echo "make test     the tests, in some minutes; PYTEST_ARGS='-k linear' passes arguments on"
 	@echo "make test-all the rest of the tests, which takes some times as long"
+	@echo "make fuzz     random calls against stock, in a child process; SECONDS=60, FUZZ_ARGS='--seed 4711' is one call again"
 	@echo "make bench    the full benchmark of this machine (most of an hour), a small file of it in benchmarks/results"
 	@echo "make tables   the READMEs' tables and the picture from those files"
 	@echo "make gpu-check   everything that needs a GPU, with the Python and torch that are there; STAGE=check|bench OUT=DIR MNIST_ROOT=DIR"
@@ -45,6 +46,11 @@ test: $(VENV)/installed
 # What `make test` leaves out; and random cases again, more of them.
 test-all: $(VENV)/installed
 	cd tests && HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-thorough} $(PYTEST) -m "extended or hypothesis" $(PYTEST_ARGS)
+
+# Random calls of every kind against the stock composition. A finding says its seed, and the smallest call that shows it.
+SECONDS ?= 60
+fuzz: $(VENV)/installed
+	cd tests && $(BIN)/python -m fuzz $(or $(FUZZ_ARGS),--seconds $(SECONDS))
 
 # The raw run stays in an ignored folder, where an interrupted one is continued; what the tables show becomes one small
 # file of this processor in benchmarks/results.

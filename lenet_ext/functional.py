@@ -70,7 +70,7 @@ def _padding(
 
 
 def kernel_size_of(weight: Tensor) -> tuple[int, int]:
-    """What padding="same" depends on; as numbers, where a tracer has symbols, since padding is one of the operator's."""
+    """What padding="same" depends on. As numbers, where a tracer has symbols: padding is one of the operator's."""
     if weight.dim() != 4:
         raise RuntimeError(f"conv_relu_max_pool2d: weight must be 4-D, got shape {tuple(weight.shape)}")
     return int(weight.shape[2]), int(weight.shape[3])
