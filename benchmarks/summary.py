@@ -129,10 +129,11 @@ def _last_line(text: str) -> str:
 def file_name(content: dict[str, Any]) -> str:
     """By processor and date, e.g. ``cpu-amd-epyc-avx512-2026-11-24.json``."""
     date = max(run["date"] for run in content["runs"].values())[:10]
-    return f"{_processor(content)}-{date}.json"
+    return f"{processor(content)}-{date}.json"
 
 
-def _processor(content: dict[str, Any]) -> str:
+def processor(content: dict[str, Any]) -> str:
+    """As a part of a file's name, e.g. ``cpu-amd-epyc-avx512``."""
     if content["source"] == "bench":
         name = f"cpu {re.sub(r'[(](R|TM)[)]|CPU|Processor|@.*', '', content['machine']['cpu'])} "
         name += content["cpu_capability"]
@@ -212,7 +213,7 @@ def write(content: dict[str, Any], folder: Path = RESULTS) -> Path:
     has its own date and commit.
     """
     path = folder / file_name(content)
-    others = list(folder.glob(f"{_processor(content)}-????-??-??.json"))
+    others = list(folder.glob(f"{processor(content)}-????-??-??.json"))
     for other in others:
         content = _completed(content, read(other))
     with atomic_path(path) as temporary:
