@@ -9,14 +9,16 @@ BIN := $(abspath $(VENV))/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc lenet_ext build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
-.PHONY: help demo test test-all fuzz bench tables gpu-check lint format clean
+.PHONY: help demo test test-all fuzz sanitize bench numbers tables gpu-check lint format clean
 
 help:
 	@echo "make demo     train on real digits, then compare with stock PyTorch"
 	@echo "make test     the tests, in some minutes; PYTEST_ARGS='-k linear' passes arguments on"
 	@echo "make test-all the rest of the tests, which takes some times as long"
 	@echo "make fuzz     random calls against stock, in a child process; SECONDS=60, FUZZ_ARGS='--seed 4711' is one call again"
+	@echo "make sanitize the operators' tests and random calls on a library built with AddressSanitizer and UBSan (GCC)"
 	@echo "make bench    the full benchmark of this machine (most of an hour), a small file of it in benchmarks/results"
+	@echo "make numbers  errors in ulp against float64, beside stock's, into benchmarks/results"
 	@echo "make tables   the READMEs' tables and the picture from those files"
 	@echo "make gpu-check   everything that needs a GPU, with the Python and torch that are there; STAGE=check|bench OUT=DIR MNIST_ROOT=DIR"
 	@echo "make lint     ruff, mypy and clang-format; make format applies what they can mend"
@@ -52,6 +54,16 @@ SECONDS ?= 60
 fuzz: $(VENV)/installed
 	cd tests && $(BIN)/python -m fuzz $(or $(FUZZ_ARGS),--seconds $(SECONDS))
 
+# A second library, beside the installed one. Python knows nothing of the sanitizers, so their runtime is loaded before
+# it, and the C++ runtime with it, whose exceptions it watches. What Python never frees is no leak of ours.
+SANITIZED := $(abspath build/sanitized)
+UNDER_SANITIZERS = PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)"
+sanitize: $(VENV)/installed
+	LENET_EXT_SANITIZE=address LENET_EXT_CUDA=0 $(BIN)/pip install --quiet --no-deps --upgrade --target $(SANITIZED) .
+	cd tests && $(UNDER_SANITIZERS) $(BIN)/python -m pytest -n auto -m "not extended" operators autograd $(PYTEST_ARGS)
+	cd tests && $(UNDER_SANITIZERS) $(BIN)/python -m fuzz --seconds $(SECONDS)
+
 # The raw run stays in an ignored folder, where an interrupted one is continued; what the tables show becomes one small
 # file of this processor in benchmarks/results.
 RAW := runs/bench
@@ -64,6 +76,9 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/summary.py $(RAW)/unfinished.json
 	mv $(RAW)/unfinished.json $(RAW)/last.json
 	$(MAKE) tables
+
+numbers: $(VENV)/installed
+	$(BIN)/python benchmarks/errors_in_ulp.py --write
 
 # The tables and the picture of the results that are there, into the files that show them.
 RESULTS := benchmarks/results

@@ -44,7 +44,7 @@ def supported_capabilities(compiler: list[str]) -> list[str]:
 
 
 def cpu_objects(
-    compiler: list[str], capabilities: list[str], folder: Path, build_directory: Path, debug: list[str]
+    compiler: list[str], capabilities: list[str], folder: Path, build_directory: Path, changed: list[str]
 ) -> list[ObjectFile]:
     objects = []
     for source in sorted(folder.glob("*.cpp")):
@@ -55,5 +55,5 @@ def cpu_objects(
                 f"-DLENET_EXT_VECTOR_BYTES={vector_bytes}",
             ]
             output = build_directory / f"{source.stem}.{name}.o"
-            objects.append(ObjectFile(source, output, [*compiler, *FLAGS, *flags, *definitions, *debug]))
+            objects.append(ObjectFile(source, output, [*compiler, *FLAGS, *flags, *definitions, *changed]))
     return objects

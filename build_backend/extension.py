@@ -19,6 +19,7 @@ from compile_objects import compile_objects
 from cpu_kernels import FLAGS, cpu_objects, supported_capabilities
 from cuda_toolkit import cuda_objects, find_cuda_toolkit
 from cxx_runtime import has_private_runtime
+from sanitizers import sanitizer_flags
 from setuptools.command.build import build
 from torch.utils import cpp_extension
 
@@ -54,9 +55,12 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
     jobs = _jobs()
     os.environ["MAX_JOBS"] = str(jobs)  # what torch's BuildExtension reads
     debug = ["-g", "-O0"] if os.environ.get("DEBUG", "0") not in ("", "0") else []
+    sanitizer = sanitizer_flags()
+    changed = [*sanitizer, *debug]  # in place of the release's optimization
 
     compiler_version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    print(f"lenet_ext {version}, torch {torch.__version__}, jobs: {jobs}{', debug' if debug else ''}")
+    kind = (", debug" if debug else "") + (", under the sanitizers" if sanitizer else "")
+    print(f"lenet_ext {version}, torch {torch.__version__}, jobs: {jobs}{kind}")
     print(f"  compiler: {shlex.join(compiler)} ({compiler_version.partition(chr(10))[0]})")
     print(f"  CPU instruction sets: {', '.join(capabilities)}")
     if cuda_reason is None:
@@ -68,11 +72,11 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
     # The host side: one folder for each operator, and what they share. The kernels are compiled apart, below.
     sources = sorted(path for path in csrc.rglob("*.cpp") if path.parent != csrc / "cpu")
     # -g0: Python's own flags, which come first, may ask for debug information.
-    flags = [*(debug or ["-O2", "-g0"]), "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-I", str(csrc)]
+    flags = [*(changed or ["-O2", "-g0"]), "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-I", str(csrc)]
     flags += [f"-DLENET_EXT_HAVE_{name.upper()}" for name in capabilities if name != "default"]
     for path in cpp_extension.include_paths():
         flags += ["-isystem", path]  # as system headers torch's own do not warn
-    link_flags = ["-fopenmp"]
+    link_flags = ["-fopenmp", *sanitizer]
     if cuda_reason is None:
         flags += ["-DLENET_EXT_WITH_CUDA", "-isystem", str(toolkit.include)]
         link_flags += [f"-L{toolkit.libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
@@ -84,7 +88,9 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
             super().finalize_options()
             # Kept between builds, also of an editable installation, so that only what changed is compiled again. One
             # for each torch and compiler: ninja does not see it when those are replaced where they are.
-            tools = "\n".join([compiler_version, "" if cuda_reason else f"{toolkit.nvcc} {toolkit.version}"])
+            # And one for the sanitizers, so that the usual library need not be compiled again after them.
+            cuda = "" if cuda_reason else f"{toolkit.nvcc} {toolkit.version}"
+            tools = "\n".join([compiler_version, cuda, *sanitizer])
             digest = hashlib.sha256(tools.encode()).hexdigest()[:8]
             name = f"{sys.implementation.cache_tag}-torch-{torch.__version__}-{digest}"
             self.build_temp = str(root / "build" / name)
@@ -98,7 +104,7 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
         def build_extensions(self) -> None:
             folder = Path(self.build_temp).resolve() / "lenet_ext"
             self._write_config(folder)
-            objects = cpu_objects(compiler, capabilities, csrc / "cpu", folder, debug)
+            objects = cpu_objects(compiler, capabilities, csrc / "cpu", folder, changed)
             if cuda_reason is None:
                 objects += cuda_objects(toolkit, compiler, csrc / "cuda", folder, debug)
             compile_objects(objects, folder, jobs)
@@ -120,7 +126,7 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
             values = {
                 "VERSION": version,
                 "TORCH_VERSION": torch.__version__,
-                "CXX_FLAGS": " ".join(FLAGS + debug),
+                "CXX_FLAGS": " ".join(FLAGS + changed),
             }
             if cuda_reason is None:
                 values |= {"CUDA_VERSION": toolkit.version, "CUDA_ARCH_LIST": ";".join(toolkit.architectures)}

@@ -171,6 +171,8 @@ NO_TORCH = "torch is not installed here; run: pip install torch, and then: pip i
 NO_NVCC = "LENET_EXT_CUDA=1 needs nvcc, which is neither in CUDA_HOME nor on the PATH; set CUDA_HOME"
 NO_COMPILER = "the C++ compiler '/nonexistent' was not found; install g++ or clang++, or set CXX to one"
 
+NO_SANITIZER = "LENET_EXT_SANITIZE must be address, got 'memory'"
+
 
 @pytest.mark.parametrize(
     ("site", "variables", "sentence"),
@@ -178,6 +180,7 @@ NO_COMPILER = "the C++ compiler '/nonexistent' was not found; install g++ or cla
         pytest.param(WITHOUT_TORCH, {}, NO_TORCH, id="no torch"),
         pytest.param("", {"LENET_EXT_CUDA": "1", "PATH": "/nonexistent"}, NO_NVCC, id="no nvcc"),
         pytest.param("", {"LENET_EXT_CUDA": "0", "CXX": "/nonexistent"}, NO_COMPILER, id="no compiler"),
+        pytest.param("", {"LENET_EXT_CUDA": "0", "LENET_EXT_SANITIZE": "memory"}, NO_SANITIZER, id="no sanitizer"),
     ],
 )
 def test_what_cannot_be_built_is_told_in_one_sentence_before_compiling(

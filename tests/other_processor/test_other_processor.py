@@ -1,4 +1,5 @@
-"""The plain kernels, compiled for another kind of processor and run in its emulator: they must be right on ARM too.
+"""The plain kernels, compiled for another kind of processor and run in its emulator: they must be right on ARM too. And
+compiled for this one with AddressSanitizer and UndefinedBehaviorSanitizer.
 
 Operands are small integers, so that every sum is exact and results are compared to the last bit.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_on_cpu.build import SANITIZERS, has_sanitizers
 from reference import integers
 from torch import Tensor
 
@@ -24,26 +26,30 @@ pytestmark = pytest.mark.extended
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
-FLAGS += ["-Werror", "-DLENET_EXT_CPU_CAPABILITY=default_", "-DLENET_EXT_VECTOR_BYTES=16", "-static"]
-# (compiler, how to run what it makes). The first one is this machine itself: it checks the driver.
+FLAGS += ["-Werror", "-DLENET_EXT_CPU_CAPABILITY=default_", "-DLENET_EXT_VECTOR_BYTES=16"]
+HERE = ["c++", "g++", "clang++"]
+# (compiler, its flags, how to run what it makes). The first one is this machine itself: it checks the driver.
 PROCESSORS = {
-    "here": (["c++", "g++", "clang++"], [[]]),
-    "aarch64": (["aarch64-linux-gnu-g++"], [["qemu-aarch64-static"], ["qemu-aarch64"]]),
+    "here": (HERE, ["-static"], [[]]),
+    "sanitizers": (HERE, [*SANITIZERS, "-g1", "-O1"], [[]]),
+    "aarch64": (["aarch64-linux-gnu-g++"], ["-static"], [["qemu-aarch64-static"], ["qemu-aarch64"]]),
 }
 
 
 @pytest.fixture(scope="module", params=PROCESSORS)
 def driver(request, tmp_path_factory) -> list[str]:
-    compilers, runners = PROCESSORS[request.param]
+    compilers, flags, runners = PROCESSORS[request.param]
     compiler = next((c for c in compilers if shutil.which(c)), None)
     runner = next((r for r in runners if not r or shutil.which(r[0])), None)
     if compiler is None or runner is None:
         pytest.skip(f"needs one of {compilers} and, to run, one of {[r[0] for r in runners if r]}")
     if request.param == "here" and platform.system() != "Linux":
         pytest.skip("-static is for Linux")
+    if request.param == "sanitizers" and not has_sanitizers():
+        pytest.skip("the compiler has no AddressSanitizer or UndefinedBehaviorSanitizer")
     program = tmp_path_factory.mktemp("driver") / "driver"
     sources = [ROOT / "tests" / "other_processor" / "driver.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
-    command = [compiler, *FLAGS, "-I", str(CSRC), *map(str, sources), "-o", str(program)]
+    command = [compiler, *FLAGS, *flags, "-I", str(CSRC), *map(str, sources), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return [*runner, str(program)]
