@@ -78,7 +78,7 @@ WRONG = {
     "an error": "lambda x, w, b=None: (_ for _ in ()).throw(KeyError('x'))",
     "operands": "lambda x, w, b=None: linear(x.detach().add_(1), w, b)",
     "crashes": "lambda x, w, b=None: os.abort()",
-    "hangs": "lambda x, w, b=None: time.sleep(60)",
+    "hangs": "lambda x, w, b=None: time.sleep(600)",
 }
 
 
@@ -92,8 +92,9 @@ linear = functional.linear
 functional.linear = {WRONG[what]}
 {SERVE}
 """
-    with Child(timeout=0.5, code=code) as child:
+    with Child(timeout=1 if what == "hangs" else 300, code=code) as child:
         finding = child.check(call)
+        child.timeout = 300
         assert finding is not None
         assert what not in ("crashes", "hangs") or finding.startswith(what)
         # A process that ended is begun again.
