@@ -255,6 +255,20 @@ def test_per_sample_gradients(device, dtype):
     torch.testing.assert_close(*results, **tolerance)
 
 
+def test_per_sample_gradients_of_a_channels_last_weight(device):
+    """Laid out as the weight is, as without vmap; torch.func.vmap has no rule for what makes a tensor channels_last."""
+    x, w, b = _operands("conv_relu_max_pool2d", device)
+    w = w.contiguous(memory_format=torch.channels_last)
+
+    def per_sample(f):
+        gradient = grad(lambda w, x: f(x[None], w, b).sum())
+        return vmap(gradient, in_dims=(None, 0))(w, x)
+
+    ours, stock = map(per_sample, _functions("conv_relu_max_pool2d"))
+    _assert_close(ours, stock)
+    assert ours[0].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_functional_call(device):
     """With other parameters than the module's own, which stay as they are; grad_and_value on top."""
     x, y = torch.randn(1, 32, 32, dtype=torch.float64, device=device), torch.tensor(3, device=device)
