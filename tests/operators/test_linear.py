@@ -171,3 +171,15 @@ def test_a_sum_of_nothing_is_the_bias(device, name, bias, rows):
     output = getattr(functional, name)(torch.ones(rows, 0, device=device), torch.ones(3, 0, device=device), b)
     expected = getattr(reference, name)(torch.ones(rows, 0), torch.ones(3, 0), None if b is None else b.cpu())
     assert_equal(output.cpu(), expected, "output")
+
+
+@pytest.mark.parametrize("rows", [64, 4096])
+def test_the_gradient_of_bias_is_accurate_for_many_rows(device, rows):
+    """Terms of one sign: added one after the other, 4096 of them are 10 epsilons and more away."""
+    torch.manual_seed(0)
+    bias, grad_output = torch.zeros(70, device=device), torch.rand(rows, 70, device=device)
+    x, w = torch.ones(rows, 3, device=device), torch.ones(70, 3, device=device)
+    grad_bias = run(functional.linear, [x, w, bias], {}, grad_output).grads[2].double()
+    exact = grad_output.double().sum(0)
+    error = ((grad_bias - exact) / exact).abs().max() / torch.finfo(torch.float32).eps
+    assert error < (1.5 if rows == 64 else 4)
