@@ -63,7 +63,9 @@ def _compare(call: Call, ours: Results | Exception, stock: Results | Exception) 
     for (what, a), (_, s) in zip(ours, stock, strict=True):
         if a.shape != s.shape or a.dtype != s.dtype:
             return f"{what}: {a.dtype} {tuple(a.shape)}, stock {s.dtype} {tuple(s.shape)}"
-        if what == "output" and call.layouts[0] == "contiguous" and not a.is_contiguous():
+        # Stock takes the layout of a channels_last weight; so do calls that go to stock.
+        as_stock = a.is_contiguous() or a.stride() == s.stride()
+        if what == "output" and call.layouts[0] == "contiguous" and not as_stock:
             return f"{what} of a contiguous input: strides {a.stride()}"
     if call.dtype not in KERNEL_DTYPES:
         pairs = [(what, a, s, s) for (what, a), (_, s) in zip(ours, stock, strict=True)]
