@@ -132,7 +132,9 @@ def markdown(found: dict[str, list[tuple[Case, Errors]]], content: dict[str, Any
             for what, pair in zip(TENSORS, pairs, strict=True)
         ]
         above = sorted((entry for entry in each if entry[0] > LIMIT), reverse=True)
-        told = "; ".join(f"{what}: {times(number)}" for number, what in above) or f"none; at most {times(max(each)[0])}"
+        told = (
+            ";\n".join(f"{what}: {times(number)}" for number, what in above) or f"none; at most {times(max(each)[0])}"
+        )
         lines += [f"More than {LIMIT} times stock's: {told}.", ""]
     return "\n".join(lines)
 
