@@ -124,19 +124,19 @@ void product(const GemmTable<A>& kernels) {
 
 void network() {
   const auto& kernels = default_::lenet_kernels;
-  const auto sizes = take<int64_t>(2);
-  const int64_t batch = sizes[0], classes = sizes[1];
-  const auto input = take<float>(batch * 1024);
+  const auto sizes = take<int64_t>(3);
+  const int64_t batch = sizes[0], channels = sizes[1], classes = sizes[2];
+  const auto input = take<float>(batch * channels * 1024);
   std::vector<std::vector<float>> p;
-  for (const int64_t count : {int64_t{150}, int64_t{6}, int64_t{2400}, int64_t{16}, int64_t{48000}, int64_t{120},
+  for (const int64_t count : {150 * channels, int64_t{6}, int64_t{2400}, int64_t{16}, int64_t{48000}, int64_t{120},
                               int64_t{10080}, int64_t{84}, 84 * classes, classes}) {
     p.push_back(take<float>(count));
   }
   std::vector<float> output(batch * classes);
-  const LenetInference job{batch,       classes,     input.data(), 1024,        p[0].data(),
-                           p[1].data(), p[2].data(), p[3].data(),  p[4].data(), p[5].data(),
-                           p[6].data(), p[7].data(), p[8].data(),  p[9].data(), output.data()};
-  const auto scratch = aligned(kernels.scratch_bytes);
+  const LenetInference job{batch,       channels,    classes,     input.data(), channels * 1024, p[0].data(),
+                           p[1].data(), p[2].data(), p[3].data(), p[4].data(),  p[5].data(),     p[6].data(),
+                           p[7].data(), p[8].data(), p[9].data(), output.data()};
+  const auto scratch = aligned(kernels.scratch_bytes(channels));
   kernels.run(job, scratch.get(), 0, (batch + kernels.lanes - 1) / kernels.lanes);
   give(output);
 }

@@ -172,9 +172,10 @@ def test_matrix_products(driver, m, n, k, dtype):
 
 
 @pytest.mark.parametrize("batch", [1, 4, 7])
-def test_network(driver, batch):
-    net = lenet_ext.ReferenceNet(num_classes=11).requires_grad_(False)
-    x = torch.randn(batch, 1, 32, 32)
-    question = b"n" + struct.pack("2q", batch, 11) + raw(x) + b"".join(map(raw, net.parameters()))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_network(driver, channels, batch):
+    net = lenet_ext.ReferenceNet(channels, num_classes=11).requires_grad_(False)
+    x = torch.randn(batch, channels, 32, 32)
+    question = b"n" + struct.pack("3q", batch, channels, 11) + raw(x) + b"".join(map(raw, net.parameters()))
     output = Answer(driver, question).take((batch, 11), torch.float32)
     torch.testing.assert_close(output.double(), net.double()(x.double()), rtol=1e-5, atol=1e-5)
