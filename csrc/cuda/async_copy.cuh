@@ -6,10 +6,10 @@
 
 namespace lx {
 
-// Begins to copy 4 or 16 bytes; both addresses are multiples of that.
+// Begins to copy 4, 8 or 16 bytes; both addresses are multiples of that.
 template <int kBytes>
 LX_DEVICE void copy_async(void* to, const void* from) {
-  static_assert(kBytes == 4 || kBytes == 16);
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
 #ifdef LX_HOST_SHIM
   lx_shim::copy_later(to, from, kBytes);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -18,7 +18,7 @@ LX_DEVICE void copy_async(void* to, const void* from) {
   if constexpr (kBytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(from) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes) : "memory");
   }
 #elif defined(__CUDA_ARCH__)
   __trap();

@@ -136,10 +136,11 @@ using LenetForward = LenetForwardOf<float>;
 bool has_lenet_forward(DType dtype, int64_t channels, int64_t classes);
 LaunchResult launch_lenet_forward(const LenetForward& call, cudaStream_t stream);
 
-// The same for few images, each of which a cluster of blocks computes together; bit by bit the same values. How many
-// blocks: 2, 4 or 8; 0 for a larger batch, or where the current device cannot.
-int lenet_cluster_blocks(int64_t batch, int64_t classes);
-LaunchResult launch_lenet_cluster_forward(const LenetForward& call, int blocks, cudaStream_t stream);
+// The same for few images, each of which a cluster of blocks computes together, in 16 bits too; in float32 bit by bit
+// the same values. How many blocks: 2, 4 or 8; 0 for a larger batch, or where the current device cannot.
+int lenet_cluster_blocks(DType dtype, int64_t batch, int64_t channels, int64_t classes);
+LaunchResult launch_lenet_cluster_forward(DType dtype, const LenetForwardOf<void>& call, int blocks,
+                                          cudaStream_t stream);
 
 // Its backward in two launches, from what the forward pass kept, in float32 arithmetic: results are rounded once. All
 // tensors are contiguous, weights, pooled2 and the hidden layers 16-byte aligned.
@@ -211,5 +212,10 @@ bool has_lenet_tensor_core_forward(DType dtype, int64_t channels, int64_t classe
 LaunchResult launch_lenet_tensor_core_forward(DType dtype, const LenetForwardOf<void>& call, cudaStream_t stream);
 bool has_lenet_tensor_core_layer(DType dtype, const ConvPoolShape& shape);
 LaunchResult launch_lenet_tensor_core_layer(DType dtype, const ConvPoolForward& call, cudaStream_t stream);
+
+// The whole network in float16 and bfloat16 for large batches, where no backward pass will follow, in two launches. The
+// images are 16-byte aligned; `features`, [batch, 400] of the storage type and 16-byte aligned too, is overwritten.
+bool has_lenet_inference(DType dtype, int64_t channels, int64_t classes);
+LaunchResult launch_lenet_inference(DType dtype, const LenetForwardOf<void>& call, void* features, cudaStream_t stream);
 
 }  // namespace lenet_ext::cuda

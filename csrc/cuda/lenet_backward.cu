@@ -58,10 +58,12 @@ struct Gradients {
   LX_DEVICE void operator()(int parameter, int64_t at, float value) const { of[parameter][at] = lx::narrow<T>(value); }
 };
 
-// Shared memory: 24 KB.
+// Shared memory: 24 KB. The pointers, of which a block's number chooses one, are read where the launch has put them;
+// otherwise each thread would have a copy on its stack.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
-    lenet_backward_weight_kernel(int64_t batch, int64_t slices, WeightSums<T, T> sums, Gradients<T> gradients) {
+    lenet_backward_weight_kernel(int64_t batch, int64_t slices, WeightSums<T, T> sums,
+                                 const __grid_constant__ Gradients<T> gradients) {
   LX_SMEM(shared);
   sums.compute(static_cast<int>(blockIdx.x), batch, slices, shared, gradients);
 }

@@ -1,10 +1,11 @@
 // LeNet from the image to the logits in one launch, for few images: a cluster of blocks computes each of them together,
-// in float32 arithmetic on the ordinary units.
+// in float32 arithmetic on the ordinary units, whatever the storage type.
 //
 // With one block an image most of the GPU is idle, and all 240 KB of weights pass through one multiprocessor. Here each
 // block takes some rows of conv1's output, some channels of conv2's and some outputs of each linear layer, with the
-// weights of those alone, and writes what it has computed into the shared memory of all blocks. Every sum has the order
-// of lenet.cu, so that an image's logits are bit by bit the same in a batch of any size.
+// weights of those alone, and writes what it has computed into the shared memory of all blocks, rounded to the storage
+// type. Every sum has the order of lenet.cu, so that in float32 an image's logits are bit by bit the same in a batch of
+// any size. In 16 bits this is about fetching weights as well: tensor cores would wait for them just the same.
 #include "async_copy.cuh"
 #include "cluster.cuh"
 #include "lenet_tiles.cuh"
@@ -17,10 +18,25 @@ constexpr int kParts = 4;     // into which the sum over a linear layer's inputs
 constexpr int kColumns = 64;  // outputs of a linear layer that a block computes at most
 constexpr int kFeatures = Conv2::kPooled, kHidden1 = 120, kHidden2 = 84;
 static_assert(kParts * kColumns == static_cast<int>(kThreads), "a thread for each part of an output");
+constexpr int kMostClasses = 2 * kColumns;  // in the smallest cluster
 
 // From row to row of a linear layer's weights in shared memory: an odd number of 16-byte units, so that the eight rows
 // which a quarter of a warp reads at once lie in different banks.
-constexpr int pitch_of(int depth) { return depth / 4 % 2 == 1 ? depth : depth + 4; }
+template <typename T>
+constexpr int pitch_of(int depth) {
+  constexpr int kUnit = 16 / sizeof(T);
+  return (depth + kUnit - 1) / kUnit / 2 * 2 * kUnit + kUnit;
+}
+
+// Begins to copy one value to where it is needed as a float; 16 bits are converted at once.
+template <typename T>
+LX_DEVICE void copy_value(float* to, const T* from) {
+  if constexpr (std::is_same_v<T, float>) {
+    lx::copy_async<4>(to, from);
+  } else {
+    *to = lx::widen(*from);
+  }
+}
 
 // The part of `total` things that a block of the cluster has.
 template <int kBlocks>
@@ -32,31 +48,32 @@ struct Share {
 };
 
 // A block's part of a linear layer in shared memory.
-template <int kBlocks, int kDepth>
+template <typename T, int kBlocks, int kDepth>
 struct LinearPart {
-  static constexpr int kPitch = pitch_of(kDepth);
+  static constexpr int kPitch = pitch_of<T>(kDepth), kRowBytes = kDepth * static_cast<int>(sizeof(T));
+  static constexpr int kCopied = kRowBytes % 16 == 0 ? 16 : 8;  // bytes at once
+  static_assert(kRowBytes % kCopied == 0);
   Share<kBlocks> outputs;
-  float *weights, *biases;
+  T* weights;
+  float* biases;
 
   static int64_t shared_bytes(int outputs) {
     const int most = Share<kBlocks>::most(outputs);
-    return lx::taken<float>(most * kPitch) + lx::taken<float>(most);
+    return lx::taken<T>(most * kPitch) + lx::taken<float>(most);
   }
 
   LX_DEVICE LinearPart(int total, int rank, unsigned char*& shared)
       : outputs(total, rank),
-        weights(lx::take<float>(shared, Share<kBlocks>::most(total) * kPitch)),
+        weights(lx::take<T>(shared, Share<kBlocks>::most(total) * kPitch)),
         biases(lx::take<float>(shared, Share<kBlocks>::most(total))) {}
 
-  LX_DEVICE void load(const float* weight, const float* bias) {
-    constexpr int kPacks = kDepth / 4;
+  LX_DEVICE void load(const T* weight, const T* bias) {
+    constexpr int kElements = kCopied / static_cast<int>(sizeof(T)), kCopies = kDepth / kElements;
     weight += outputs.begin * kDepth;
-    for (int i = threadIdx.x; i < outputs.count * kPacks; i += kThreads) {
-      lx::copy_async<16>(weights + i / kPacks * kPitch + i % kPacks * 4, weight + i * 4);
+    for (int i = threadIdx.x; i < outputs.count * kCopies; i += kThreads) {
+      lx::copy_async<kCopied>(weights + i / kCopies * kPitch + i % kCopies * kElements, weight + i * kElements);
     }
-    for (int i = threadIdx.x; i < outputs.count; i += kThreads) {
-      lx::copy_async<4>(biases + i, bias + outputs.begin + i);
-    }
+    for (int i = threadIdx.x; i < outputs.count; i += kThreads) copy_value(biases + i, bias + outputs.begin + i);
   }
 
   // Hands each of the block's outputs to store(output, value), in one thread. in: [kDepth]; partial: [kThreads]; both
@@ -66,14 +83,15 @@ struct LinearPart {
     constexpr int kShare = (kDepth + 4 * kParts - 1) / (4 * kParts) * 4;
     const int column = static_cast<int>(threadIdx.x) % kColumns, part = static_cast<int>(threadIdx.x) / kColumns;
     if (column < outputs.count) {
-      const float* row = weights + column * kPitch;
+      const T* row = weights + column * kPitch;
       const int end = (part + 1) * kShare < kDepth ? (part + 1) * kShare : kDepth;
       float sum = 0;
 #pragma unroll 4
       for (int k = part * kShare; k < end; k += 4) {
-        const lx::Pack<float, 4> w = lx::load_pack<4>(row + k), a = lx::load_pack<4>(in + k);
+        const lx::Pack<T, 4> w = lx::load_pack<4>(row + k);
+        const lx::Pack<float, 4> a = lx::load_pack<4>(in + k);
 #pragma unroll
-        for (int step = 0; step < 4; ++step) sum += a[step] * w[step];
+        for (int step = 0; step < 4; ++step) sum += a[step] * lx::widen(w[step]);
       }
       partial[threadIdx.x] = sum;
     }
@@ -87,7 +105,7 @@ struct LinearPart {
   }
 };
 
-template <int kBlocks>
+template <typename T, int kBlocks>
 struct ClusterShared {
   static constexpr int kRows = Share<kBlocks>::most(Conv1::kPool);       // of conv1's pooled output
   static constexpr int kPixels = (2 * kRows + kTap - 1) * Conv1::kSize;  // under them
@@ -98,18 +116,19 @@ struct ClusterShared {
            lx::taken<float>(kChannels * Conv2::kWeights) + lx::taken<float>(kChannels) + lx::taken<float>(kPixels) +
            lx::taken<float>(Conv1::kPooled) + lx::taken<float>(kFeatures) + lx::taken<float>(kHidden1) +
            lx::taken<float>(kHidden2) + lx::taken<float>(kThreads) +
-           LinearPart<kBlocks, kFeatures>::shared_bytes(kHidden1) +
-           LinearPart<kBlocks, kHidden1>::shared_bytes(kHidden2) + LinearPart<kBlocks, kHidden2>::shared_bytes(classes);
+           LinearPart<T, kBlocks, kFeatures>::shared_bytes(kHidden1) +
+           LinearPart<T, kBlocks, kHidden1>::shared_bytes(kHidden2) +
+           LinearPart<T, kBlocks, kHidden2>::shared_bytes(classes);
   }
 };
 
 // cluster -> one image at a time, until the batch is done. What the threads do: conv1, a window and two channels;
 // conv2, a window and a channel. All that is read from global memory is asked for at the beginning, the linear layers'
 // weights last: they arrive while the convolutions compute. Shared memory: 41 KB with 8 blocks and 10 classes, 133 KB
-// with 2.
-template <int kBlocks>
-__global__ void __launch_bounds__(kThreads) lenet_forward_cluster_kernel(LenetForward call) {
-  using Shared = ClusterShared<kBlocks>;
+// with 2, less in 16 bits. Bound to 64 registers; without a bound the compiler takes 48 in one case, and spills.
+template <typename T, int kBlocks>
+__global__ void __launch_bounds__(kThreads, 4) lenet_forward_cluster_kernel(LenetForwardOf<T> call) {
+  using Shared = ClusterShared<T, kBlocks>;
   constexpr int kChannels = Shared::kChannels;
   const int rank = static_cast<int>(blockIdx.x % kBlocks), thread = static_cast<int>(threadIdx.x);
   const Share<kBlocks> rows(Conv1::kPool, rank);
@@ -126,30 +145,34 @@ __global__ void __launch_bounds__(kThreads) lenet_forward_cluster_kernel(LenetFo
   float* hidden1 = lx::take<float>(shared, kHidden1);
   float* hidden2 = lx::take<float>(shared, kHidden2);
   float* partial = lx::take<float>(shared, kThreads);
-  LinearPart<kBlocks, kFeatures> fc1(kHidden1, rank, shared);
-  LinearPart<kBlocks, kHidden1> fc2(kHidden2, rank, shared);
-  LinearPart<kBlocks, kHidden2> fc3(static_cast<int>(call.classes), rank, shared);
+  LinearPart<T, kBlocks, kFeatures> fc1(kHidden1, rank, shared);
+  LinearPart<T, kBlocks, kHidden1> fc2(kHidden2, rank, shared);
+  LinearPart<T, kBlocks, kHidden2> fc3(static_cast<int>(call.classes), rank, shared);
 
   auto load_pixels = [&](int64_t image) {
-    lx::copy_floats_async(pixels, call.input + image * Conv1::kImage + 2 * rows.begin * Conv1::kSize,
-                          (2 * rows.count + kTap - 1) * Conv1::kSize);
+    const T* from = call.input + image * Conv1::kImage + 2 * rows.begin * Conv1::kSize;
+    const int count = (2 * rows.count + kTap - 1) * Conv1::kSize;
+    if constexpr (std::is_same_v<T, float>) {
+      lx::copy_floats_async(pixels, from, count);
+    } else {
+      lx::copy_to_shared(pixels, from, count);
+    }
   };
-  auto store_everywhere = [](float* to, float value) {
+  auto store_everywhere = [](float* to, T value) {
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) lx::cluster_store(to, block, value);
+    for (int block = 0; block < kBlocks; ++block) lx::cluster_store(to, block, lx::widen(value));
   };
 
   const int64_t first = blockIdx.x / kBlocks, stride = gridDim.x / kBlocks;
   load_pixels(first);
   for (int i = thread; i < Conv1::kOut * Conv1::kWeights; i += kThreads) {
-    lx::copy_async<4>(weights1 + i, call.parameters[0] + i % Conv1::kOut * Conv1::kWeights + i / Conv1::kOut);
+    copy_value(weights1 + i, call.parameters[0] + i % Conv1::kOut * Conv1::kWeights + i / Conv1::kOut);
   }
   for (int i = thread; i < kChannels * Conv2::kWeights; i += kThreads) {
-    lx::copy_async<4>(weights2 + i,
-                      call.parameters[2] + (first_channel + i % kChannels) * Conv2::kWeights + i / kChannels);
+    copy_value(weights2 + i, call.parameters[2] + (first_channel + i % kChannels) * Conv2::kWeights + i / kChannels);
   }
-  if (thread < Conv1::kOut) lx::copy_async<4>(biases1 + thread, call.parameters[1] + thread);
-  if (thread < kChannels) lx::copy_async<4>(biases2 + thread, call.parameters[3] + first_channel + thread);
+  if (thread < Conv1::kOut) copy_value(biases1 + thread, call.parameters[1] + thread);
+  if (thread < kChannels) copy_value(biases2 + thread, call.parameters[3] + first_channel + thread);
   lx::end_copy_group();
   fc1.load(call.parameters[4], call.parameters[5]);
   fc2.load(call.parameters[6], call.parameters[7]);
@@ -173,9 +196,10 @@ __global__ void __launch_bounds__(kThreads) lenet_forward_cluster_kernel(LenetFo
       for (int c = 0; c < 2; ++c) {
         const Winner<float> winner = winner_of(sums[0], c);
         const int at = (channel + c) * Conv1::kWindows + rows.begin * Conv1::kPool + window;
-        store_everywhere(pooled1 + at, winner.pooled());
+        const T value = lx::narrow<T>(winner.pooled());
+        store_everywhere(pooled1 + at, value);
         if (call.pooled1 == nullptr) continue;
-        call.pooled1[image * Conv1::kPooled + at] = winner.pooled();
+        call.pooled1[image * Conv1::kPooled + at] = value;
         call.indices1[image * Conv1::kPooled + at] = winner.code();
       }
     }
@@ -196,61 +220,79 @@ __global__ void __launch_bounds__(kThreads) lenet_forward_cluster_kernel(LenetFo
       }
       const Winner<float> winner = winner_of(sums[0], 0);
       const int at = (first_channel + channel) * Conv2::kWindows + window;
-      store_everywhere(features + at, winner.pooled());
+      const T value = lx::narrow<T>(winner.pooled());
+      store_everywhere(features + at, value);
       if (call.pooled2 != nullptr) {
-        call.pooled2[image * Conv2::kPooled + at] = winner.pooled();
+        call.pooled2[image * Conv2::kPooled + at] = value;
         call.indices2[image * Conv2::kPooled + at] = winner.code();
       }
     }
     lx::wait_for_copies<0>();
     lx::cluster_barrier();
 
-    fc1.compute(features, partial, [&](int output, float value) {
-      if (value <= 0) value = 0;  // NaN passes
+    auto activated = [](float sum) { return lx::narrow<T>(sum <= 0 ? 0 : sum); };  // NaN passes
+    fc1.compute(features, partial, [&](int output, float sum) {
+      const T value = activated(sum);
       store_everywhere(hidden1 + output, value);
       if (call.hidden1 != nullptr) call.hidden1[image * kHidden1 + output] = value;
     });
     lx::cluster_barrier();
-    fc2.compute(hidden1, partial, [&](int output, float value) {
-      if (value <= 0) value = 0;
+    fc2.compute(hidden1, partial, [&](int output, float sum) {
+      const T value = activated(sum);
       store_everywhere(hidden2 + output, value);
       if (call.hidden2 != nullptr) call.hidden2[image * kHidden2 + output] = value;
     });
     lx::cluster_barrier();
-    fc3.compute(hidden2, partial, [&](int output, float value) { call.output[image * call.classes + output] = value; });
+    fc3.compute(hidden2, partial,
+                [&](int output, float sum) { call.output[image * call.classes + output] = lx::narrow<T>(sum); });
   }
 }
 
 // As many clusters as find a place at once on the largest GPU, with a block for each multiprocessor.
 constexpr int kMostBlocks = 128;
 
-template <int kBlocks>
-LaunchResult launch_with(const LenetForward& call, cudaStream_t stream) {
-  LaunchResult result;
-  if (call.batch == 0) return result;
+template <typename T, int kBlocks>
+void launch_with(LaunchResult& result, const LenetForwardOf<T>& call, cudaStream_t stream) {
   const int64_t rounds = lx::divide_up<int64_t>(call.batch, kMostBlocks / kBlocks);
   const int64_t clusters = lx::divide_up(call.batch, rounds);
-  lx::launch_clusters(result, "lenet_forward_cluster_kernel", lenet_forward_cluster_kernel<kBlocks>,
+  lx::launch_clusters(result, "lenet_forward_cluster_kernel", lenet_forward_cluster_kernel<T, kBlocks>,
                       static_cast<unsigned>(clusters * kBlocks), kBlocks, kThreads,
-                      ClusterShared<kBlocks>::bytes(static_cast<int>(call.classes)), stream, call);
+                      ClusterShared<T, kBlocks>::bytes(static_cast<int>(call.classes)), stream, call);
+}
+
+template <typename T>
+LaunchResult forward(const LenetForwardOf<void>& call, int blocks, cudaStream_t stream) {
+  LaunchResult result;
+  if (call.batch == 0) return result;
+  const LenetForwardOf<T> of = typed<T>(call);
+  if (blocks == 8) launch_with<T, 8>(result, of, stream);
+  if (blocks == 4) launch_with<T, 4>(result, of, stream);
+  if (blocks == 2) launch_with<T, 2>(result, of, stream);
   return result;
+}
+
+template <typename T>
+int cluster_blocks(int64_t batch, int64_t classes) {
+  if (!lx::has_clusters(lenet_forward_cluster_kernel<T, 2>)) return 0;
+  if (batch <= kMostBlocks / 8) return 8;
+  if (batch <= kMostBlocks / 4) return 4;
+  return lx::fits_shared_memory(ClusterShared<T, 2>::bytes(static_cast<int>(classes))) ? 2 : 0;
 }
 
 }  // namespace
 
-int lenet_cluster_blocks(int64_t batch, int64_t classes) {
-  // Predicted, not yet measured: two rounds of clusters of two take 9 us, single blocks 11 us.
+int lenet_cluster_blocks(DType dtype, int64_t batch, int64_t channels, int64_t classes) {
+  // Measured in float32 on an H100 at commit e811d08: 10 us for up to 8 images, 15 us for 64. Beyond 128, predicted:
+  // two rounds of clusters of two take 9 us, single blocks 11 us.
   constexpr int64_t kMostImages = 128;
-  if (batch > kMostImages || !lx::has_clusters(lenet_forward_cluster_kernel<2>)) return 0;
-  if (batch <= kMostBlocks / 8) return 8;
-  if (batch <= kMostBlocks / 4) return 4;
-  return lx::fits_shared_memory(ClusterShared<2>::bytes(static_cast<int>(classes))) ? 2 : 0;
+  if (dtype == DType::kFloat64 || channels != Conv1::kIn || classes < 1 || classes > kMostClasses) return 0;
+  if (batch > kMostImages) return 0;
+  LENET_DISPATCH(dtype, cluster_blocks, batch, classes)
 }
 
-LaunchResult launch_lenet_cluster_forward(const LenetForward& call, int blocks, cudaStream_t stream) {
-  return blocks == 8   ? launch_with<8>(call, stream)
-         : blocks == 4 ? launch_with<4>(call, stream)
-                       : launch_with<2>(call, stream);
+LaunchResult launch_lenet_cluster_forward(DType dtype, const LenetForwardOf<void>& call, int blocks,
+                                          cudaStream_t stream) {
+  LENET_DISPATCH(dtype, forward, call, blocks, stream)
 }
 
 }  // namespace lenet_ext::cuda

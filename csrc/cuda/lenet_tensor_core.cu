@@ -172,18 +172,6 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_tensor_core_kernel(LenetFor
 }
 
 template <typename T>
-LenetForwardOf<T> typed(const LenetForwardOf<void>& call) {
-  LenetForwardOf<T> of{};
-  of.batch = call.batch, of.classes = call.classes, of.input = static_cast<const T*>(call.input);
-  for (int i = 0; i < 10; ++i) of.parameters[i] = static_cast<const T*>(call.parameters[i]);
-  of.output = static_cast<T*>(call.output);
-  of.pooled1 = static_cast<T*>(call.pooled1), of.indices1 = call.indices1;
-  of.pooled2 = static_cast<T*>(call.pooled2), of.indices2 = call.indices2;
-  of.hidden1 = static_cast<T*>(call.hidden1), of.hidden2 = static_cast<T*>(call.hidden2);
-  return of;
-}
-
-template <typename T>
 LaunchResult forward(const LenetForwardOf<void>& call, cudaStream_t stream) {
   LaunchResult result;
   if (call.batch == 0) return result;

@@ -164,6 +164,19 @@ int images_per_block(int64_t batch, int most, SharedBytes shared_bytes) {
   return images;
 }
 
+template <typename T>
+LenetForwardOf<T> typed(const LenetForwardOf<void>& call) {
+  LenetForwardOf<T> of{};
+  of.batch = call.batch, of.in_channels = call.in_channels, of.classes = call.classes;
+  of.input = static_cast<const T*>(call.input);
+  for (int i = 0; i < 10; ++i) of.parameters[i] = static_cast<const T*>(call.parameters[i]);
+  of.output = static_cast<T*>(call.output);
+  of.pooled1 = static_cast<T*>(call.pooled1), of.indices1 = call.indices1;
+  of.pooled2 = static_cast<T*>(call.pooled2), of.indices2 = call.indices2;
+  of.hidden1 = static_cast<T*>(call.hidden1), of.hidden2 = static_cast<T*>(call.hidden2);
+  return of;
+}
+
 // Four gradients, row-major, of a window's positions in the convolution's output: zero but for the winner's.
 LX_DEVICE void expand_window(float (&gradient)[4], float value, int code) {
 #pragma unroll

@@ -83,6 +83,61 @@ __device__ __forceinline__ void multiply_accumulate(float (&d)[4], const uint32_
 #endif
 }
 
+// d = a x b, in the 16-bit types: a product that adds to a constant zero, where sums would be cleared by moves.
+template <typename T>
+__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static_assert(sizeof(T) == 2);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define LX_MMA(types)                                                            \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." types                             \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};" \
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                           \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f))
+  if constexpr (std::is_same_v<T, bf16>) {
+    LX_MMA("bf16.bf16");
+  } else {
+    LX_MMA("f16.f16");
+  }
+#undef LX_MMA
+#else
+  for (float& sum : d) sum = 0;
+  multiply_accumulate<T>(d, a, b0, b1);
+#endif
+}
+
+// The larger one; NaN if one is.
+LX_DEVICE float max_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#else
+  return a > b || is_nan(a) ? a : b;
+#endif
+}
+
+// Two values of a 16-bit type as a word of an operand, the first one in its lower half.
+template <typename T>
+LX_DEVICE uint32_t word_of(T low, T high) {
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+}
+
+// The same of two sums: ReLU, which lets NaN pass, and rounding in one instruction.
+template <typename T>
+LX_DEVICE uint32_t activated_word(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t word;
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+#else
+  return word_of(narrow<T>(low <= 0 ? 0 : low), narrow<T>(high <= 0 ? 0 : high));
+#endif
+}
+
 // Four matrices of 8 rows of 4 words from shared memory: lane l says where row l % 8 of matrix l / 8 begins, a multiple
 // of 16 bytes, and gets word l % 4 of row l / 4 of each.
 __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const uint32_t* row) {

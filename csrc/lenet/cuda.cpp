@@ -1,7 +1,7 @@
-// The whole network on CUDA. Compiled only where nvcc is found. For up to 128 classes the forward pass is one launch,
-// in float32 for one channel and for three and, where the GPU has tensor cores for them, in float16 and bfloat16 for
-// one; the backward pass of all but large batches is two in each of them, for one channel and for three. Otherwise the
-// layers go one after the other, without the cost of five operators and five Functions.
+// The whole network on CUDA. Compiled only where nvcc is found. For up to 128 classes there are kernels for the forward
+// pass as a whole, in float32 for one channel and for three and, where the GPU has tensor cores for them, in float16
+// and bfloat16 for one; the backward pass of all but large batches is two launches in each of them, for one channel and
+// for three. Otherwise the layers go one after the other, without the cost of five operators and five Functions.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -18,10 +18,15 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
+// Whether the kernels of the whole network are taken, where the cost rule says if they are cheaper than others.
+bool takes_direct(bool cheaper) {
+  return choose_algorithm(cheaper ? Algorithm::Direct : Algorithm::Vendor) == Algorithm::Direct;
+}
+
 constexpr LayerOperators kLayers{conv_relu_max_pool2d_cuda, conv_relu_max_pool2d_backward_cuda, linear_cuda,
                                  linear_backward_cuda};
 
-// The kernel reads the linear layers' weights 16 bytes at a time.
+// Kernels read the linear layers' weights 16 bytes at a time, in inference the images too.
 Tensor contiguous_and_aligned(const Tensor& tensor) {
   const Tensor contiguous = tensor.contiguous();
   return reinterpret_cast<uintptr_t>(contiguous.const_data_ptr()) % 16 == 0 ? contiguous : contiguous.clone();
@@ -45,17 +50,88 @@ cuda::LenetForwardOf<T> forward_of(const Tensor& images, const std::vector<Tenso
   return call;
 }
 
+// What computes the forward pass.
+enum class ForwardPath {
+  kLayers,       // one after the other
+  kClusters,     // the whole network in one launch in float32 arithmetic, each image by several blocks
+  kStrict,       // by one block
+  kTensorCores,  // on the tensor cores
+  kInference,    // on the tensor cores in two launches, without what a backward pass needs
+};
+
+struct ForwardProblem {
+  cuda::DType dtype;
+  int64_t batch, channels, classes;
+  bool training;
+  bool tf32;  // float32 may be rounded to it
+};
+
+// The cost rule of the forward pass. Forced to be direct, it is the kernels of the precision asked for, however slow.
+//
+// Measured on an H100 at commit e811d08, in microseconds of a graph's replay (benchmarks/results), without gradients:
+//
+//   images                                1      64     256    1024    8192   65536
+//   float32, whole network               10      15      27      48     296    2086
+//   float32, layers                      24      25      51      76     286    1825
+//   TF32, whole network                  42      43      45      57     237    1766
+//   TF32, layers                         24      24      31      42     154     952
+//   bfloat16, whole network              25      26      27      35     101     765
+//   bfloat16, layers                     26      28      25      33     102     643
+//
+// So a permission to round to TF32 is not used where strict float32 is faster. float16 is taken to be like bfloat16,
+// and a forward pass with gradients like one without: neither was measured.
+constexpr int64_t kFewestImagesOfLayers = 8192;
+// By the same table the lines of strict float32 and of TF32's layers cross between 256 and 1024, at about 550 if they
+// are straight.
+constexpr int64_t kFewestImagesOfTf32Layers = 512;
+constexpr int64_t kFewestImagesOf16BitLayers = 1024;
+// Predicted, not measured: to prepare the weights twice takes these kernels some 10 us, an image 510 clocks of a
+// multiprocessor, by the count of their products (lenet_inference.cu): 20 to 25 us at 1024 images, 150 us at 65536.
+constexpr int64_t kFewestImagesOfInference = 1024;
+
+ForwardPath forward_path(const ForwardProblem& p) {
+  const bool float32 = p.dtype == cuda::DType::kFloat32;
+  const bool tensor_cores = (!float32 || p.tf32) && cuda::has_lenet_tensor_core_forward(p.dtype, p.channels, p.classes);
+  // Measured in float32: the 10 and 15 us of the table. In 16 bits predicted to take the same.
+  const bool clusters = cuda::lenet_cluster_blocks(p.dtype, p.batch, p.channels, p.classes) != 0;
+  if (!p.training && takes_direct(p.batch >= kFewestImagesOfInference) &&
+      cuda::has_lenet_inference(p.dtype, p.channels, p.classes)) {
+    return ForwardPath::kInference;
+  }
+  // In TF32 there is always something faster.
+  if (tensor_cores && takes_direct(!float32 && !clusters && p.batch < kFewestImagesOf16BitLayers)) {
+    return ForwardPath::kTensorCores;
+  }
+  if (clusters && takes_direct(true)) return ForwardPath::kClusters;
+  const int64_t fewest_images_of_layers = tensor_cores ? kFewestImagesOfTf32Layers : kFewestImagesOfLayers;
+  if (cuda::has_lenet_forward(p.dtype, p.channels, p.classes) && takes_direct(p.batch < fewest_images_of_layers)) {
+    return ForwardPath::kStrict;
+  }
+  return ForwardPath::kLayers;
+}
+
+cuda::LaunchResult launch_forward(ForwardPath path, cuda::DType dtype, const Tensor& images,
+                                  const std::vector<Tensor>& p, const LenetLayers& a, cudaStream_t stream) {
+  if (path == ForwardPath::kStrict) return cuda::launch_lenet_forward(forward_of<float>(images, p, a), stream);
+  const auto call = forward_of<void>(images, p, a);
+  if (path == ForwardPath::kInference) {
+    const Tensor features = at::empty({call.batch, kLenetFeatures}, images.options());
+    return cuda::launch_lenet_inference(dtype, call, features.mutable_data_ptr(), stream);
+  }
+  if (path == ForwardPath::kTensorCores) return cuda::launch_lenet_tensor_core_forward(dtype, call, stream);
+  const int blocks = cuda::lenet_cluster_blocks(dtype, call.batch, images.size(1), call.classes);
+  return cuda::launch_lenet_cluster_forward(dtype, call, blocks, stream);
+}
+
 LenetLayers lenet_forward(const char* op, const Tensor& input, TensorList parameters, bool training) {
   const CudaScope scope(input);
-  const Tensor images = input.contiguous();
   const int64_t batch = input.size(0), classes = parameters[8].size(0);
   const cuda::DType dtype = cuda_dtype(op, input);
-  const bool rounding_allowed =
-      dtype != cuda::DType::kFloat32 || (allows_tf32_convolutions() && allows_tf32_products());
-  const bool tensor_cores = rounding_allowed && cuda::has_lenet_tensor_core_forward(dtype, input.size(1), classes);
-  if (!tensor_cores && !cuda::has_lenet_forward(dtype, input.size(1), classes)) {
-    return lenet_by_layers(kLayers, op, images, parameters, training);
-  }
+  const bool tf32 = dtype == cuda::DType::kFloat32 && allows_tf32_convolutions() && allows_tf32_products();
+  const ForwardPath path = forward_path({dtype, batch, input.size(1), classes, training, tf32});
+  if (path == ForwardPath::kLayers) return lenet_by_layers(kLayers, op, input.contiguous(), parameters, training);
+
+  const Tensor images = path == ForwardPath::kInference ? contiguous_and_aligned(input) : input.contiguous();
   std::vector<Tensor> p;
   for (const Tensor& parameter : parameters) p.push_back(contiguous_and_aligned(parameter));
   const auto options = input.options(), codes = options.dtype(at::kByte);
@@ -66,12 +142,7 @@ LenetLayers lenet_forward(const char* op, const Tensor& input, TensorList parame
     a.pooled2 = at::empty({batch, 16, 5, 5}, options), a.indices2 = at::empty({batch, 16, 5, 5}, codes);
     a.hidden1 = at::empty({batch, 120}, options), a.hidden2 = at::empty({batch, 84}, options);
   }
-  const int cluster = tensor_cores || input.size(1) != 1 ? 0 : cuda::lenet_cluster_blocks(batch, classes);
-  const cuda::LaunchResult result =
-      tensor_cores   ? cuda::launch_lenet_tensor_core_forward(dtype, forward_of<void>(images, p, a), scope.stream)
-      : cluster != 0 ? cuda::launch_lenet_cluster_forward(forward_of<float>(images, p, a), cluster, scope.stream)
-                     : cuda::launch_lenet_forward(forward_of<float>(images, p, a), scope.stream);
-  check_launch(op, result, input);
+  check_launch(op, launch_forward(path, dtype, images, p, a, scope.stream), input);
   return a;
 }
 
@@ -84,8 +155,7 @@ constexpr int64_t kMostImagesOfTwoLaunches = 2048;
 bool takes_two_launches(const char* op, const Tensor& input, int64_t classes) {
   const int64_t batch = input.size(0);
   return batch > 0 && cuda::has_lenet_backward(cuda_dtype(op, input), input.size(1), classes) &&
-         choose_algorithm(batch <= kMostImagesOfTwoLaunches ? Algorithm::Direct : Algorithm::Vendor) ==
-             Algorithm::Direct;
+         takes_direct(batch <= kMostImagesOfTwoLaunches);
 }
 
 LenetGradients lenet_backward(const char* op, const Tensor& grad_output, const Tensor& input, TensorList parameters,
@@ -154,10 +224,8 @@ cuda::UpdateOf update_of(const TrainingStepCall& step, size_t i, bool adam) {
 }
 
 bool has_kernels_of_whole_step(const char* op, const TrainingStepCall& step) {
-  bool possible =
-      cuda::has_lenet_step(cuda_dtype(op, step.input), step.input.size(1), step.parameters[8].size(0)) &&
-      choose_algorithm(step.input.size(0) <= kMostImagesOfTwoLaunches ? Algorithm::Direct : Algorithm::Vendor) ==
-          Algorithm::Direct;
+  bool possible = cuda::has_lenet_step(cuda_dtype(op, step.input), step.input.size(1), step.parameters[8].size(0)) &&
+                  takes_direct(step.input.size(0) <= kMostImagesOfTwoLaunches);
   for (const TensorList list : {step.parameters, step.state.momentum_buffer, step.state.exp_avg, step.state.exp_avg_sq,
                                 step.state.max_exp_avg_sq}) {
     for (const Tensor& tensor : list) possible = possible && in_place(tensor);

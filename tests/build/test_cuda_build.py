@@ -25,6 +25,8 @@ HOT = {
     "lenet_tensor_core_kernel": 128,
     "lenet_tensor_core_conv1_kernel": 128,
     "lenet_tensor_core_conv2_kernel": 128,
+    "lenet_inference_convolutions_kernel": 128,
+    "lenet_inference_linears_kernel": 128,
     "lenet_conv_forward_kernel": 128,
     "lenet_grad_input_kernel": 128,
     "lenet_grad_input_small_kernel": 128,

@@ -41,6 +41,7 @@
 #define __host__
 #define __device__
 #define __global__ static
+#define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__ __restrict

@@ -35,16 +35,17 @@ int main(int argc, char** argv) {
     test_convolution("conv2" + suffix, DType::kFloat32, plain(batch, 6, 14, 16, 5));
     test_lenet(DType::kFloat32, false, {batch, 10, true});
   }
-  const LenetForward none{};
-  const bool clusters = lenet_cluster_blocks(1, 1) != 0;  // of this GPU
-  for (const int cluster : {2, 4, 8}) {
-    if (!clusters) break;
-    expect(launch_lenet_cluster_forward(none, cluster, {}).error == cudaSuccess, "no image");
-    test_lenet(DType::kFloat32, false, {1, 10, false, false, false, cluster});
-    test_lenet(DType::kFloat32, false, {3, 128, true, true, false, cluster});
-    test_lenet(DType::kFloat32, false, {3, 1, true, false, true, cluster});
+  const LenetForwardOf<void> none{};
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    if (lenet_cluster_blocks(dtype, 1, 1, 1) == 0) break;  // on this GPU
+    for (const int cluster : {2, 4, 8}) {
+      expect(launch_lenet_cluster_forward(dtype, none, cluster, {}).error == cudaSuccess, "no image");
+      test_lenet(dtype, false, {1, 10, false, false, false, cluster});
+      test_lenet(dtype, false, {3, 128, true, true, false, cluster});
+      test_lenet(dtype, false, {3, 1, true, false, true, cluster});
+    }
+    test_lenet(dtype, false, {17, 7, false, false, false, 8});  // clusters with two images
   }
-  if (clusters) test_lenet(DType::kFloat32, false, {17, 7, false, false, false, 8});  // clusters with two images
   test_rounding_to_tf32();
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
     test_small_product(dtype);
@@ -57,6 +58,14 @@ int main(int argc, char** argv) {
     test_lenet(dtype, true, {3, 10, true, false, true});
     test_lenet(dtype, true, {17, 1, true});
     test_lenet(dtype, true, {33, 10, false, true});
+  }
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+    if (!has_lenet_inference(dtype, 1, 128)) break;  // for want of shared memory on this GPU
+    expect(launch_lenet_inference(dtype, none, nullptr, {}).error == cudaSuccess, "no image");
+    test_lenet(dtype, true, {1, 10, false, false, false, 0, true});
+    test_lenet(dtype, true, {3, 128, false, true, false, 0, true});
+    test_lenet(dtype, true, {35, 7, false, false, true, 0, true});
+    test_lenet(dtype, true, {17, 1, false, false, false, 0, true});
   }
   for (const int64_t batch : {1, 2, 3, 17, 33}) test_lenet_backward(DType::kFloat32, batch, 10, 0, batch % 2 == 0);
   test_convolution("conv1 float16", DType::kFloat16, plain(2, 1, 32, 6, 5));

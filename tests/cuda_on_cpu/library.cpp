@@ -36,4 +36,11 @@ extern "C" void cuda_on_cpu_set_shared_memory(int64_t bytes) {
   lx_shim::state().most_shared_bytes = static_cast<size_t>(bytes);
   lx_shim::state().shared_limit.clear();
 }
+// What lenet/cuda.cpp chooses for the forward pass of one channel and ten classes: 0 layers, 1 clusters, 2 strict,
+// 3 tensor cores, 4 inference.
+extern "C" int cuda_on_cpu_lenet_forward_path(bool bfloat16, bool tf32, bool training, int64_t batch) {
+  using namespace lenet_ext;
+  const auto dtype = bfloat16 ? cuda::DType::kBFloat16 : cuda::DType::kFloat32;
+  return static_cast<int>(forward_path({dtype, batch, 1, 10, training, tf32}));
+}
 extern "C" int64_t cuda_on_cpu_launches() { return lx_shim::state().launches; }

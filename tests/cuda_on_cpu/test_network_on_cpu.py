@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from cuda_on_cpu.stand_in import (
+    DIRECT,
     NEEDS_COMPILER,
     ON_TENSOR_CORES,
     PLAIN,
@@ -66,6 +69,11 @@ def shared_memory(control, kilobytes):
         control.cuda_on_cpu_set_shared_memory(227 * 1024)
 
 
+def network(precision):
+    """What is forced for the kernel that computes the whole network in a precision; in TF32 the rule never takes it."""
+    return DIRECT if precision == "tf32" else -1
+
+
 # At most 128 classes are one launch, but in float64, and for three channels in float32 alone; the others run layer by
 # layer.
 @pytest.mark.parametrize(
@@ -96,10 +104,10 @@ def test_the_whole_network(ops, control, batch, channels, classes, precision):
     expected = net.double()(leaf := x.double().requires_grad_())
     with tf32_allowed(precision == "tf32", precision == "tf32"):
         before = control.cuda_on_cpu_launches()
-        output = under_schedules(control, -1, lambda: ops.lenet(x, parameters))[0]
+        output = under_schedules(control, network(precision), lambda: ops.lenet(x, parameters))[0]
         if classes <= 128 and (precision == "float32" or (dtype != torch.float64 and channels == 1)):
             assert control.cuda_on_cpu_launches() - before == len(SCHEDULES) * (batch > 0)
-        activations = under_schedules(control, -1, lambda: ops.lenet_with_activations(x, parameters))
+        activations = under_schedules(control, network(precision), lambda: ops.lenet_with_activations(x, parameters))
     tolerance = TOLERANCES[precision]
 
     def close(got, want):
@@ -141,8 +149,9 @@ def test_the_whole_network(ops, control, batch, channels, classes, precision):
 
 
 @pytest.mark.parametrize(("convolutions", "products"), list(itertools.product([False, True], repeat=2)))
-def test_tf32_only_where_both_flags_allow_it(ops, convolutions, products):
+def test_tf32_only_where_both_flags_allow_it(ops, control, convolutions, products):
     """Otherwise the result is bit by bit that of the strict kernel."""
+    control.cuda_on_cpu_configure(DIRECT, 0, 0)
     _, parameters = reference_net(1, 10, torch.float32)
     x = torch.randn(5, 1, 32, 32)
     with tf32_allowed(False, False):
@@ -158,8 +167,9 @@ def test_tf32_only_where_both_flags_allow_it(ops, convolutions, products):
         assert all(same)
 
 
-def test_tf32_by_the_newer_flags(ops):
+def test_tf32_by_the_newer_flags(ops, control):
     """torch.backends.*.fp32_precision; convolutions and RNNs may be set apart."""
+    control.cuda_on_cpu_configure(DIRECT, 0, 0)
     _, parameters = reference_net(1, 10, torch.float32)
     x = torch.randn(2, 1, 32, 32)
     strict = ops.lenet(x, parameters)
@@ -185,6 +195,7 @@ def test_tf32_by_the_newer_flags(ops):
 @pytest.mark.parametrize("precision", ON_TENSOR_CORES)
 def test_a_gpu_without_tensor_cores_for_it(ops, control, precision):
     """float32 stays strict, the 16-bit types go layer by layer; both paths agree within the rounding."""
+    control.cuda_on_cpu_configure(network(precision), 0, 0)
     dtype = dtype_of(precision)
     _, parameters = reference_net(1, 10, dtype)
     x = torch.randn(3, 1, 32, 32, dtype=dtype)
@@ -204,8 +215,9 @@ def test_a_gpu_without_tensor_cores_for_it(ops, control, precision):
 
 
 @pytest.mark.parametrize("precision", ON_TENSOR_CORES)
-def test_the_tensor_cores_do_not_see_the_batch(ops, precision):
+def test_the_tensor_cores_do_not_see_the_batch(ops, control, precision):
     """Bit by bit: an image's results do not depend on the batch's size, nor on its place in it, nor on addresses."""
+    control.cuda_on_cpu_configure(DIRECT, 0, 0)
     dtype = dtype_of(precision)
     _, parameters = reference_net(1, 10, dtype)
     moved = [torch.empty(p.numel() + 1, dtype=dtype)[1:].view(p.shape).copy_(p) for p in parameters]
@@ -221,8 +233,9 @@ def test_the_tensor_cores_do_not_see_the_batch(ops, precision):
 
 @pytest.mark.parametrize("precision", ON_TENSOR_CORES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_the_tensor_cores_keep_non_finite_pixels_where_they_belong(ops, value, precision):
+def test_the_tensor_cores_keep_non_finite_pixels_where_they_belong(ops, control, value, precision):
     """The outputs that see such a pixel are those of stock, and no other changes."""
+    control.cuda_on_cpu_configure(DIRECT, 0, 0)
     dtype = dtype_of(precision)
     net, parameters = reference_net(1, 10, dtype)
     x = torch.randn(4, 1, 32, 32, dtype=dtype)
@@ -244,8 +257,9 @@ def test_the_tensor_cores_keep_non_finite_pixels_where_they_belong(ops, value, p
 
 
 @pytest.mark.parametrize("precision", ON_TENSOR_CORES)
-def test_a_layer_is_as_in_the_whole_network(ops, precision):
+def test_a_layer_is_as_in_the_whole_network(ops, control, precision):
     """Bit by bit, non-finite pixels included, wherever in a batch or in memory an image lies."""
+    control.cuda_on_cpu_configure(DIRECT, 0, 0)
     dtype = dtype_of(precision)
     _, parameters = reference_net(1, 10, dtype)
     x = torch.randn(33, 1, 32, 32, dtype=dtype)
@@ -263,6 +277,160 @@ def test_a_layer_is_as_in_the_whole_network(ops, precision):
                 got = ops.conv_relu_max_pool2d_with_indices(part, w, b, *PLAIN.values(), False)
                 for one, other in zip(got, expected, strict=True):
                     torch.testing.assert_close(one, other[begin:end], rtol=0, atol=0, equal_nan=True)
+
+
+LAYERS, CLUSTERS, STRICT, TENSOR_CORES, INFERENCE = range(5)
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_the_forward_pass_takes_what_was_fastest(control, ops, precision):
+    """On the H100 of benchmarks/results, within 10%: where two are that close, it is the one with fewer launches."""
+    table = json.loads((RESULTS / "gpu-h100-2026-11-26.json").read_text())
+    median = {}
+    for row in (dict(zip(table["columns"], values, strict=True)) for values in table["rows"]):
+        if row["case"] == "net" and row["mode"] == "forward":
+            median[row["precision"], row["batch"], row["provider"]] = row["median_us"]
+    batches = sorted({batch for of, batch, _ in median if of == precision})
+    assert len(batches) == 7
+    for batch in batches:
+        times = {LAYERS: median[precision, batch, "ours layered graph"]}
+        strict = median["float32", batch, "ours graph"]
+        if batch <= 128:
+            times[CLUSTERS] = strict  # taken to be the same in 16 bits
+        elif precision != "bfloat16":
+            times[STRICT] = strict
+        if precision != "float32":
+            times[TENSOR_CORES] = median[precision, batch, "ours graph"]
+        for training in (False, True):
+            path = control.cuda_on_cpu_lenet_forward_path(precision == "bfloat16", precision == "tf32", training, batch)
+            if path == INFERENCE:  # not measured
+                assert precision == "bfloat16"
+                assert not training
+                assert batch >= 1024
+            else:
+                assert times[path] <= 1.1 * min(times.values()), f"{path} for {batch} images"
+
+
+def test_each_way_through_the_network_can_be_forced(control, ops):
+    cases = [(False, False, False), (False, True, False), (True, False, False), (True, False, True)]
+    for batch, of_float32 in ((1, CLUSTERS), (65536, STRICT)):
+
+        def paths(algorithm, batch=batch):
+            control.cuda_on_cpu_configure(algorithm, 0, 0)
+            return [control.cuda_on_cpu_lenet_forward_path(*case, batch) for case in cases]
+
+        assert paths(DIRECT) == [of_float32, TENSOR_CORES, INFERENCE, TENSOR_CORES]
+        assert paths(VENDOR) == [LAYERS] * 4
+
+
+def test_small_batches_are_strict_where_tf32_is_slower(control, ops):
+    _, parameters = reference_net(1, 10, torch.float32)
+    x = torch.randn(3, 1, 32, 32)
+    strict = ops.lenet_with_activations(x, parameters)
+    with tf32_allowed(True, True):
+        assert torch.equal(ops.lenet(x, parameters), strict[0])
+        for got, want in zip(ops.lenet_with_activations(x, parameters), strict, strict=True):
+            assert torch.equal(got, want)
+
+
+SIXTEEN_BITS = ["float16", "bfloat16"]
+
+
+def moved(tensor):
+    """The same values at an address that is a multiple of nothing but their size."""
+    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize(("batch", "classes"), [(1, 10), (3, 1), (17, 7), (35, 128)])
+@pytest.mark.parametrize("precision", SIXTEEN_BITS)
+def test_inference_is_two_launches(ops, control, batch, classes, precision):
+    dtype = dtype_of(precision)
+    net, parameters = reference_net(1, classes, dtype)
+    x = torch.randn(batch, 1, 32, 32, dtype=dtype)
+    before = control.cuda_on_cpu_launches()
+    output = under_schedules(control, DIRECT, lambda: ops.lenet(x, parameters))[0]
+    assert control.cuda_on_cpu_launches() - before == 2 * len(SCHEDULES)
+    expected = net.double()(x.double()).detach()
+    tolerance = TOLERANCES[precision]
+    torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    assert torch.equal(ops.lenet(moved(x), [moved(p) for p in parameters]), output)
+
+
+@pytest.mark.parametrize("precision", SIXTEEN_BITS)
+def test_inference_does_not_see_the_batch(ops, control, precision):
+    """Bit by bit, as in the other kernels on the tensor cores."""
+    control.cuda_on_cpu_configure(DIRECT, 0, 0)
+    _, parameters = reference_net(1, 10, dtype_of(precision))
+    x = torch.randn(35, 1, 32, 32, dtype=dtype_of(precision))
+    whole = ops.lenet(x, parameters)
+    for begin, end in [(0, 1), (5, 8), (15, 33)]:
+        assert torch.equal(ops.lenet(x[begin:end], parameters), whole[begin:end])
+
+
+# A pixel that all eight positions of its patch see, and others; corners; the last one, behind which there is nothing.
+@pytest.mark.parametrize("pixel", [(0, 0), (2, 3), (9, 14), (31, 31)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("precision", SIXTEEN_BITS)
+def test_inference_keeps_non_finite_pixels_where_they_belong(ops, control, precision, value, pixel):
+    control.cuda_on_cpu_configure(DIRECT, 2, 3)
+    dtype = dtype_of(precision)
+    net, parameters = reference_net(1, 10, dtype)
+    x = torch.randn(18, 1, 32, 32, dtype=dtype)
+    clean = ops.lenet(x, parameters)
+    x[17, 0, pixel[0], pixel[1]] = value
+    output = ops.lenet(x, parameters)
+    assert torch.equal(output[:17], clean[:17])
+    expected = net.double()(x.double()).detach()
+    torch.testing.assert_close(output.double(), expected, rtol=TOLERANCES[precision], atol=0.02, equal_nan=True)
+
+
+@pytest.mark.parametrize("precision", SIXTEEN_BITS)
+def test_inference_multiplies_no_infinity_by_padding(ops, control, precision):
+    """Infinite hidden values that ReLU stops leave the logits finite."""
+    control.cuda_on_cpu_configure(DIRECT, 0, 0)
+    dtype = dtype_of(precision)
+    net, parameters = reference_net(1, 10, dtype)
+    net.fc1.bias.data[7] = float("inf")
+    net.fc2.weight.data[:, 7] = -1
+    x = torch.randn(3, 1, 32, 32, dtype=dtype)
+    assert torch.equal(ops.lenet(x, parameters), net.fc3.bias.detach().expand(3, 10))
+
+
+@pytest.mark.parametrize("precision", SIXTEEN_BITS)
+def test_where_inference_has_no_kernels(ops, control, precision):
+    """More classes, no tensor cores: layer by layer. Too little shared memory: in one launch."""
+    control.cuda_on_cpu_configure(DIRECT, 0, 0)
+    dtype = dtype_of(precision)
+    x = torch.randn(3, 1, 32, 32, dtype=dtype)
+
+    def launches(classes):
+        net, parameters = reference_net(1, classes, dtype)
+        before = control.cuda_on_cpu_launches()
+        output = ops.lenet(x, parameters)
+        expected, tolerance = net.double()(x.double()).detach(), TOLERANCES[precision]
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance * scale)
+        return control.cuda_on_cpu_launches() - before
+
+    assert launches(128) == 2
+    assert launches(129) == 5
+    with without_tensor_cores(control):
+        assert launches(10) == 5
+    with shared_memory(control, 99):
+        assert launches(10) == 1
+
+
+@pytest.mark.extended
+def test_large_batches_by_the_rule(ops, control):
+    """16 bits: inference in its two launches, with gradients by layers; the linear ones are the vendor's."""
+    _, parameters = reference_net(1, 10, torch.bfloat16)
+    x = torch.randn(1024, 1, 32, 32, dtype=torch.bfloat16)
+    before = control.cuda_on_cpu_launches()
+    output = ops.lenet(x, parameters)
+    assert control.cuda_on_cpu_launches() - before == 2
+    torch.testing.assert_close(output, ops.lenet_with_activations(x, parameters)[0], rtol=0, atol=0.02)
+    assert control.cuda_on_cpu_launches() - before == 4
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -298,6 +466,19 @@ def test_an_image_is_the_same_in_a_batch_of_any_size(ops, control, classes):
                 torch.testing.assert_close(one, other[begin:end], rtol=0, atol=0, equal_nan=True)
             output = ops.lenet(images[begin:end], parameters)
             torch.testing.assert_close(output, got[0], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("precision", SIXTEEN_BITS)
+def test_an_image_is_the_same_in_clusters_of_any_size(ops, precision):
+    dtype = dtype_of(precision)
+    _, parameters = reference_net(1, 10, dtype)
+    x = torch.randn(37, 1, 32, 32, dtype=dtype)
+    x[3, 0, 9, 14], x[30, 0, 31, 0] = float("nan"), float("inf")
+    expected = ops.lenet_with_activations(x, parameters)
+    for begin, end in [(0, 1), (5, 25), (20, 36)]:
+        got = ops.lenet_with_activations(moved(x[begin:end]), [moved(p) for p in parameters])
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other[begin:end], rtol=0, atol=0, equal_nan=True)
 
 
 # From 257 images on, blocks take two each, from 513 on three: the launch is another one.
@@ -371,6 +552,7 @@ def test_the_whole_networks_backward_with_views_and_the_inputs_gradient(ops, con
 )
 def test_the_whole_network_with_less_shared_memory(ops, control, precision, batch, kilobytes):
     """Fewer images pass through a block at once, with the same result."""
+    control.cuda_on_cpu_configure(network(precision), 0, 0)
     dtype = dtype_of(precision)
     _, parameters = reference_net(1, 10, dtype)
     x = torch.randn(batch, 1, 32, 32, dtype=dtype)

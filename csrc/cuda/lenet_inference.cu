@@ -1,0 +1,491 @@
+// LeNet's inference in float16 and bfloat16 for large batches, on the tensor cores, in two launches: both convolutions
+// with ReLU and pooling, then the three linear layers.
+//
+// In lenet_tensor_core.cu one instruction of twenty is a product. The others choose winners, which nobody asks for in
+// inference, compute addresses, and store values one by one. Here
+//   - the largest of a window's values is found by max.NaN and gets its bias once; one instruction is ReLU and rounding
+//     of two values;
+//   - the columns of each product are in such an order that what a lane has as a result is, two values a word, what one
+//     lane of the next product wants as its operand. So conv1 stores three channels of a pixel as 8 bytes, conv2 four
+//     channels, and the linear layers store nothing but the logits;
+//   - patches and windows are walked so that their addresses differ by constants.
+// Counted in the machine code for sm_90 (benchmarks/gpu/machine_code_sm_90.json): 74 instructions for 16 patches of
+// conv1 where the other kernel has 357, 114 for 8 windows of conv2 in place of 245. The products are what then limits:
+// 318 an image, 510 clocks of a multiprocessor if it begins 0.62 of them a clock, as others have measured on an H100.
+// No GPU has run these kernels yet.
+//
+// In both loops an operand's four words are loaded for each product, even those that an earlier one had: a product
+// takes them from four registers in a row, and to compose them of words that another operand has as well takes four
+// moves.
+#include "async_copy.cuh"
+#include "lenet_tensor_core_tiles.cuh"
+
+namespace lenet_ext::cuda {
+namespace {
+
+using lx::Pack;
+
+constexpr int kFeatures = Conv2::kPooled, kHidden1 = 120, kHidden2 = 84;
+
+// -------------------------------------------------------------------------------------------------- the convolutions
+
+constexpr unsigned kThreads = kTensorCoreThreads;
+constexpr int kWarps = kTensorCoreWarps;
+constexpr int kImages = 16;  // of a pass: two for each warp of conv1
+constexpr int kImageBytes = Conv1::kImage * 2, kPixelBytes = 16;
+
+// conv1's output in shared memory: a pixel's 16 bytes hold the channels 0 1 2 - 3 4 5 -, with zeros between them. Where
+// a pixel lies, in pixels: pairs of rows are 5 modulo 8 apart, images 1 modulo 8, so that any 8 windows of conv2 in a
+// row, which are two rows or columns apart, lie in different banks, even over the ends of rows and images; odd columns
+// begin at 4 modulo 8, so that what a warp of conv1 stores at once does, too. One pixel that belongs to no image stays
+// zero.
+constexpr int kRowPair = 37, kOddRow = 8, kOddColumn = 20, kImagePixels = 265, kZeroPixel = 16;
+static_assert(kRowPair % 8 == 5 && kImagePixels % 8 == 1 && kOddColumn % 8 == 4);
+LX_DEVICE constexpr int pixel_at(int row, int column) {
+  return row / 2 * kRowPair + row % 2 * kOddRow + column % 2 * kOddColumn + column / 2;
+}
+static_assert(pixel_at(Conv2::kSize - 1, Conv2::kSize - 1) + 1 < kImagePixels);
+
+// conv1 as a banded matrix, as convolve1 has it (lenet_tensor_core_tiles.cuh), with the columns in another order:
+// column n of tile 3 dy + c has channel 3 (n / 4) + c at the position (dy, n % 4) of the patch. The columns 2 t and 2 t
+// + 1 of tiles c and 3 + c are one pooling window, and a lane has three channels of it.
+constexpr int kSteps1 = 3, kTiles1 = 6, kMatrix1Words = kSteps1 * kTiles1 * 64;
+
+// conv2 in 13 products of two taps: of rows 0 and 1, of rows 2 and 3, and in row 4 of columns 0 and 2, of 1 and 3, and
+// column 4 alone. What a product wants for the positions at dx = 1 is then what the next column's wants at dx = 0.
+constexpr int kSteps2 = 13, kMatrix2Words = kSteps2 * 128;
+LX_DEVICE constexpr int first_tap(int step) {
+  return step < 5 ? step : step < 10 ? step + 5 : step < 12 ? step + 10 : 24;
+}
+LX_DEVICE constexpr int second_tap(int step) {
+  return step < 5 ? step + 5 : step < 10 ? step + 10 : step < 12 ? step + 12 : kTaps;  // kTaps: there is none
+}
+
+constexpr int64_t kConvolutionsShared = lx::taken<unsigned char>(kImages * kImageBytes + kPixelBytes) +
+                                        lx::taken<unsigned char>(kImages * kImagePixels * kPixelBytes) +
+                                        lx::taken<uint32_t>(kMatrix1Words) + lx::taken<uint32_t>(kMatrix2Words) +
+                                        lx::taken<uint32_t>(kImages * Conv2::kWindows);
+
+// The matrices in the order in which lanes load them: conv1's [step][pair of tiles][lane][tile of the pair][word],
+// conv2's [step][lane][tile][word].
+template <typename T>
+__device__ __forceinline__ void prepare_inference_conv1(uint32_t* matrix, const T* weight) {
+  for (int at = threadIdx.x; at < kMatrix1Words; at += kThreads) {
+    const int word = at % 2, tile = at / 128 % 3 * 2 + at / 2 % 2, lane = at / 4 % 32, step = at / 384;
+    const int column = lane / 4, channel = 3 * (column / 4) + tile % 3;
+    // Of a patch's 6 x 8 pixels, word t of a step is 4 (t % 2) and the next in row 2 step + t / 2, word t + 4 the two
+    // behind them.
+    const int i = 2 * step + lane % 4 / 2 - tile / 3, j = 4 * (lane % 2) + 2 * word - column % 4;
+    auto tap = [&](int j) {
+      const bool band = i >= 0 && i < kTap && j >= 0 && j < kTap;
+      return band ? weight[channel * kTaps + i * kTap + j] : T{0};
+    };
+    matrix[at] = lx::word_of(tap(j), tap(j + 1));
+  }
+}
+template <typename T>
+__device__ __forceinline__ void prepare_inference_conv2(uint32_t* matrix, const T* weight) {
+  for (int at = threadIdx.x; at < kMatrix2Words; at += kThreads) {
+    const int word = at % 2, tile = at / 2 % 2, lane = at / 4 % 32, step = at / 128;
+    const int tap = word == 0 ? first_tap(step) : second_tap(step), out = 8 * tile + lane / 4;
+    auto value = [&](int slot) {
+      const bool channel = slot % 4 < 3 && tap < kTaps;
+      return channel ? weight[(out * Conv2::kIn + slot / 4 * 3 + slot % 4) * kTaps + tap] : T{0};
+    };
+    matrix[at] = lx::word_of(value(2 * (lane % 4)), value(2 * (lane % 4) + 1));
+  }
+}
+
+// A load that the compiler neither merges with its neighbour nor takes from an earlier one.
+LX_DEVICE uint32_t load_word(const unsigned char* from) { return *reinterpret_cast<const volatile uint32_t*>(from); }
+
+// A pooling window's largest value, with its bias.
+LX_DEVICE float pooled_value(float v0, float v1, float v2, float v3, float bias) {
+  return lx::max_or_nan(lx::max_or_nan(v0, v1), lx::max_or_nan(v2, v3)) + bias;
+}
+
+// A warp computes conv1 of one image value by value.
+template <typename T>
+__device__ __forceinline__ void convolve1_without_zeros(const T* pixels, const T* weight, const T* bias, T* pooled) {
+#pragma unroll 1
+  for (int item = threadIdx.x % 32; item < Conv1::kPooled; item += 32) {
+    const int channel = item / Conv1::kWindows, y = item % Conv1::kWindows / Conv1::kPool, x = item % Conv1::kPool;
+    float largest = lx::float_of(0xff800000u);  // minus infinity
+#pragma unroll 1
+    for (int position = 0; position < 4; ++position) {
+      float sum = 0;
+#pragma unroll 1
+      for (int tap = 0; tap < kTaps; ++tap) {
+        const int row = 2 * y + position / 2 + tap / kTap, column = 2 * x + position % 2 + tap % kTap;
+        sum += lx::widen(pixels[row * Conv1::kSize + column]) * lx::widen(weight[channel * kTaps + tap]);
+      }
+      largest = lx::max_or_nan(largest, sum);
+    }
+    const float value = largest + lx::widen(bias[channel]);
+    pooled[pixel_at(y, x) * 8 + channel / 3 * 4 + channel % 3] = lx::narrow<T>(value <= 0 ? 0 : value);
+  }
+}
+
+// conv1 of two images of the pass, those of this warp. Rows of the product are the 8 patches of two rows of windows, of
+// which the 8th is behind the end of the row: its values go to pixels that nobody reads.
+template <typename T>
+__device__ __forceinline__ void inference_conv1(const unsigned char* pixels, const uint32_t* matrix, int present,
+                                                const T* weight, const T* bias, unsigned char* pooled) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+  uint32_t b[kSteps1][kTiles1][2];
+#pragma unroll
+  for (int i = 0; i < kSteps1 * kTiles1 / 2; ++i) {
+    const Pack<uint32_t, 4> pair = lx::load_pack<4>(matrix + (i * 32 + lane) * 4);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) b[i / 3][i % 3 * 2 + k / 2][k % 2] = pair[k];
+  }
+  float biases[3];
+#pragma unroll
+  for (int c = 0; c < 3; ++c) biases[c] = lx::widen(bias[3 * (t / 2) + c]);
+#pragma unroll 1
+  for (int image = 2 * warp; image < 2 * warp + 2; ++image) {
+    if (image >= present) break;  // of the whole warp
+    const unsigned char* const in = pixels + image * kImageBytes + t / 2 * 64 + t % 2 * 8 + g * 8;
+    unsigned char* const out = pooled + (image * kImagePixels + t % 2 * kOddColumn + g) * kPixelBytes + t / 2 * 8;
+    float largest = 0;
+#pragma unroll 1
+    for (int rows = 0; rows < Conv1::kPool / 2; ++rows) {
+      float sums[kTiles1][4];
+#pragma unroll
+      for (int step = 0; step < kSteps1; ++step) {
+        const unsigned char* const at = in + rows * 256 + step * 128;
+        const uint32_t a[4] = {load_word(at), load_word(at + 128), load_word(at + 4), load_word(at + 132)};
+#pragma unroll
+        for (int tile = 0; tile < kTiles1; ++tile) {
+          if (step == 0) {
+            lx::multiply<T>(sums[tile], a, b[step][tile][0], b[step][tile][1]);
+          } else {
+            lx::multiply_accumulate<T>(sums[tile], a, b[step][tile][0], b[step][tile][1]);
+          }
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float v[3];
+#pragma unroll
+        for (int c = 0; c < 3; ++c) {
+          v[c] = pooled_value(sums[c][2 * half], sums[c][2 * half + 1], sums[3 + c][2 * half],
+                              sums[3 + c][2 * half + 1], biases[c]);
+        }
+        largest = lx::max_or_nan(lx::max_or_nan(largest, v[0]), lx::max_or_nan(v[1], v[2]));
+        *reinterpret_cast<Pack<uint32_t, 2>*>(out + (rows * kRowPair + half * kOddRow) * kPixelBytes) = {
+            {lx::activated_word<T>(v[0], v[1]), lx::activated_word<T>(v[2], 0.0f)}};
+      }
+    }
+    // The band's zeros make NaN of every value that does not see an infinite or NaN pixel of its patch. No sum of
+    // finite values is NaN, unless infinities meet in it, so that an image without NaN is right.
+    const float sum = lx::warp_sum(g < 7 ? largest : 0.0f);
+    if (lx::is_nan(sum)) {
+      __syncwarp();
+      convolve1_without_zeros(reinterpret_cast<const T*>(pixels + image * kImageBytes), weight, bias,
+                              reinterpret_cast<T*>(pooled + image * kImagePixels * kPixelBytes));
+    }
+  }
+}
+
+// conv2 of all images of the pass, whose channels go to `features`.
+//
+// warp -> 8 windows at a time. Rows g and g + 8 of a product are window g at dy = 0 and 1.
+template <typename T>
+__device__ __forceinline__ void inference_conv2(const unsigned char* pooled, const uint32_t* matrix,
+                                                const uint32_t* corners, int present, const T* bias, T* features) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+  uint32_t b[kSteps2][4];
+#pragma unroll
+  for (int step = 0; step < kSteps2; ++step) {
+    const Pack<uint32_t, 4> words = lx::load_pack<4>(matrix + (step * 32 + lane) * 4);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) b[step][k] = words[k];
+  }
+  float biases[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) biases[c] = lx::widen(bias[c / 2 * 8 + 2 * t + c % 2]);
+  // A lane names a row of one of the operand's four matrices: dy = 0 and 1 of the first tap, then of the second one.
+  const int dy = lane / 8 % 2, second = lane / 16;
+  const int row_apart = (dy + second == 2 ? kRowPair : (dy + second) * kOddRow) * kPixelBytes;
+  const int columns_apart = (2 * kRowPair + dy * kOddRow + second) * kPixelBytes;
+  const int alone = (2 * kRowPair + dy * kOddRow) * kPixelBytes;
+  uint32_t* const to = reinterpret_cast<uint32_t*>(features) + g * 8 + 2 * t;
+#pragma unroll 1
+  for (int trip = warp; trip < kImages * Conv2::kWindows / 8; trip += kWarps) {
+    const unsigned char* const corner = pooled + corners[trip * 8 + lane % 8];
+    float sums[2][2][4];  // [dx][tile]
+    auto load = [](uint32_t (&a)[4], const unsigned char* row) {
+      lx::load_matrices(a, reinterpret_cast<const uint32_t*>(row));
+    };
+    auto add = [&](int step, int dx, const uint32_t (&a)[4]) {
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        if (step == 0) {
+          lx::multiply<T>(sums[dx][tile], a, b[step][2 * tile], b[step][2 * tile + 1]);
+        } else {
+          lx::multiply_accumulate<T>(sums[dx][tile], a, b[step][2 * tile], b[step][2 * tile + 1]);
+        }
+      }
+    };
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+#pragma unroll
+      for (int column = 0; column <= kTap; ++column) {
+        uint32_t a[4];
+        load(a, corner + row_apart + (pair * kRowPair + pixel_at(0, column)) * kPixelBytes);
+        if (column < kTap) add(pair * kTap + column, 0, a);
+        if (column > 0) add(pair * kTap + column - 1, 1, a);
+      }
+    }
+#pragma unroll
+    for (int column = 0; column < 3; ++column) {
+      uint32_t a[4];
+      load(a, corner + columns_apart + pixel_at(0, column) * kPixelBytes);
+      if (column < 2) add(10 + column, 0, a);
+      if (column > 0) add(9 + column, 1, a);
+    }
+#pragma unroll
+    for (int dx = 0; dx < 2; ++dx) {
+      uint32_t a[4];
+      load(a, second == 0 ? corner + alone + pixel_at(0, 4 + dx) * kPixelBytes : pooled + kZeroPixel * kPixelBytes);
+      add(12, dx, a);
+    }
+    float v[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int tile = c / 2, k = c % 2;
+      v[c] = pooled_value(sums[0][tile][k], sums[1][tile][k], sums[0][tile][2 + k], sums[1][tile][2 + k], biases[c]);
+    }
+    if (trip * 8 + g < present * Conv2::kWindows) {
+      *reinterpret_cast<Pack<uint32_t, 2>*>(to + trip * 64) = {
+          {lx::activated_word<T>(v[0], v[1]), lx::activated_word<T>(v[2], v[3])}};
+    }
+  }
+}
+
+// block -> 16 images at a time, until the batch is done; while conv2 computes, the next ones' pixels arrive. Shared
+// memory: 111 KB, two blocks a multiprocessor.
+//
+// features: [image][window][16], of which thread t of a window has the channels 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t, at 4
+// t.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 2)
+    lenet_inference_convolutions_kernel(LenetForwardOf<T> call, T* features) {
+  LX_SMEM(shared);
+  unsigned char* const pixels = lx::take<unsigned char>(shared, kImages * kImageBytes + kPixelBytes);
+  unsigned char* const pooled = lx::take<unsigned char>(shared, kImages * kImagePixels * kPixelBytes);
+  uint32_t* const matrix1 = lx::take<uint32_t>(shared, kMatrix1Words);
+  uint32_t* const matrix2 = lx::take<uint32_t>(shared, kMatrix2Words);
+  uint32_t* const corners = lx::take<uint32_t>(shared, kImages * Conv2::kWindows);  // in bytes
+  const int batch = static_cast<int>(call.batch);                                   // 2^31 images would be 4 TB
+
+  auto fetch = [&](int first) {
+    const int bytes = (batch - first < kImages ? batch - first : kImages) * kImageBytes;
+    const unsigned char* from = reinterpret_cast<const unsigned char*>(call.input + int64_t{first} * Conv1::kImage);
+#pragma unroll
+    for (int k = 0; k < kImages * kImageBytes / 16 / static_cast<int>(kThreads); ++k) {
+      const int at = (threadIdx.x + k * kThreads) * 16;
+      if (at < bytes) lx::copy_async<16>(pixels + at, from + at);
+    }
+    lx::end_copy_group();
+  };
+  const int stride = gridDim.x * kImages;
+  int first = blockIdx.x * kImages;
+  fetch(first);
+  prepare_inference_conv1(matrix1, call.parameters[0]);
+  prepare_inference_conv2(matrix2, call.parameters[2]);
+  for (int w = threadIdx.x; w < kImages * Conv2::kWindows; w += kThreads) {
+    corners[w] = (w / Conv2::kWindows * kImagePixels + w % Conv2::kWindows / 5 * kRowPair + w % 5) * kPixelBytes;
+  }
+  lx::fill_shared(reinterpret_cast<uint32_t*>(pooled), kImages * kImagePixels * kPixelBytes / 4, 0u);
+  // The last patch of the last image sees what is behind it.
+  if (threadIdx.x < kPixelBytes / 4) reinterpret_cast<uint32_t*>(pixels + kImages * kImageBytes)[threadIdx.x] = 0;
+#pragma unroll 1
+  for (; first < batch; first += stride) {
+    const int present = batch - first < kImages ? batch - first : kImages;
+    lx::wait_for_copies<0>();
+    __syncthreads();
+    inference_conv1(pixels, matrix1, present, call.parameters[0], call.parameters[1], pooled);
+    __syncthreads();
+    if (first + stride < batch) fetch(first + stride);
+    inference_conv2(pooled, matrix2, corners, present, call.parameters[3], features + int64_t{first} * kFeatures);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- the linear layers
+
+constexpr int kLinearWarps = 16;
+constexpr unsigned kLinearThreads = kLinearWarps * 32;
+constexpr int kRows = 16;    // images of a warp
+constexpr int kAhead = 5;    // steps of fc1 whose operands are loaded at once
+constexpr int kColumns = 8;  // of a tile
+
+constexpr int steps_of(int depth) { return (depth + 15) / 16; }
+constexpr int tiles_of(int outputs) { return (outputs + kColumns - 1) / kColumns; }
+constexpr int kFc1Steps = Conv2::kWindows, kFc2Steps = steps_of(kHidden1), kFc3Steps = steps_of(kHidden2);
+constexpr int kFc1Tiles = tiles_of(kHidden1), kFc2Tiles = tiles_of(kHidden2);
+static_assert(kFc1Steps * 16 == kFeatures && kFc1Steps % kAhead == 0 && kHidden1 % kColumns == 0);
+constexpr int kMostClasses = 128;
+
+LX_DEVICE constexpr int matrix_words(int steps, int tiles) { return steps * tiles * 64; }
+constexpr int kFc1Words = matrix_words(kFc1Steps, kFc1Tiles), kFc2Words = matrix_words(kFc2Steps, kFc2Tiles);
+constexpr int kFc3Bias = (kFc1Tiles + kFc2Tiles) * kColumns;  // where it begins among the biases
+
+int64_t linears_shared(int64_t classes) {
+  const int tiles = tiles_of(static_cast<int>(classes));
+  return lx::taken<uint32_t>(kFc1Words) + lx::taken<uint32_t>(kFc2Words) +
+         lx::taken<uint32_t>(matrix_words(kFc3Steps, tiles)) + lx::taken<float>(kFc3Bias + tiles * kColumns);
+}
+
+// The block writes a layer's weights as [tile][step][lane][2], with zeros where there are none. in_order(k): which
+// input element k of the depth is.
+template <typename T, typename Order>
+__device__ __forceinline__ void prepare_linear(uint32_t* to, const T* weight, int outputs, int depth, int steps,
+                                               Order in_order) {
+  const int words = matrix_words(steps, (outputs + kColumns - 1) / kColumns);
+  for (int at = threadIdx.x; at < words; at += kLinearThreads) {
+    const int lane = at / 2 % 32, out = at / 64 / steps * kColumns + lane / 4;
+    const int k = at / 64 % steps * 16 + at % 2 * 8 + lane % 4 * 2;
+    auto value = [&](int k) { return out < outputs && k < depth ? weight[out * depth + in_order(k)] : T{0}; };
+    to[at] = lx::word_of(value(k), value(k + 1));
+  }
+}
+template <typename T>
+__device__ __forceinline__ void prepare_biases(float* to, const T* bias, int outputs) {
+  const int columns = (outputs + kColumns - 1) / kColumns * kColumns;
+  for (int i = threadIdx.x; i < columns; i += kLinearThreads) to[i] = i < outputs ? lx::widen(bias[i]) : 0.0f;
+}
+
+// sums = a tile's product over all of a layer's depth. matrix: of the tile.
+template <typename T, int kSteps>
+__device__ __forceinline__ void multiply_tile(float (&sums)[4], const uint32_t (&in)[kSteps][4],
+                                              const uint32_t* matrix) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const Pack<uint32_t, 2> b = lx::load_pack<2>(matrix + (step * 32 + threadIdx.x % 32) * 2);
+    if (step == 0) {
+      lx::multiply<T>(sums, in[step], b[0], b[1]);
+    } else {
+      lx::multiply_accumulate<T>(sums, in[step], b[0], b[1]);
+    }
+  }
+}
+
+// warp -> 16 images at a time, whose hidden layers never leave its registers. Shared memory: 120 KB with 10 classes,
+// 142 KB with 128, one block a multiprocessor.
+template <typename T>
+__global__ void __launch_bounds__(kLinearThreads, 1)
+    lenet_inference_linears_kernel(LenetForwardOf<T> call, const T* features) {
+  const int classes = static_cast<int>(call.classes), fc3_tiles = (classes + kColumns - 1) / kColumns;
+  LX_SMEM(shared);
+  uint32_t* const fc1 = lx::take<uint32_t>(shared, kFc1Words);
+  uint32_t* const fc2 = lx::take<uint32_t>(shared, kFc2Words);
+  uint32_t* const fc3 = lx::take<uint32_t>(shared, matrix_words(kFc3Steps, fc3_tiles));
+  float* const biases = lx::take<float>(shared, kFc3Bias + fc3_tiles * kColumns);
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int batch = static_cast<int>(call.batch);
+
+  // A step of fc1 is a window, its depth the 16 channels.
+  prepare_linear(fc1, call.parameters[4], kHidden1, kFeatures, kFc1Steps,
+                 [](int k) { return k % 16 * Conv2::kWindows + k / 16; });
+  prepare_linear(fc2, call.parameters[6], kHidden2, kHidden1, kFc2Steps, [](int k) { return k; });
+  prepare_linear(fc3, call.parameters[8], classes, kHidden2, kFc3Steps, [](int k) { return k; });
+  prepare_biases(biases, call.parameters[5], kHidden1);
+  prepare_biases(biases + kFc1Tiles * kColumns, call.parameters[7], kHidden2);
+  prepare_biases(biases + kFc3Bias, call.parameters[9], classes);
+  __syncthreads();
+
+  // Neighbouring warps of a small batch are in different blocks, so that all multiprocessors have work.
+  const int stride = gridDim.x * kLinearWarps * kRows;
+#pragma unroll 1
+  for (int first = (threadIdx.x / 32 * gridDim.x + blockIdx.x) * kRows; first < batch; first += stride) {
+    const uint32_t* rows[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int image = first + 8 * half + g < batch ? first + 8 * half + g : batch - 1;
+      rows[half] = reinterpret_cast<const uint32_t*>(features + int64_t{image} * kFeatures) + 2 * t;
+    }
+    const uint32_t* weights = fc1 + lane * 2;
+    float sums1[kFc1Tiles][4] = {};
+#pragma unroll 1
+    for (int step = 0; step < kFc1Steps; step += kAhead) {
+      uint32_t a[kAhead][4];
+#pragma unroll
+      for (int i = 0; i < kAhead * 4; ++i) a[i / 4][i % 4] = rows[i % 2][i / 4 * 8 + i / 2 % 2];
+#pragma unroll
+      for (int s = 0; s < kAhead; ++s) {
+#pragma unroll
+        for (int tile = 0; tile < kFc1Tiles; ++tile) {
+          const Pack<uint32_t, 2> b = lx::load_pack<2>(weights + (tile * kFc1Steps + s) * 64);
+          lx::multiply_accumulate<T>(sums1[tile], a[s], b[0], b[1]);
+        }
+      }
+      weights += kAhead * 64;
+      rows[0] += kAhead * 8, rows[1] += kAhead * 8;
+    }
+    // A tile of results is half of a step's operand in the next layer.
+    auto activate = [&](uint32_t (&to)[4], int tile, const float (&sums)[4], const float* bias) {
+      const Pack<float, 2> offset = lx::load_pack<2>(bias + tile * kColumns + 2 * t);
+      to[tile % 2 * 2] = lx::activated_word<T>(sums[0] + offset[0], sums[1] + offset[1]);
+      to[tile % 2 * 2 + 1] = lx::activated_word<T>(sums[2] + offset[0], sums[3] + offset[1]);
+    };
+    uint32_t hidden1[kFc2Steps][4], hidden2[kFc3Steps][4];
+    hidden1[kFc2Steps - 1][2] = hidden1[kFc2Steps - 1][3] = 0;
+    hidden2[kFc3Steps - 1][2] = hidden2[kFc3Steps - 1][3] = 0;
+#pragma unroll
+    for (int tile = 0; tile < kFc1Tiles; ++tile) activate(hidden1[tile / 2], tile, sums1[tile], biases);
+#pragma unroll
+    for (int tile = 0; tile < kFc2Tiles; ++tile) {
+      float sums[4];
+      multiply_tile<T>(sums, hidden1, fc2 + matrix_words(kFc2Steps, tile));
+      activate(hidden2[tile / 2], tile, sums, biases + kFc1Tiles * kColumns);
+    }
+    // There are no weights behind the last output, but infinity times zero is NaN.
+    static_assert(kHidden2 % kColumns == 4 && kFc2Tiles % 2 == 1);
+    if (t >= 2) hidden2[kFc3Steps - 1][0] = hidden2[kFc3Steps - 1][1] = 0;
+#pragma unroll 1
+    for (int tile = 0; tile < fc3_tiles; ++tile) {
+      float sums[4];
+      multiply_tile<T>(sums, hidden2, fc3 + matrix_words(kFc3Steps, tile));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int image = first + i / 2 * 8 + g, column = tile * kColumns + 2 * t + i % 2;
+        if (image >= batch || column >= classes) continue;
+        call.output[int64_t{image} * classes + column] = lx::narrow<T>(sums[i] + biases[kFc3Bias + column]);
+      }
+    }
+  }
+}
+
+template <typename T>
+LaunchResult inference(const LenetForwardOf<void>& call, void* features, cudaStream_t stream) {
+  LaunchResult result;
+  if (call.batch == 0) return result;
+  const LenetForwardOf<T> of = typed<T>(call);
+  const unsigned most_blocks = blocks_at_once(result, call.batch, 1);  // two for each multiprocessor
+  lx::launch(result, "lenet_inference_convolutions_kernel", lenet_inference_convolutions_kernel<T>,
+             std::min(most_blocks, lx::grid_for(call.batch, kImages)), kThreads, kConvolutionsShared, stream, of,
+             static_cast<T*>(features));
+  lx::launch(result, "lenet_inference_linears_kernel", lenet_inference_linears_kernel<T>,
+             std::min((most_blocks + 1) / 2, lx::grid_for(call.batch, kRows)), kLinearThreads,
+             linears_shared(call.classes), stream, of, static_cast<const T*>(features));
+  return result;
+}
+
+}  // namespace
+
+bool has_lenet_inference(DType dtype, int64_t channels, int64_t classes) {
+  if (dtype != DType::kFloat16 && dtype != DType::kBFloat16) return false;
+  if (channels != Conv1::kIn || classes < 1 || classes > kMostClasses) return false;
+  return lx::has_tensor_cores(lenet_inference_linears_kernel<lx::bf16>) &&
+         lx::fits_shared_memory(linears_shared(classes)) && lx::fits_shared_memory(kConvolutionsShared);
+}
+
+LaunchResult launch_lenet_inference(DType dtype, const LenetForwardOf<void>& call, void* features,
+                                    cudaStream_t stream) {
+  return dtype == DType::kFloat16 ? inference<lx::f16>(call, features, stream)
+                                  : inference<lx::bf16>(call, features, stream);
+}
+
+}  // namespace lenet_ext::cuda
