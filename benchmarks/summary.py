@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lenet_ext.bench.cases import CASES
+from lenet_ext.bench.cases import CASES, MODES
 from lenet_ext.environment.files import atomic_path
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -209,8 +209,8 @@ def fastest(rows: dict[str, dict[str, Any]], providers: Iterable[str]) -> dict[s
 def write(content: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Writes the file in place of the one of the same processor.
 
-    Groups and parts that this run has not measured are kept from that one, if it is of the same machine and torch; each
-    has its own date and commit.
+    Workloads and parts that this run has not measured are kept from that one, if it is of the same machine and torch; a
+    group has the commits of all of its workloads, and the last date.
     """
     path = folder / file_name(content)
     others = list(folder.glob(f"{processor(content)}-????-??-??.json"))
@@ -229,11 +229,19 @@ def _completed(content: dict[str, Any], earlier: dict[str, Any]) -> dict[str, An
         return content
     if content["versions"]["torch"] != earlier["versions"]["torch"]:
         return content
-    kept = [row for row in earlier["rows"] if row["group"] not in content["runs"]]
-    order = list(CASES)
-    rows = sorted([*content["rows"], *kept], key=lambda row: order.index(row["case"]))
+    measured = {_workload(row) for row in content["rows"]}
+    kept = [row for row in earlier["rows"] if _workload(row) not in measured]
+    cases, modes = list(CASES), list(MODES)
+    rows = sorted(
+        [*kept, *content["rows"]],
+        key=lambda row: (cases.index(row["case"]), modes.index(row["mode"]), row["threads"], row["batch"]),
+    )
+    runs = {**earlier["runs"], **content["runs"]}
+    for group in {row["group"] for row in kept} & content["runs"].keys():
+        commits = {*earlier["runs"][group]["commits"], *content["runs"][group]["commits"]}
+        runs[group] = {**content["runs"][group], "commits": sorted(commits)}
     missing = {name: earlier[name] for name in BENCH_SECTIONS if name in earlier and name not in content}
-    return {**content, "runs": {**earlier["runs"], **content["runs"]}, "rows": rows, **missing}
+    return {**content, "runs": runs, "rows": rows, **missing}
 
 
 def add_section(path: Path, name: str, raw: dict[str, Any]) -> None:

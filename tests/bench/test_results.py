@@ -131,15 +131,23 @@ def test_a_new_file_replaces_the_old_one_of_the_same_processor(tmp_path: Path) -
 
 
 def test_what_a_later_run_leaves_out_is_kept(tmp_path: Path) -> None:
-    """A group that was measured by itself replaces that group, unless torch is another."""
+    """Workloads that were measured by themselves replace those, unless torch is another."""
     layers = {("conv1", "forward", 1, 1): {"fused": 3.0, "eager": 9.0}}
     memory = [{"case": "net", "mode": "training", "batch": 4, "threads": 1, "provider": "fused", "median_bytes": 5}]
     summary.write(summary.of_bench(raw({**NET, **layers}, memory=memory)), tmp_path)
     later = raw({("net", "forward", 1, 1): {"fused": 10.0, "eager": 300.0}})
-    later["runs"]["net"] = {**later["runs"]["net"], "date": "2026-12-01T00:00:00+00:00"}
+    later["runs"]["net"] = {**later["runs"]["net"], "date": "2026-12-01T00:00:00+00:00", "commit": "f" * 40}
+    for row in later["rows"]:
+        row["commit"] = "f" * 40
     content = read_back(summary.of_bench(later), tmp_path)
-    found = [(row["case"], row["provider"], row["median_us"]) for row in content["rows"]]
-    assert found == [("net", "fused", 10.0), ("net", "eager", 300.0), ("conv1", "fused", 3.0), ("conv1", "eager", 9.0)]
+    found = {
+        (place, name): row["median_us"] for place, by in summary.workloads(content).items() for name, row in by.items()
+    }
+    one, two, layer = ("net", "forward", 1, 1), ("net", "forward", 1, 2), ("conv1", "forward", 1, 1)
+    assert {name: us for (place, name), us in found.items() if place == one} == {"fused": 10.0, "eager": 300.0}
+    assert {name: us for (place, name), us in found.items() if place == two} == NET[two]
+    assert {name: us for (place, name), us in found.items() if place == layer} == {"fused": 3.0, "eager": 9.0}
+    assert content["runs"]["net"]["commits"] == [COMMIT, "f" * 40]
     dates = {group: run["date"][:10] for group, run in content["runs"].items()}
     assert dates == {"net": "2026-12-01", "layers": "2026-11-24"}
     assert content["memory"] == memory
