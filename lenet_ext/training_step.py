@@ -271,7 +271,7 @@ class _View:
         )
 
     def read(self) -> tuple[list[Tensor], list[float]]:
-        """State and options as the operator takes them: of one parameter where those of all are equal."""
+        """State and options as the operator takes them: options once if all are in one group, else for each."""
         if self.adam:
             groups = self.groups[:1] if self.has_one_group else self.groups
             return self._adam_state(), [option for group in groups for option in self._adam_options(group)]

@@ -144,8 +144,8 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             yield from _cut(group, self.normalization(windows[chosen, down, right]), self.labels[chosen])
 
 
-# Pictures that are made ready at once. Each of the operations that this takes wakes all threads and waits for them: for
-# each batch, that is half of the training beside another process that keeps a core busy.
+# Pictures that are made ready at once. Each of the operations that this takes wakes all threads and waits for them:
+# beside another process that keeps a core busy, too long a wait for each batch.
 _AT_ONCE = 2048
 
 
