@@ -46,10 +46,11 @@ TORCH_LIBRARY(lenet_ext, m) {
       " Tensor pooled2, Tensor indices2, Tensor hidden1, Tensor hidden2, bool input_gradient)"
       " -> (Tensor grad_input, Tensor[] grad_parameters)");
   // Forward, loss, backward and update, in place. csrc/lenet/loss.h and optimizer.h say what `loss`, `optimizer`,
-  // `state` and `options` are.
+  // `state` and `options` are, and what `correct` counts.
   m.def(
       "lenet_training_step(Tensor input, Tensor targets, Tensor? weight, Tensor(a!)[] parameters, Tensor(b!)[] state,"
-      " str loss, float label_smoothing, int ignore_index, str optimizer, float[] options) -> Tensor");
+      " str loss, float label_smoothing, int ignore_index, str optimizer, float[] options)"
+      " -> (Tensor loss, Tensor correct)");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -43,6 +43,7 @@ class TrainingStep:
         optimizer: of the network's parameters.
         loss: ``"cross_entropy"`` (``F.cross_entropy``) or ``"mse"`` (``F.mse_loss``), the mean over the batch.
         label_smoothing, weight, ignore_index: of ``F.cross_entropy``.
+        count_correct: count the right answers of each batch, for :attr:`correct`.
 
     Raises:
         TypeError: ``net`` is no module, ``optimizer`` no ``torch.optim.Optimizer``, or ``weight`` no tensor.
@@ -69,6 +70,7 @@ class TrainingStep:
         label_smoothing: float = 0.0,
         weight: Tensor | None = None,
         ignore_index: int = -100,
+        count_correct: bool = False,
     ) -> None:
         if not isinstance(net, nn.Module):
             raise TypeError(f"TrainingStep: net must be an nn.Module, got {type(net).__name__}")
@@ -90,6 +92,11 @@ class TrainingStep:
         self.label_smoothing = float(label_smoothing)
         self.weight = weight
         self.ignore_index = ignore_index
+        self.count_correct = count_correct
+        self.correct: Tensor | None = None
+        """Of the last batch, with ``count_correct``: how many images the network had right before the update, a 0-dim
+        int64 tensor on their device. Right is where the largest output is the target's, or where a target of the
+        output's shape is largest too. Targets of ``ignore_index`` do not count."""
         self._path = ""
         self._view: _View | None = None
 
@@ -128,6 +135,8 @@ class TrainingStep:
             )
         loss.backward()
         self.optimizer.step()
+        if self.count_correct:
+            self.correct = _count_correct(output.detach(), targets, self.ignore_index)
         return loss.detach()
 
     def _ordinary(self, images: Tensor, targets: Tensor) -> list[Tensor] | None:
@@ -180,7 +189,7 @@ class TrainingStep:
         assert self._view is not None
         state, options = self._view.read()
         try:
-            loss = ops.lenet_training_step(
+            loss, correct = ops.lenet_training_step(
                 images,
                 targets,
                 self.weight,
@@ -196,9 +205,19 @@ class TrainingStep:
             self._view = None  # its new buffers hold nothing yet
             raise
         self._view.store()
+        if self.count_correct:
+            self.correct = correct
         if "step" in optimizer.__dict__:
             optimizer._opt_called = True  # type: ignore[attr-defined] # what a scheduler asks for
         return loss
+
+
+def _count_correct(output: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    dim = min(1, output.dim() - 1)  # the classes, which an output without a batch has first
+    found = output.argmax(dim)
+    if targets.is_floating_point():
+        return (found == targets.argmax(dim)).sum()
+    return ((found == targets) & (targets != ignore_index)).sum()
 
 
 def _watched(net: Net) -> bool:

@@ -199,6 +199,7 @@ struct LenetStep {
   Optimizer optimizer;
   UpdateOf updates[10];
   float* mean_loss;  // [1]
+  int64_t* correct;  // [1], as in lenet/loss.h
   void* workspace;   // of lenet_step_workspace() bytes, 16-byte aligned; its contents are overwritten
 };
 bool has_lenet_step(DType dtype, int64_t channels, int64_t classes);

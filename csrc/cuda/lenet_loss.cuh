@@ -39,6 +39,33 @@ __device__ __forceinline__ float loss_divisor(const LossOf& loss, int64_t batch,
   return total;
 }
 
+// The first largest of values(0 .. classes - 1), NaN the largest of all, in every lane of the warp that calls it.
+template <typename Values>
+__device__ __forceinline__ int warp_argmax(int classes, const Values& values) {
+  float best = -INFINITY;
+  int at = 0;
+  for (int c = static_cast<int>(threadIdx.x) % 32; c < classes; c += 32) {
+    if (values(c) > best || (lx::is_nan(values(c)) && !lx::is_nan(best))) best = values(c), at = c;
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    const float other = __shfl_xor_sync(0xffffffffu, best, distance);
+    const int other_at = __shfl_xor_sync(0xffffffffu, at, distance);
+    const bool equal = other == best || (lx::is_nan(other) && lx::is_nan(best));
+    if (equal ? other_at < at : other > best || lx::is_nan(other)) best = other, at = other_at;
+  }
+  return at;
+}
+
+// Whether row `row` counts as right, given its outputs (shared, [classes]); in every lane of the warp that calls it.
+__device__ __forceinline__ bool is_right(const LossOf& loss, int64_t row, int classes, const float* outputs) {
+  const int found = warp_argmax(classes, [&](int c) { return outputs[c]; });
+  if (loss.kind == Loss::kMeanSquaredError) {
+    return found == warp_argmax(classes, [&](int c) { return loss.values[row * classes + c]; });
+  }
+  return found == loss.classes[row] && loss.classes[row] != loss.ignore_index;
+}
+
 // The loss of row `row`, in every lane of the warp that calls it, and in the place of its outputs, `row_values`
 // (shared, [classes]), their gradient.
 __device__ __forceinline__ float row_loss(const LossOf& loss, int64_t row, int classes, float divisor,

@@ -15,16 +15,18 @@ static_assert(kThreads == kLinearThreads);
 struct StepWorkspace {
   float *grad_logits, *features, *hidden1, *hidden2;  // [batch, ...]
   float* losses;                                      // [batch], each already divided; then the divisor
+  float* right;                                       // [batch], 1 or 0
   float* corrections;                                 // [10] BiasCorrection
   int64_t bytes;
   BackwardWorkspace backward;
 
   StepWorkspace(void* begin, int64_t batch, int64_t in_channels, int64_t classes, int64_t slices)
       : bytes(0), backward(nullptr, batch, in_channels, slices) {
-    const int64_t counts[] = {batch * classes, batch * kFeatures, batch * kHidden1, batch * kHidden2, batch + 1, 20};
-    float** const parts[] = {&grad_logits, &features, &hidden1, &hidden2, &losses, &corrections};
+    const int64_t counts[] = {
+        batch * classes, batch * kFeatures, batch * kHidden1, batch * kHidden2, batch + 1, batch, 20};
+    float** const parts[] = {&grad_logits, &features, &hidden1, &hidden2, &losses, &right, &corrections};
     unsigned char* at = static_cast<unsigned char*>(begin);
-    for (int i = 0; i < 6; bytes += lx::taken<float>(counts[i]), ++i) {
+    for (int i = 0; i < 7; bytes += lx::taken<float>(counts[i]), ++i) {
       *parts[i] = reinterpret_cast<float*>(at + (at == nullptr ? 0 : bytes));
     }
     if (at != nullptr) backward = BackwardWorkspace(at + bytes, batch, in_channels, slices);
@@ -139,8 +141,9 @@ __global__ void __launch_bounds__(kThreads, 1) lenet_step_data_kernel(LenetStep 
     // A warp for an image; kImages is at most 4.
     const int image = thread / 32;
     if (image < present) {
+      const bool right = is_right(call.loss, first + image, classes, logits + image * classes);
       const float loss = row_loss(call.loss, first + image, classes, divisor, logits + image * classes);
-      if (thread % 32 == 0) w.losses[first + image] = loss;
+      if (thread % 32 == 0) w.losses[first + image] = loss, w.right[first + image] = right ? 1.0f : 0.0f;
     } else if (image < kImages) {
       for (int c = thread % 32; c < classes; c += 32) logits[image * classes + c] = 0;
     }
@@ -158,24 +161,26 @@ __global__ void __launch_bounds__(kThreads, 1) lenet_step_data_kernel(LenetStep 
   }
 }
 
-// The block adds up the losses, always in the same order. `shared`: a value for each warp.
-__device__ __forceinline__ void sum_losses(const LenetStep& call, const float* losses, float* shared) {
-  float sum = 0;
-  for (int64_t row = threadIdx.x; row < call.batch; row += kThreads) sum += losses[row];
-  sum = lx::warp_sum(sum);
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum;
+// The block adds up losses and right answers, always in the same order. `shared`: two values for each warp.
+__device__ __forceinline__ void sum_rows(const LenetStep& call, const StepWorkspace& w, float* shared) {
+  constexpr unsigned kWarps = kThreads / 32;
+  float loss = 0, right = 0;
+  for (int64_t row = threadIdx.x; row < call.batch; row += kThreads) loss += w.losses[row], right += w.right[row];
+  loss = lx::warp_sum(loss), right = lx::warp_sum(right);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = loss, shared[kWarps + threadIdx.x / 32] = right;
   __syncthreads();
   if (threadIdx.x != 0) return;
-  for (unsigned warp = 1; warp < kThreads / 32; ++warp) sum += shared[warp];
-  *call.mean_loss = losses[call.batch] == 0 ? NAN : sum;  // PyTorch's 0 / 0, where every target is ignored
+  for (unsigned warp = 1; warp < kWarps; ++warp) loss += shared[warp], right += shared[kWarps + warp];
+  *call.mean_loss = w.losses[call.batch] == 0 ? NAN : loss;  // PyTorch's 0 / 0, where every target is ignored
+  *call.correct = static_cast<int64_t>(right);               // exact: far fewer rows than 2^24
 }
 
-// The last block adds up the losses, the others the gradients. Shared memory: 24 KB.
+// The last block adds up what the rows have, the others the gradients. Shared memory: 24 KB.
 __global__ void __launch_bounds__(kThreads, 2)
     lenet_step_update_kernel(LenetStep call, WeightSums<float, float> sums, int64_t slices, StepWorkspace w) {
   LX_SMEM(shared);
   if (blockIdx.x + 1 == gridDim.x) {
-    sum_losses(call, w.losses, lx::take<float>(shared, kThreads / 32));
+    sum_rows(call, w, lx::take<float>(shared, 2 * kThreads / 32));
     return;
   }
   sums.compute(static_cast<int>(blockIdx.x), call.batch, slices, shared,

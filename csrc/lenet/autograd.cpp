@@ -144,11 +144,12 @@ std::tuple<Tensor, std::vector<Tensor>> lenet_backward(c10::DispatchKeySet keys,
 
 // A training step is an update, not a function: nothing can be differentiated through it, and what it changes has a new
 // version, so that a graph that still needs the old values says so.
-Tensor lenet_training_step(c10::DispatchKeySet keys, const Tensor& input, const Tensor& targets,
-                           const std::optional<Tensor>& weight, TensorList parameters, TensorList state,
-                           c10::string_view loss, double label_smoothing, int64_t ignore_index,
-                           c10::string_view optimizer, at::ArrayRef<double> options) {
-  Tensor result = [&] {
+std::tuple<Tensor, Tensor> lenet_training_step(c10::DispatchKeySet keys, const Tensor& input, const Tensor& targets,
+                                               const std::optional<Tensor>& weight, TensorList parameters,
+                                               TensorList state, c10::string_view loss, double label_smoothing,
+                                               int64_t ignore_index, c10::string_view optimizer,
+                                               at::ArrayRef<double> options) {
+  std::tuple<Tensor, Tensor> result = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return call::lenet_training_step().redispatch(keys & c10::after_autograd_keyset, input, targets, weight, parameters,
                                                   state, loss, label_smoothing, ignore_index, optimizer, options);

@@ -34,7 +34,7 @@ inline const auto& lenet_backward() {
 }
 
 inline const auto& lenet_training_step() {
-  static const auto op = operator_handle<at::Tensor(
+  static const auto op = operator_handle<std::tuple<at::Tensor, at::Tensor>(
       const at::Tensor& input, const at::Tensor& targets, const std::optional<at::Tensor>& weight,
       at::TensorList parameters, at::TensorList state, c10::string_view loss, double label_smoothing,
       int64_t ignore_index, c10::string_view optimizer, at::ArrayRef<double> options)>(

@@ -332,7 +332,7 @@ struct LenetCpu {
     return lenet_backward_by_layers(kLayers, op, grad_output, input, parameters, layers, input_gradient);
   }
 
-  static Tensor training_step(const char*, const TrainingStepCall&) { return {}; }
+  static std::optional<LossAndCorrect> training_step(const char*, const TrainingStepCall&) { return std::nullopt; }
   static constexpr auto update = update_on_cpu;
 };
 

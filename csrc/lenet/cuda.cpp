@@ -235,13 +235,13 @@ bool has_kernels_of_whole_step(const char* op, const TrainingStepCall& step) {
 }
 
 // Two launches: forward pass, loss and gradients of the data; gradients of the weights and update.
-Tensor training_step(const char* op, const TrainingStepCall& step) {
-  if (!has_kernels_of_whole_step(op, step)) return {};
+std::optional<LossAndCorrect> training_step(const char* op, const TrainingStepCall& step) {
+  if (!has_kernels_of_whole_step(op, step)) return std::nullopt;
   const CudaScope scope(step.input);
   const bool adam = step.optimizer != "sgd";
   const Tensor images = step.input.contiguous(), targets = step.targets.contiguous();
   const Tensor weight = step.loss.weight.has_value() ? step.loss.weight->contiguous() : Tensor();
-  const Tensor loss = at::empty({}, images.options());
+  const LossAndCorrect result{at::empty({}, images.options()), at::empty({}, images.options().dtype(at::kLong))};
   cuda::LenetStep call{};
   call.batch = images.size(0), call.in_channels = images.size(1), call.classes = step.parameters[8].size(0);
   call.slice_images = cuda::lenet_backward_slice_images(call.batch);
@@ -271,13 +271,14 @@ Tensor training_step(const char* op, const TrainingStepCall& step) {
       call.updates[i].steps = *count += 1;
     }
   }
-  call.mean_loss = loss.mutable_data_ptr<float>();
+  call.mean_loss = result.loss.mutable_data_ptr<float>();
+  call.correct = result.correct.mutable_data_ptr<int64_t>();
   const Tensor workspace =
       at::empty({cuda::lenet_step_workspace(call.batch, call.in_channels, call.classes, call.slice_images)},
                 images.options().dtype(at::kByte));
   call.workspace = workspace.mutable_data_ptr();
   check_launch(op, cuda::launch_lenet_step(call, scope.stream), images);
-  return loss;
+  return result;
 }
 
 struct LenetCuda {

@@ -3,7 +3,7 @@
 //   Device::forward(op, input, parameters, training) -> LenetLayers
 //   Device::backward(op, grad_output, input, parameters, layers, input_gradient) -> LenetGradients
 //     all tensors contiguous, but for `input` and `parameters`
-//   Device::training_step(op, call) -> the loss; undefined where the device has no kernels for a step as a whole
+//   Device::training_step(op, call) -> LossAndCorrect, if the device has kernels for a step as a whole
 //   Device::update(call, gradients) -> whether the device has kernels of its own for it, and has done it
 #pragma once
 
@@ -60,10 +60,12 @@ class LenetHost {
   }
 
   // Everything is checked before anything is changed.
-  static Tensor operator_training_step(const Tensor& input, const Tensor& targets, const std::optional<Tensor>& weight,
-                                       at::TensorList parameters, at::TensorList state, c10::string_view loss,
-                                       double label_smoothing, int64_t ignore_index, c10::string_view optimizer,
-                                       at::ArrayRef<double> options) {
+  static std::tuple<Tensor, Tensor> operator_training_step(const Tensor& input, const Tensor& targets,
+                                                           const std::optional<Tensor>& weight,
+                                                           at::TensorList parameters, at::TensorList state,
+                                                           c10::string_view loss, double label_smoothing,
+                                                           int64_t ignore_index, c10::string_view optimizer,
+                                                           at::ArrayRef<double> options) {
     constexpr const char* op = "lenet_training_step";
     check_lenet(op, input, parameters);
     TORCH_CHECK(input.size(0) > 0, op, ": input must have at least one image, got shape ", input.sizes());
@@ -72,15 +74,14 @@ class LenetHost {
     check_loss(op, input, {input.size(0), parameters[8].size(0)}, targets, loss_options);
     const at::AutoDispatchBelowADInplaceOrView guard;
     const TrainingStepCall call{input, targets, parameters, loss_options, optimizer, optimizer_state, options};
-    const Tensor of_whole_step = Device::training_step(op, call);
-    if (of_whole_step.defined()) return of_whole_step;
+    if (const std::optional<LossAndCorrect> done = Device::training_step(op, call)) return {done->loss, done->correct};
     const LenetLayers layers = Device::forward(op, input, parameters, true);
     const LossAndGradient result = loss_and_gradient(layers.output, targets, loss_options);
     const LenetGradients gradients = Device::backward(op, result.gradient, input, parameters, layers, false);
     if (!Device::update(call, gradients.parameters)) {
       update(optimizer, parameters, gradients.parameters, optimizer_state, options);
     }
-    return result.loss;
+    return {result.of_batch.loss, result.of_batch.correct};
   }
 };
 

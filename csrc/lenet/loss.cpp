@@ -10,6 +10,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/_log_softmax.h>
 #include <ATen/ops/_log_softmax_backward_data.h>
+#include <ATen/ops/argmax.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mse_loss.h>
@@ -20,6 +21,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "common/checks.h"
@@ -30,6 +32,15 @@ namespace {
 using at::Tensor;
 
 // --- on the CPU: one pass over the rows ---
+
+template <typename T>
+int64_t argmax_row(const T* values, int64_t classes) {
+  int64_t best = 0;
+  for (int64_t c = 1; c < classes && !std::isnan(values[best]); ++c) {
+    if (values[c] > values[best] || std::isnan(values[c])) best = c;
+  }
+  return best;
+}
 
 template <typename T>
 double cross_entropy_row(const T* output, const T* weight, int64_t target, const LossOptions& o, double divisor,
@@ -76,21 +87,24 @@ LossAndGradient cross_entropy_cpu(const Tensor& output, const Tensor& targets, c
   const T* from = logits.const_data_ptr<T>();
   T* to = gradient.mutable_data_ptr<T>();
   std::vector<double> losses(rows);
+  std::vector<uint8_t> right(rows);
   at::parallel_for(0, rows, 512, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       if (target[row] == o.ignore_index) {
         std::fill_n(to + row * classes, classes, T(0));
       } else {
-        losses[row] =
-            cross_entropy_row(from + row * classes, weight, target[row], o, divisor, classes, to + row * classes);
+        const T* of_row = from + row * classes;
+        losses[row] = cross_entropy_row(of_row, weight, target[row], o, divisor, classes, to + row * classes);
+        right[row] = argmax_row(of_row, classes) == target[row];
       }
     }
   });
   double loss = divisor == 0 ? std::nan("") : 0;  // stock's 0 / 0 where every target is ignored
   for (const double of_row : losses) loss += of_row;
-  const Tensor result = at::empty({}, output.options());
-  *result.mutable_data_ptr<T>() = static_cast<T>(loss);
-  return {result, gradient};
+  const LossAndCorrect of_batch{at::empty({}, output.options()), at::empty({}, targets.options())};
+  *of_batch.loss.mutable_data_ptr<T>() = static_cast<T>(loss);
+  *of_batch.correct.mutable_data_ptr<int64_t>() = std::accumulate(right.begin(), right.end(), int64_t{0});
+  return {of_batch, gradient};
 }
 
 // --- elsewhere: PyTorch's own kernels ---
@@ -109,12 +123,14 @@ LossAndGradient cross_entropy(const Tensor& output, const Tensor& targets, const
     total = loss.mul(1 - o.label_smoothing).add_(at::sum(share.mul(log_probabilities)));
     gradient = gradient.add(share);
   }
-  return {total, at::_log_softmax_backward_data(gradient, log_probabilities, 1, output.scalar_type())};
+  const Tensor correct = at::sum(at::argmax(output, 1).eq(targets).logical_and_(targets.ne(o.ignore_index)));
+  return {{total, correct}, at::_log_softmax_backward_data(gradient, log_probabilities, 1, output.scalar_type())};
 }
 
 LossAndGradient mean_squared_error(const Tensor& output, const Tensor& targets) {
   const Tensor difference = output.sub(targets);
-  return {difference.square().mean(), difference.mul(2.0 / static_cast<double>(output.numel()))};
+  const Tensor correct = at::sum(at::argmax(output, 1).eq(at::argmax(targets, 1)));
+  return {{difference.square().mean(), correct}, difference.mul(2.0 / static_cast<double>(output.numel()))};
 }
 
 }  // namespace

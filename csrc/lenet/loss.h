@@ -15,8 +15,16 @@ struct LossOptions {
   int64_t ignore_index;
 };
 
+// A scalar, and an int64 scalar: of how many rows the largest output is that of the target, or where the target, of the
+// output's shape, is largest too. As at::argmax has it: the first of equals, and NaN is the largest. Ignored rows do
+// not count.
+struct LossAndCorrect {
+  at::Tensor loss, correct;
+};
+
 struct LossAndGradient {
-  at::Tensor loss, gradient;  // a scalar; of the shape of `output`
+  LossAndCorrect of_batch;
+  at::Tensor gradient;  // of the shape of `output`
 };
 
 // Throws if targets or options do not fit an output of `sizes`, on the device and of the dtype of `like`.

@@ -302,6 +302,8 @@ void test_lenet_step(const StepCase& c) {
   call.batch = batch, call.in_channels = c.in_channels, call.classes = classes;
   call.slice_images = c.slice_images;
   call.input = floats(images), call.mean_loss = floats(loss);
+  Bytes correct(8);
+  call.correct = reinterpret_cast<int64_t*>(correct.data);
   call.loss = {c.loss,
                reinterpret_cast<const int64_t*>(target_bytes.data),
                floats(values),
@@ -325,7 +327,7 @@ void test_lenet_step(const StepCase& c) {
   Buffer workspace(dtype, lenet_step_workspace(batch, c.in_channels, classes, c.slice_images) / 4);
   call.workspace = workspace.data();
 
-  // One step of the same by way of the other launches, from `now`; returns the loss.
+  // One step of the same by way of the other launches, from `now`; returns the loss and the number of right answers.
   const auto kept1 = buffer(batch * 1176), kept2 = buffer(batch * 400), hidden1 = buffer(batch * 120),
              hidden2 = buffer(batch * 84), logits = buffer(batch * classes), grad_logits = buffer(batch * classes);
   Bytes codes1(batch * 1176), codes2(batch * 400);
@@ -347,17 +349,21 @@ void test_lenet_step(const StepCase& c) {
     must(launch_lenet_forward(forward, {}).error, "forward");
     const std::vector<double> y = logits->get();
     std::vector<double> g(batch * classes);
-    double divisor = 0, total = 0;
+    double divisor = 0, total = 0, right = 0;
     for (int64_t n = 0; n < batch; ++n) divisor += targets[n] < 0 ? 0 : class_weights[targets[n]];
     if (c.loss == Loss::kMeanSquaredError) divisor = static_cast<double>(batch * classes);
     for (int64_t n = 0; n < batch; ++n) {
       double sum = 0, shares = 0;
+      const auto row = y.begin() + n * classes, wanted_row = wanted.begin() + n * classes;
+      const int64_t found = std::max_element(row, row + classes) - row;
+      const bool mse = c.loss == Loss::kMeanSquaredError;
+      right += found == (mse ? std::max_element(wanted_row, wanted_row + classes) - wanted_row : targets[n]);
       for (int64_t k = 0; k < classes; ++k) sum += std::exp(y[n * classes + k]);
       for (int64_t k = 0; k < classes; ++k) {
         const double value = y[n * classes + k], difference = value - wanted[n * classes + k];
         const double share = (smoothing / static_cast<double>(classes) + (k == targets[n] ? 1 - smoothing : 0)) *
                              class_weights[k] / divisor;
-        if (c.loss == Loss::kMeanSquaredError) {
+        if (mse) {
           total += difference * difference / divisor;
           g[n * classes + k] = 2 * difference / divisor;
         } else if (targets[n] >= 0) {
@@ -397,11 +403,11 @@ void test_lenet_step(const StepCase& c) {
         p -= u.lr / (1 - std::pow(u.beta1, step)) * first[i][k] / (root + u.eps);
       }
     }
-    return total;
+    return std::array{total, right};
   };
-  const double losses[] = {reference_step(1), reference_step(2)};
+  const std::array<double, 2> expected[] = {reference_step(1), reference_step(2)};
 
-  double got_losses[2];
+  std::array<double, 2> got[2];
   run(
       name,
       [&] {
@@ -418,12 +424,16 @@ void test_lenet_step(const StepCase& c) {
           workspace.reset();
           for (UpdateOf& u : call.updates) u.first = step == 1, u.steps = static_cast<float>(step);
           result = launch_lenet_step(call, {});
-          got_losses[step - 1] = loss->get()[0];
+          int64_t counted = 0;
+          const std::vector<uint8_t> bytes = correct.get();
+          std::memcpy(&counted, bytes.data(), 8);
+          got[step - 1] = {loss->get()[0], static_cast<double>(counted)};
         }
         return result;
       },
       [&] {
-        compare(name + " loss", dtype, {got_losses[0], got_losses[1]}, {losses[0], losses[1]}, 1);
+        compare(name + " loss", dtype, {got[0][0], got[1][0]}, {expected[0][0], expected[1][0]}, 1);
+        expect(got[0][1] == expected[0][1] && got[1][1] == expected[1][1], name + " counts right answers");
         for (int i = 0; i < 10; ++i) {
           compare(name + " parameter " + std::to_string(i), dtype, parameters[i]->get(), now[i], 1);
         }

@@ -1,9 +1,12 @@
 // What the driver program is made of: buffers, comparison, schedules. One translation unit, driver.cu, includes all.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <string>

@@ -634,7 +634,7 @@ def test_a_training_step_is_two_launches(ops, control, batch, channels, name):
         changed = [p.to(dtype, copy=True) for p in parameters]
         kept = [s.to(dtype, copy=True) for s in state] + [s.clone() for s in steps]
         of_targets = targets.to(dtype) if loss == "mse" else targets
-        value = operators.lenet_training_step(
+        value, correct = operators.lenet_training_step(
             images.to(dtype),
             of_targets,
             None if weight is None else weight.to(dtype),
@@ -646,7 +646,7 @@ def test_a_training_step_is_two_launches(ops, control, batch, channels, name):
             optimizer,
             options,
         )
-        return value, *changed, *kept
+        return value, correct, *changed, *kept
 
     before = control.cuda_on_cpu_launches()
     got = under_schedules(control, -1, lambda: step(ops, torch.float32))
@@ -663,7 +663,7 @@ def test_training_steps_that_have_no_kernels(ops, control):
         results = []
         for operators in (ops, torch.ops.lenet_ext):
             changed = [p.clone() for p in parameters]
-            value = operators.lenet_training_step(
+            value, _ = operators.lenet_training_step(
                 images, targets, None, changed, [], "cross_entropy", 0.0, -100, "sgd", [0.1, *[0.0] * 6]
             )
             results.append([value, *changed])

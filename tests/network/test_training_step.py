@@ -492,6 +492,46 @@ def test_the_operator_says_what_it_changes():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("loss", [{"ignore_index": 3}, {"loss": "mse"}], ids=["cross_entropy", "mse"])
+def test_right_answers(loss, dtype):
+    """The one operator and the plain loop count what anyone would, from the outputs before the update."""
+    images, targets = batch(200, dtype=dtype, loss=loss.get("loss", "cross_entropy"))
+    ours, stock = twins(dtype)
+    images[7] = torch.nan  # the first NaN is the largest: class 0
+    output = stock(images).detach()
+    if "loss" not in loss:
+        targets[:60] = output[:60].argmax(1)
+        targets[7] = 0
+    expected = output.argmax(1) == (targets if "loss" not in loss else targets.argmax(1))
+    if "loss" not in loss:
+        expected &= targets != 3
+    assert 0 < expected.sum() < 200
+    for net, path in [(ours, ONE_OPERATOR), (stock, "plain loop")]:
+        step = TrainingStep(net, SGD(net.parameters(), lr=0.1), **loss, count_correct=True)
+        assert step.correct is None
+        step(images, targets)
+        assert step.path.startswith(path)
+        assert (step.correct.dtype, step.correct.shape) == (torch.int64, ())
+        assert step.correct == expected.sum()
+
+
+def test_right_answers_of_equal_outputs_and_of_targets_with_probabilities():
+    """The first of equal outputs is the answer, as argmax has it; a target of probabilities means its largest."""
+    net, _ = twins(torch.float32)
+    for parameter in net.fc3.parameters():
+        nn.init.zeros_(parameter)
+    images, _ = batch(4, dtype=torch.float32)
+    step = TrainingStep(net, SGD(net.parameters(), lr=0.0), count_correct=True)
+    for targets in (torch.tensor([0, 0, 1, 9]), torch.eye(10)[[0, 0, 1, 9]]):
+        step(images, targets)
+        assert step.correct == 2
+    assert step.path.startswith("plain loop")
+    uncounted = TrainingStep(net, SGD(net.parameters(), lr=0.0))
+    uncounted(images, torch.zeros(4, dtype=torch.int64))
+    assert uncounted.correct is None
+
+
 def test_functionalized():
     """What torch.compile does to an operator that changes its arguments."""
     net, _ = twins(torch.float32)
@@ -499,8 +539,8 @@ def test_functionalized():
 
     def run(parameters, images, targets):
         arguments = ("cross_entropy", 0.0, -100, "sgd", [0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
-        loss = torch.ops.lenet_ext.lenet_training_step(images, targets, None, parameters, [], *arguments)
-        return loss, parameters[0] + 1
+        loss, correct = torch.ops.lenet_ext.lenet_training_step(images, targets, None, parameters, [], *arguments)
+        return loss, correct, parameters[0] + 1
 
     eager = [p.detach().clone() for p in net.parameters()]
     compiled = [p.clone() for p in eager]
