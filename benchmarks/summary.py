@@ -152,7 +152,7 @@ def dump(content: dict[str, Any]) -> str:
         if isinstance(value, list) and key != "columns":
             # Without spaces, for there are a thousand of them.
             cells = ",\n".join(
-                "  " + json.dumps(_rounded(cell), allow_nan=False, separators=(",", ":")) for cell in value
+                json.dumps(_rounded(cell), allow_nan=False, separators=(",", ":")) for cell in value
             )
             lines.append(f'"{key}": [\n{cells}\n ]')
         elif key == "runs":

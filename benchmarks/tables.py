@@ -319,6 +319,7 @@ TABLES: dict[str, dict[str, Callable[[Content], str]]] = {
         "peers": peers_table,
         "layers": lambda content: layers_table(content, "layers"),
         "general": lambda content: layers_table(content, "general"),
+        "networks": lambda content: layers_table(content, "networks"),
         "overhead": overhead_table,
         "memory": memory_table,
         "neighbour": neighbour_table,

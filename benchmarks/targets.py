@@ -6,6 +6,8 @@ A target is a ratio and must hold in every cell it names, for every number of th
 from __future__ import annotations
 
 import argparse
+import statistics
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +102,10 @@ TARGETS = [
         for mode, step in (("forward", "forward"), ("training", "forward + backward"))
     ),
 ]
-# Stock's peak memory over ours; one thread alone over all threads beside a neighbour.
+# Of the networks of small_networks.py, at the batch size and number of threads where it is least. Stock's peak memory
+# over ours; one thread alone over all threads beside a neighbour.
 MEMORY = ("peak memory of a training step at batch 4096: stock over fused", 3.0, 5.0)
+NETWORKS = ("small networks: forward + backward, the median network, over stock eager", 1.6, 1.6)
 NEIGHBOUR = ("a busy neighbour: 1 thread alone over all threads disturbed", 1.0, 1.0)
 
 
@@ -148,6 +152,16 @@ def outcomes(content: dict[str, Any]) -> list[Outcome]:
         values = list(_values(target, cells, named))
         measured, where = min(values) if values else (None, "")
         found.append(Outcome(target.what, target.target, target.stretch, measured, where, share=not target.over))
+    networks: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for (_, mode, batch, threads), rows in summary.workloads(content, "networks").items():
+        row = summary.fastest(rows, EAGER)
+        if mode == "training" and row is not None:
+            networks[batch, threads].append(row["over"])
+    medians = [
+        (statistics.median(values), f"batch {batch}, {threads} thread{'s' * (threads > 1)}")
+        for (batch, threads), values in networks.items()
+    ]
+    found.append(Outcome(*NETWORKS, *min(medians, default=(None, ""))))
     bytes_ = {row["provider"]: row["median_bytes"] for row in content.get("memory", ())}
     # The more frugal layout of stock.
     memory = min((bytes_[name] / bytes_["fused"], name) for name in EAGER) if set(bytes_) >= {"fused", *EAGER} else None

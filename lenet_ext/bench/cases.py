@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from lenet_ext import functional
 from lenet_ext import nn as fused_nn
+from lenet_ext.bench.small_networks import NETWORKS
+from lenet_ext.fusion.fuse import fuse
 from lenet_ext.net import Net, ReferenceNet
 
 __all__ = ["CASES", "GROUPS", "MODES", "Case", "FunctionCall", "Workload"]
@@ -79,6 +81,7 @@ class Case:
         input_grad: whether a training step includes the gradient of the input.
         group: which part of a run it belongs to, one of `GROUPS`.
         batch_sizes: the only ones that make sense, or None.
+        for_inference: what `fused` may become where it is not trained.
     """
 
     name: str
@@ -89,6 +92,7 @@ class Case:
     input_grad: bool = True
     group: str = "layers"
     batch_sizes: tuple[int, ...] | None = None
+    for_inference: Callable[[nn.Module], nn.Module] | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,21 @@ def _tiny(name: str, title: str, stock: Callable, fused: Callable, shape: tuple[
     return Case(name, title, shape, stock, fused, group="overhead", batch_sizes=(1,))
 
 
+def _network(name: str) -> Case:
+    title, make, shape = NETWORKS[name]
+    return Case(
+        name,
+        title,
+        shape,
+        make,
+        lambda: fuse(make(), inplace=True),
+        input_grad=False,
+        group="networks",
+        batch_sizes=(1, 64),
+        for_inference=partial(fuse, inplace=True, fold_batch_norm=True),
+    )
+
+
 # The tiny problems have a dozen multiplications: what is left of the time is the cost of the call.
 _IMAGE, _FILTER, _VECTOR, _MATRIX = (1, 2, 2), (1, 1, 1, 1), (2,), (2, 2)
 _LIST = (
@@ -212,6 +231,7 @@ _LIST = (
     _general("depthwise", (32, 28, 28), 32, 3, padding=1, groups=32, batch_sizes=(1, 64)),
     _general("grouped", (64, 28, 28), 64, 3, padding=1, groups=4, batch_sizes=(1, 64)),
     _general("overlapping", (32, 16, 16), 32, 3, padding=1, pool=(3, 1, 1), batch_sizes=(1, 64)),
+    *map(_network, NETWORKS),
     _function(
         "call_conv",
         "conv_relu_max_pool2d()",

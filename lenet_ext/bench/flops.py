@@ -22,7 +22,7 @@ __all__ = ["flops_per_image"]
 
 
 def flops_per_image(case: Case, mode: str) -> int | None:
-    """Operations of one image, or None for a case that is not about arithmetic.
+    """Operations of one image, or None for a case that is not about arithmetic, or has layers that are not ours.
 
     Args:
         case: made of the layers of `lenet_ext.nn`.
@@ -33,7 +33,7 @@ def flops_per_image(case: Case, mode: str) -> int | None:
         >>> flops_per_image(CASES["net"], "forward"), flops_per_image(CASES["net"], "training")
         (833040, 1367520)
     """
-    if case.group == "overhead":
+    if case.group in ("overhead", "networks"):
         return None
     module = case.fused().to("meta")  # shapes alone, without data
     layers: list[tuple[nn.Module, torch.Size, torch.Size]] = []

@@ -79,6 +79,13 @@ class Plan:
                 slow_batch_sizes=(8, 64),
                 slow_threads=False,
             ),
+            "networks": cls(
+                cases,
+                providers=(*DEFAULT_PROVIDERS[:3], "fused_channels_last", "compile", "compile_cl"),
+                effort=Effort(rounds=15, budget_s=3.0),
+                slow_batch_sizes=(64,),
+                slow_threads=False,
+            ),
             "overhead": cls(cases, providers=DEFAULT_PROVIDERS[:2]),
         }
         return plans[name]

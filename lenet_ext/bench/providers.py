@@ -96,6 +96,10 @@ class ModuleProvider(Provider):
     def prepare(self, work: Workload) -> Program:
         module = (work.case.fused if self.fused else work.case.stock)().to(work.device)
         module.load_state_dict(work.state)
+        if work.mode == "forward":
+            module.eval()
+            if self.fused and work.case.for_inference is not None:
+                module = work.case.for_inference(module)
         # Copies: no provider sees tensors that another one has touched.
         images, grad_output = work.input.clone(), work.grad_output.clone()
         if self.channels_last:
@@ -109,7 +113,6 @@ class ModuleProvider(Provider):
             # fullgraph: a workload that falls back to eager must not pass for a compiled one.
             call = torch.compile(call, fullgraph=True, dynamic=False, **self.compile_options)
         if work.mode == "forward":
-            module.eval()
             return _forward_program(call, images)
         return _training_program(call, list(module.parameters()), images, grad_output, work.case.input_grad)
 

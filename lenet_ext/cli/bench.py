@@ -16,8 +16,8 @@ Runtime and OpenVINO, forward and training step (forward and backward), over bat
 Outputs are compared before anything is timed. Providers take turns in one process; shown are medians, and ratios
 within the same rounds.
 
-A full run has six groups of up to ten minutes each: net, layers, general (large convolutions), overhead (tiny
-problems), memory (peak of a training step), neighbour (another process keeps one core busy). --only picks some,
+A full run has seven groups of up to ten minutes each: net, layers, general (large convolutions), networks (small ones
+as people write them, before and after fuse), overhead (tiny problems), memory (peak of a training step), neighbour (another process keeps one core busy). --only picks some,
 and --json puts the pieces together in one file. --quick takes less than a minute.
 """
 _SECTIONS = ("memory", "neighbour")
@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
     )
     names = list_of(str)
     parser.add_argument(
-        "--only", type=names, metavar="A,B", help="groups: net,layers,general,overhead,memory,neighbour (default: all)"
+        "--only", type=names, metavar="A,B", help="groups: net,layers,general,networks,overhead,memory,neighbour (default: all)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="add all results to a file, after each workload")
     parser.add_argument("--resume", action="store_true", help="leave out what the file of --json has already")
