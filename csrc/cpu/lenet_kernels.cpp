@@ -1,69 +1,94 @@
-// LeNet's inference with images in the lanes: as many images as a vector has lanes pass through all layers before the
-// next ones start, so that every lane is full in every layer, all loads are aligned, and activations stay in the L2
+// LeNet's forward pass with images in the lanes: as many images as a vector has lanes pass through all layers before
+// the next ones start, so that every lane is full in every layer, all loads are aligned, and activations stay in the L2
 // cache. Weights are broadcast straight from where the layers hold them: each is used once per `lanes` images.
 //
 // An accumulator tile is `channels` output channels x the 4 positions of one pooling window (convolutions), or
 // `outputs` outputs (linear layers): 24 or 12 registers. The window is reduced in registers; only pooled values are
-// stored.
+// stored, and for training the codes of the winners. What training keeps is transposed to an image after the other.
 #include "lenet_kernels.h"
 
-#include "simd.h"
+#include "../common/conv_pool_shape.h"
+#include "transpose.h"
 
 namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY {
 namespace {
 
 constexpr int kImages = kLanes<float>;
 using V = Vec<float, kImages>;
+using Codes = IntVec<float, kImages>;
 
 constexpr int kKernel = 5, kImageSize = 32, kPooled1 = 14, kPooled2 = 5;
 constexpr int kChannels1 = 6, kChannels2 = 16, kHidden1 = 120, kHidden2 = 84;
-constexpr int kFeatures = kChannels2 * kPooled2 * kPooled2;
+constexpr int kOutputs1 = kChannels1 * kPooled1 * kPooled1, kFeatures = kChannels2 * kPooled2 * kPooled2;
 
-constexpr int kChannelTile = kRegisters == 32 ? 6 : 3;
+// With AVX2 sums, window and weight of a tap fill the 16 registers, and a value that the next tap needs again is
+// cheaper loaded again than kept. Without fused multiply-adds the arithmetic is all that counts.
+constexpr bool kLoadsAgain = kImages == 8;
+constexpr int kChannelTile = kRegisters == 32 ? 6 : kLoadsAgain ? 2 : 3;
 constexpr int kOutputTile = kRegisters == 32 ? 24 : 12;
 
-// in [in_channels][size][size][lanes] -> out [channels][size'][size'][lanes], `channels` of the layer's output
+// in [in_channels][size][size][lanes] -> out, codes [channels][size'][size'][lanes], `channels` of the layer's output
 // channels.
-template <int channels, int in_channels, int size>
-void conv_tile(const float* in, const float* weight, const float* bias, float* out) {
+template <int channels, int in_channels, int size, bool training>
+void conv_tile(const float* in, const float* weight, const float* bias, float* out, int32_t* codes) {
   constexpr int pooled = (size - kKernel + 1) / 2, depth = in_channels * kKernel * kKernel;
   for (int y = 0; y < pooled; ++y) {
     for (int x = 0; x < pooled; ++x) {
       V sum[channels][4] = {};
+      // The winner is that of the sums with the bias, which may be equal where those without are not.
+      if constexpr (training) {
+        LENET_EXT_UNROLL for (int o = 0; o < channels; ++o) {
+          LENET_EXT_UNROLL for (int i = 0; i < 4; ++i)
+            sum[o][i] = broadcast<V>(bias[o]);
+        }
+      }
       for (int c = 0; c < in_channels; ++c) {
         const float* row = in + ((c * size + 2 * y) * size + 2 * x) * kImages;
         const float* taps = weight + c * kKernel * kKernel;
         for (int ky = 0; ky < kKernel; ++ky, row += size * kImages, taps += kKernel) {
           LENET_EXT_UNROLL for (int kx = 0; kx < kKernel; ++kx) {
-            const V values[4] = {load<V>(row + kx * kImages), load<V>(row + (kx + 1) * kImages),
-                                 load<V>(row + (size + kx) * kImages), load<V>(row + (size + kx + 1) * kImages)};
+            const float* values = row + kx * kImages;
+            if constexpr (kLoadsAgain) forget_origin(values);
+            const V window[4] = {load<V>(values), load<V>(values + kImages), load<V>(values + size * kImages),
+                                 load<V>(values + (size + 1) * kImages)};
             LENET_EXT_UNROLL for (int o = 0; o < channels; ++o) {
               const V w = broadcast<V>(taps[o * depth + kx]);
               LENET_EXT_UNROLL for (int i = 0; i < 4; ++i)
-                sum[o][i] += w * values[i];
+                sum[o][i] += w * window[i];
             }
           }
         }
       }
       LENET_EXT_UNROLL for (int o = 0; o < channels; ++o) {
-        // Adding the bias after the maximum is the same: rounding is monotone.
-        const V best = max_of_four(sum[o][0], sum[o][1], sum[o][2], sum[o][3]) + broadcast<V>(bias[o]);
-        store(out + ((o * pooled + y) * pooled + x) * kImages, relu(best));
+        const int at = ((o * pooled + y) * pooled + x) * kImages;
+        if constexpr (training) {
+          V best = sum[o][0];
+          Codes code{};
+          LENET_EXT_UNROLL for (int i = 1; i < 4; ++i)
+            offer(best, code, sum[o][i], i);
+          close_relu(best, code, kDead);
+          store(out + at, best);
+          store(codes + at, code);
+        } else {
+          // Adding the bias after the maximum is the same: rounding is monotone.
+          const V best = max_of_four(sum[o][0], sum[o][1], sum[o][2], sum[o][3]) + broadcast<V>(bias[o]);
+          store(out + at, relu(best));
+        }
       }
     }
   }
 }
 
-template <int first, int out_channels, int in_channels, int size>
-LENET_EXT_INLINE void conv_layer(const float* in, const float* weight, const float* bias, float* out) {
+template <int first, int out_channels, int in_channels, int size, bool training>
+LENET_EXT_INLINE void conv_layer(const float* in, const float* weight, const float* bias, float* out, int32_t* codes) {
   constexpr int pooled = (size - kKernel + 1) / 2, depth = in_channels * kKernel * kKernel;
   if constexpr (first < out_channels) {
     // Tiles of nearly equal size.
     constexpr int left = out_channels - first, tiles = (left + kChannelTile - 1) / kChannelTile;
     constexpr int channels = (left + tiles - 1) / tiles;
-    conv_tile<channels, in_channels, size>(in, weight + first * depth, bias + first,
-                                           out + first * pooled * pooled * kImages);
-    conv_layer<first + channels, out_channels, in_channels, size>(in, weight, bias, out);
+    constexpr int at = first * pooled * pooled * kImages;
+    conv_tile<channels, in_channels, size, training>(in, weight + first * depth, bias + first, out + at, codes + at);
+    conv_layer<first + channels, out_channels, in_channels, size, training>(in, weight, bias, out, codes);
   }
 }
 
@@ -95,16 +120,20 @@ LENET_EXT_INLINE void hidden_layer(const float* in, const float* weight, const f
 template <int in_channels>
 struct Activations {
   alignas(64) float images[in_channels * kImageSize * kImageSize * kImages];
-  float pooled1[kChannels1 * kPooled1 * kPooled1 * kImages];
+  float pooled1[kOutputs1 * kImages];
+  int32_t codes[kOutputs1 * kImages];  // of one layer after the other
   float pooled2[kFeatures * kImages];
   float hidden1[kHidden1 * kImages];
   float hidden2[kHidden2 * kImages];
   float classes[10 * kImages];
 };
 
-template <int in_channels>
-void run_unit(const LenetInference& job, int64_t first, Activations<in_channels>& a) {
+template <int in_channels, bool training>
+void run_unit(const LenetForward& job, int64_t first, Activations<in_channels>& a) {
   const int64_t count = min_of<int64_t>(kImages, job.batch - first);
+  auto keep = [&](const auto* from, int64_t values, auto* to) {
+    if constexpr (training) transpose_row<kImages>(from, values, kImages, count, to + first * values, values);
+  };
   for (int pixel = 0; pixel < in_channels * kImageSize * kImageSize; pixel += kImages) {
     V rows[kImages];
     // The lanes of a last, incomplete unit repeat its last image.
@@ -115,10 +144,16 @@ void run_unit(const LenetInference& job, int64_t first, Activations<in_channels>
     LENET_EXT_UNROLL for (int i = 0; i < kImages; ++i)
       store(a.images + (pixel + i) * kImages, rows[i]);
   }
-  conv_layer<0, kChannels1, in_channels, kImageSize>(a.images, job.conv1_weight, job.conv1_bias, a.pooled1);
-  conv_layer<0, kChannels2, kChannels1, kPooled1>(a.pooled1, job.conv2_weight, job.conv2_bias, a.pooled2);
+  conv_layer<0, kChannels1, in_channels, kImageSize, training>(a.images, job.conv1_weight, job.conv1_bias, a.pooled1,
+                                                               a.codes);
+  keep(a.pooled1, kOutputs1, job.pooled1), keep(a.codes, kOutputs1, job.indices1);
+  conv_layer<0, kChannels2, kChannels1, kPooled1, training>(a.pooled1, job.conv2_weight, job.conv2_bias, a.pooled2,
+                                                            a.codes);
+  keep(a.pooled2, kFeatures, job.pooled2), keep(a.codes, kFeatures, job.indices2);
   hidden_layer<0, kHidden1, kFeatures>(a.pooled2, job.fc1_weight, job.fc1_bias, a.hidden1);
+  keep(a.hidden1, kHidden1, job.hidden1);
   hidden_layer<0, kHidden2, kHidden1>(a.hidden1, job.fc2_weight, job.fc2_bias, a.hidden2);
+  keep(a.hidden2, kHidden2, job.hidden2);
   for (int64_t o = 0; o < job.classes;) {
     const float *weight = job.fc3_weight + o * kHidden2, *bias = job.fc3_bias + o;
     const int64_t tile = job.classes - o >= 10 ? 10 : 1;
@@ -132,12 +167,13 @@ void run_unit(const LenetInference& job, int64_t first, Activations<in_channels>
 }
 
 template <int in_channels>
-void run_units(const LenetInference& job, void* scratch, int64_t begin, int64_t end) {
+void run_units(const LenetForward& job, void* scratch, int64_t begin, int64_t end) {
   auto& activations = *static_cast<Activations<in_channels>*>(scratch);
-  for (int64_t unit = begin; unit < end; ++unit) run_unit<in_channels>(job, unit * kImages, activations);
+  const auto run = job.pooled1 != nullptr ? run_unit<in_channels, true> : run_unit<in_channels, false>;
+  for (int64_t unit = begin; unit < end; ++unit) run(job, unit * kImages, activations);
 }
 
-void run(const LenetInference& job, void* scratch, int64_t begin, int64_t end) {
+void run(const LenetForward& job, void* scratch, int64_t begin, int64_t end) {
   (job.in_channels == 1 ? run_units<1> : run_units<3>)(job, scratch, begin, end);
 }
 

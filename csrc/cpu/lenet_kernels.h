@@ -5,20 +5,27 @@
 
 namespace lenet_ext::cpu {
 
-// Inference of LeNet (float32, images of one channel or of three); parameters contiguous, as the layers hold them.
-struct LenetInference {
+// The forward pass of LeNet (float32, images of one channel or of three); parameters contiguous, as the layers hold
+// them.
+struct LenetForward {
   int64_t batch, in_channels, classes;
   const float* input;  // images contiguous, `image_stride` apart
   int64_t image_stride;
   const float *conv1_weight, *conv1_bias, *conv2_weight, *conv2_bias;
   const float *fc1_weight, *fc1_bias, *fc2_weight, *fc2_bias, *fc3_weight, *fc3_bias;
   float* output;  // [batch][classes]
+  // What a backward pass will read, [batch][...]; all null in inference.
+  float* pooled1;
+  uint8_t* indices1;
+  float* pooled2;
+  uint8_t* indices2;
+  float *hidden1, *hidden2;
 };
 
 struct LenetKernels {
-  int64_t lanes;                                                                  // images of a unit of work
-  int64_t (*scratch_bytes)(int64_t in_channels);                                  // of one run call
-  void (*run)(const LenetInference&, void* scratch, int64_t begin, int64_t end);  // units: ceil(batch / lanes)
+  int64_t lanes;                                                                // images of a unit of work
+  int64_t (*scratch_bytes)(int64_t in_channels);                                // of one run call
+  void (*run)(const LenetForward&, void* scratch, int64_t begin, int64_t end);  // units: ceil(batch / lanes)
 };
 
 }  // namespace lenet_ext::cpu

@@ -202,6 +202,13 @@ LENET_EXT_INLINE bool all_finite(const BFloat16* values, int64_t count) {
   return bad == 0;
 }
 
+// What is read by way of this pointer is read anew, although the compiler has seen it by way of another: it would keep
+// values for later in registers that sums need, and the sums in memory.
+template <typename T>
+LENET_EXT_INLINE void forget_origin(const T*& pointer) {
+  asm("" : "+r"(pointer));
+}
+
 // max(0, x) that passes NaN. In this operand order it is one max instruction.
 template <typename V>
 LENET_EXT_INLINE V relu(V x) {

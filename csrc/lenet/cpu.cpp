@@ -1,10 +1,10 @@
 // The whole network in one call on the CPU.
 //
-// Inference of a batch passes as many images as a vector has lanes through all layers, then the next
-// (cpu/lenet_kernels.cpp). Small batches, what is left of a large one, and training go block by block: the
-// convolutions an image at a time, the linear layers for the images of the block together. A pass over the batch is
-// one parallel region; its blocks depend on the size of the batch alone, so the number of threads does not change a
-// result. dtypes other than float32 go layer by layer.
+// The forward pass takes as many images as a vector has lanes through all layers, then the next
+// (cpu/lenet_kernels.cpp). Small batches, and what is left of a large one, go block by block: the convolutions an image
+// at a time, the linear layers for the images of the block together. A pass over the batch is one parallel region; its
+// blocks depend on the size of the batch alone, so the number of threads does not change a result. dtypes other than
+// float32 go layer by layer.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -93,6 +93,17 @@ struct Activations {
   float* pooled2;
   uint8_t* indices2;
   float *hidden1, *hidden2, *output;
+
+  // Those of the images from `first` on, but for the output.
+  Activations from(int64_t first) const {
+    return {pooled1 + first * kPooled1,
+            indices1 + first * kPooled1,
+            pooled2 + first * kFeatures,
+            indices2 + first * kFeatures,
+            hidden1 + first * kHidden1,
+            hidden2 + first * kHidden2,
+            nullptr};
+  }
 };
 
 // The forward pass of blocks of images.
@@ -173,35 +184,47 @@ class Blocks {
 constexpr int64_t kBlock = 16;      // images of a block of a large batch
 constexpr int64_t kSmallBlock = 4;  // of a small one: a row each of the dot products' tiles
 
-Tensor inference(const Tensor& input, TensorList parameters) {
-  const Arguments call(input, parameters);
-  const Tensor output = at::empty({call.batch, call.classes}, input.options());
-  float* out = cpu::mutable_data<float>(output);
+// `all`: the activations of the whole batch; in inference the output alone, the others null.
+void forward_pass(const Arguments& call, const Activations& all) {
+  const bool training = all.pooled1 != nullptr;
   const auto& kernels = LENET_EXT_CPU_DISPATCH(lenet_kernels);
-
-  // Whole vectors of images first.
-  const int64_t vectors = call.batch / kernels.lanes, single_begin = vectors * kernels.lanes;
-  const int64_t blocks = (call.batch - single_begin + kSmallBlock - 1) / kSmallBlock;
-  const cpu::LenetInference job{call.batch, call.in_channels, call.classes, call.input, call.image_stride, call.p[0],
-                                call.p[1],  call.p[2],        call.p[3],    call.p[4],  call.p[5],         call.p[6],
-                                call.p[7],  call.p[8],        call.p[9],    out};
+  // Whole vectors of images first, then what is left. In training a small batch has more units of work without them.
+  const int64_t vectors = training && call.batch < 2 * kBlock ? 0 : call.batch / kernels.lanes;
+  const int64_t single_begin = vectors * kernels.lanes, single = call.batch - single_begin;
+  const int64_t size = single < 2 * kBlock ? kSmallBlock : kBlock, blocks = (single + size - 1) / size;
+  const cpu::LenetForward job{call.batch,  call.in_channels, call.classes, call.input, call.image_stride, call.p[0],
+                              call.p[1],   call.p[2],        call.p[3],    call.p[4],  call.p[5],         call.p[6],
+                              call.p[7],   call.p[8],        call.p[9],    all.output, all.pooled1,       all.indices1,
+                              all.pooled2, all.indices2,     all.hidden1,  all.hidden2};
   const int64_t scratch_bytes = kernels.scratch_bytes(call.in_channels);
-  std::optional<Blocks> single;
-  if (blocks > 0) single.emplace(call, call.batch - single_begin);
-  const int64_t block_floats = lines(kSmallBlock * (kPooled1 + kFeatures + kHidden1 + kHidden2));
+  std::optional<Blocks> by_block;
+  if (blocks > 0) by_block.emplace(call, single);
+  const int64_t own = training ? 0 : lines(size * (kPooled1 + kFeatures + kHidden1 + kHidden2));  // in floats
   cpu::parallel_units(vectors + blocks, forward_flops(call.in_channels) * call.batch, [&](int64_t begin, int64_t end) {
     if (begin < vectors) kernels.run(job, cpu::unit_scratch(scratch_bytes), begin, std::min(end, vectors));
     if (end <= vectors) return;
-    float* scratch = static_cast<float*>(cpu::unit_scratch(block_floats * sizeof(float) + single->conv_scratch()));
-    Activations a{};
-    a.pooled1 = scratch, a.pooled2 = a.pooled1 + kSmallBlock * kPooled1;
-    a.hidden1 = a.pooled2 + kSmallBlock * kFeatures, a.hidden2 = a.hidden1 + kSmallBlock * kHidden1;
+    float* scratch = static_cast<float*>(cpu::unit_scratch(own * sizeof(float) + by_block->conv_scratch()));
     for (int64_t unit = std::max(begin, vectors); unit < end; ++unit) {
-      const int64_t first = single_begin + (unit - vectors) * kSmallBlock;
-      a.output = out + first * call.classes;
-      single->run(first, std::min(kSmallBlock, call.batch - first), a, scratch + block_floats);
+      const int64_t first = single_begin + (unit - vectors) * size;
+      Activations a{};
+      if (training) {
+        a = all.from(first);
+      } else {
+        a.pooled1 = scratch, a.pooled2 = a.pooled1 + size * kPooled1;
+        a.hidden1 = a.pooled2 + size * kFeatures, a.hidden2 = a.hidden1 + size * kHidden1;
+      }
+      a.output = all.output + first * call.classes;
+      by_block->run(first, std::min(size, call.batch - first), a, scratch + own);
     }
   });
+}
+
+Tensor inference(const Tensor& input, TensorList parameters) {
+  const Arguments call(input, parameters);
+  const Tensor output = at::empty({call.batch, call.classes}, input.options());
+  Activations all{};
+  all.output = cpu::mutable_data<float>(output);
+  forward_pass(call, all);
   return output;
 }
 
@@ -213,24 +236,10 @@ LenetLayers training_forward(const Tensor& input, TensorList parameters) {
                       at::empty({batch, 6, 14, 14}, codes),      at::empty({batch, 16, 5, 5}, options),
                       at::empty({batch, 16, 5, 5}, codes),       at::empty({batch, kHidden1}, options),
                       at::empty({batch, kHidden2}, options)};
-  const Activations all{cpu::mutable_data<float>(l.pooled1), cpu::mutable_data<uint8_t>(l.indices1),
-                        cpu::mutable_data<float>(l.pooled2), cpu::mutable_data<uint8_t>(l.indices2),
-                        cpu::mutable_data<float>(l.hidden1), cpu::mutable_data<float>(l.hidden2),
-                        cpu::mutable_data<float>(l.output)};
-  const Blocks blocks(call, batch);
-  const int64_t size = batch < 2 * kBlock ? kSmallBlock : kBlock;
-  cpu::parallel_units(
-      (batch + size - 1) / size, forward_flops(call.in_channels) * batch, [&](int64_t begin, int64_t end) {
-        void* scratch = cpu::unit_scratch(blocks.conv_scratch());
-        for (int64_t unit = begin; unit < end; ++unit) {
-          const int64_t i = unit * size;
-          blocks.run(i, std::min(size, batch - i),
-                     {all.pooled1 + i * kPooled1, all.indices1 + i * kPooled1, all.pooled2 + i * kFeatures,
-                      all.indices2 + i * kFeatures, all.hidden1 + i * kHidden1, all.hidden2 + i * kHidden2,
-                      all.output + i * call.classes},
-                     scratch);
-        }
-      });
+  forward_pass(call, {cpu::mutable_data<float>(l.pooled1), cpu::mutable_data<uint8_t>(l.indices1),
+                      cpu::mutable_data<float>(l.pooled2), cpu::mutable_data<uint8_t>(l.indices2),
+                      cpu::mutable_data<float>(l.hidden1), cpu::mutable_data<float>(l.hidden2),
+                      cpu::mutable_data<float>(l.output)});
   return l;
 }
 

@@ -235,21 +235,35 @@ def test_random_gradients_are_as_accurate_as_stock(device, batch):
         assert_accurate(a, e, e.abs().max().expand(e.shape), f"grad of {name}", stock=s)
 
 
-def test_non_finite_input():
+@pytest.mark.kernels
+@pytest.mark.parametrize("batch", [20, 44])
+def test_non_finite_input(batch):
     """NaN and infinity take the way they take in stock, forward and backward, in whole and in single images."""
     for value in (float("nan"), float("inf"), -float("inf")):
-        ours, stock, x = integer_nets(20)
-        x[3, 0, 10, 10] = value
+        ours, stock, x = integer_nets(batch)
+        x[[3, batch - 1], 0, 10, 10] = value
         exact = copy.deepcopy(stock).double()
         output, expected = ours(x), exact(x.double())
         assert_equal(output, expected.float(), "logits")
         with torch.no_grad():
             assert_equal(ours(x), expected.float(), "inference")
-        grad = integers(20, 10, low=-1, high=1)
+        grad = integers(batch, 10, low=-1, high=1)
         output.backward(grad)
         expected.backward(grad.double())
         for (name, a), b in zip(ours.named_parameters(), exact.parameters(), strict=True):
             assert_equal(a.grad, b.grad.float(), f"grad of {name}")
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("value", [float("inf"), 1e30])
+def test_a_bias_that_makes_all_equal(value):
+    """The first of a window wins, although the sums without the bias are not equal."""
+    ours, _, x = integer_nets(44)
+    parameters = [p.detach() for p in ours.parameters()]
+    parameters[1][2] = value
+    _, pooled, indices, *_ = torch.ops.lenet_ext.lenet_with_activations(x, parameters)
+    assert (pooled[:, 2] == value).all()
+    assert (indices[:, 2] == 0).all()
 
 
 def test_non_finite_gradient():

@@ -133,12 +133,24 @@ void network() {
     p.push_back(take<float>(count));
   }
   std::vector<float> output(batch * classes);
-  const LenetInference job{batch,       channels,    classes,     input.data(), channels * 1024, p[0].data(),
-                           p[1].data(), p[2].data(), p[3].data(), p[4].data(),  p[5].data(),     p[6].data(),
-                           p[7].data(), p[8].data(), p[9].data(), output.data()};
+  LenetForward job{};
+  job.batch = batch, job.in_channels = channels, job.classes = classes;
+  job.input = input.data(), job.image_stride = channels * 1024, job.output = output.data();
+  const float** const parameters[] = {&job.conv1_weight, &job.conv1_bias, &job.conv2_weight, &job.conv2_bias,
+                                      &job.fc1_weight,   &job.fc1_bias,   &job.fc2_weight,   &job.fc2_bias,
+                                      &job.fc3_weight,   &job.fc3_bias};
+  for (size_t i = 0; i < 10; ++i) *parameters[i] = p[i].data();
   const auto scratch = aligned(kernels.scratch_bytes(channels));
-  kernels.run(job, scratch.get(), 0, (batch + kernels.lanes - 1) / kernels.lanes);
+  const int64_t units = (batch + kernels.lanes - 1) / kernels.lanes;
+  kernels.run(job, scratch.get(), 0, units);
   give(output);
+
+  std::vector<float> pooled1(batch * 1176), pooled2(batch * 400), hidden1(batch * 120), hidden2(batch * 84);
+  std::vector<uint8_t> indices1(batch * 1176), indices2(batch * 400);
+  job.pooled1 = pooled1.data(), job.indices1 = indices1.data(), job.pooled2 = pooled2.data();
+  job.indices2 = indices2.data(), job.hidden1 = hidden1.data(), job.hidden2 = hidden2.data();
+  kernels.run(job, scratch.get(), 0, units);
+  give(output), give(pooled1), give(indices1), give(pooled2), give(indices2), give(hidden1), give(hidden2);
 }
 
 }  // namespace

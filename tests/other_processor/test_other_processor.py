@@ -171,11 +171,18 @@ def test_matrix_products(driver, m, n, k, dtype):
     assert not answer.rest
 
 
+ACTIVATIONS = ("output", "pooled1", "indices1", "pooled2", "indices2", "hidden1", "hidden2")
+
+
 @pytest.mark.parametrize("batch", [1, 4, 7])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_network(driver, channels, batch):
     net = lenet_ext.ReferenceNet(channels, num_classes=11).requires_grad_(False)
     x = torch.randn(batch, channels, 32, 32)
     question = b"n" + struct.pack("3q", batch, channels, 11) + raw(x) + b"".join(map(raw, net.parameters()))
-    output = Answer(driver, question).take((batch, 11), torch.float32)
-    torch.testing.assert_close(output.double(), net.double()(x.double()), rtol=1e-5, atol=1e-5)
+    answer = Answer(driver, question)
+    expected = torch.ops.lenet_ext.lenet_with_activations(x.double(), [p.double() for p in net.parameters()])
+    for name, value in zip(("inference", *ACTIVATIONS), (expected[0], *expected), strict=True):
+        found = answer.take(tuple(value.shape), torch.uint8 if name.startswith("indices") else torch.float32)
+        torch.testing.assert_close(found.to(value.dtype), value, rtol=1e-5, atol=1e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023
+    assert not answer.rest
