@@ -81,10 +81,8 @@ class Plan:
             ),
             "networks": cls(
                 cases,
-                providers=(*DEFAULT_PROVIDERS[:3], "fused_channels_last", "compile", "compile_cl"),
+                providers=(*DEFAULT_PROVIDERS[:3], "fused_channels_last"),
                 effort=Effort(rounds=15, budget_s=3.0),
-                slow_batch_sizes=(64,),
-                slow_threads=False,
             ),
             "overhead": cls(cases, providers=DEFAULT_PROVIDERS[:2]),
         }

@@ -89,8 +89,8 @@ def test_a_small_file_has_a_line_for_each_cell(tmp_path: Path) -> None:
     memory = [{"provider": name, "batch": 4096, "threads": 2, "median_bytes": 10} for name in ("fused", "eager")]
     path = summary.write(summary.of_bench(raw(NET, memory=memory)), tmp_path)
     lines = path.read_text().splitlines()
-    assert sum(line.startswith('  ["net","forward",') for line in lines) == 8
-    assert sum(line.startswith('  {"provider":') for line in lines) == 2
+    assert sum(line.startswith('["net","forward",') for line in lines) == 8
+    assert sum(line.startswith('{"provider":') for line in lines) == 2
     assert json.loads(path.read_text())["memory"] == memory
     assert '"rounds"' not in path.read_text()
 
