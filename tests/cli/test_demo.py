@@ -95,9 +95,7 @@ def test_the_layers_are_those_of_the_stock_network(viewer: Viewer) -> None:
         torch.testing.assert_close(maps, 255 * expected / expected.max(), rtol=0, atol=0.51)
 
 
-def test_the_page_sees_what_predict_sees(
-    viewer: Viewer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_sees_what_predict_sees(viewer: Viewer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw("7").save(tmp_path / "7.png")
     assert main(["predict", "--json", "--top", "10", str(tmp_path / "7.png")]) == 0
     (expected,) = json.loads(capsys.readouterr().out)
