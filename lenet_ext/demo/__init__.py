@@ -1,4 +1,4 @@
-"""The drawing page of ``lenet-ext demo``: what it shows (`viewer`), how it is served (`server`), and the page itself."""
+"""The drawing page of ``lenet-ext demo``: what it shows (`viewer`), how it is served (`server`), and the page."""
 
 from __future__ import annotations
 

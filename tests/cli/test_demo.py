@@ -21,8 +21,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-for needed in ("starlette", "uvicorn", "safetensors", "PIL"):
-    pytest.importorskip(needed)
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+pytest.importorskip("safetensors")
+pytest.importorskip("PIL")
 
 from PIL import Image, ImageDraw
 

@@ -18,8 +18,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-for needed in ("starlette", "uvicorn", "safetensors", "selenium"):
-    pytest.importorskip(needed)
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+pytest.importorskip("safetensors")
+pytest.importorskip("selenium")
 
 from selenium import webdriver
 from selenium.webdriver.common.actions import interaction
@@ -90,8 +92,10 @@ class Page:
     def painted(self, name: str) -> list[int]:
         """How many pixels of each map show something."""
         return self.driver.execute_script(
-            """return [...document.querySelectorAll(`#${arguments[0]} canvas`)].map((canvas) => canvas.getContext("2d")
-            .getImageData(0, 0, canvas.width, canvas.height).data.filter((byte, n) => n % 4 === 3 && byte > 0).length)""",
+            """const shown = (byte, n) => n % 4 === 3 && byte > 0;
+            const pixels = ({ width, height }, pen) => pen.getImageData(0, 0, width, height).data;
+            const canvases = [...document.getElementById(arguments[0]).querySelectorAll("canvas")];
+            return canvases.map((canvas) => pixels(canvas, canvas.getContext("2d")).filter(shown).length);""",
             name,
         )
 

@@ -194,10 +194,13 @@ function showTimes(times) {
   const slower = Math.max(times?.fused_us, times?.stock_us);
   timeBars[0]("fused", times ? times.fused_us / slower : 0, times ? microseconds(times.fused_us) : "");
   timeBars[1]("stock", times ? times.stock_us / slower : 0, times ? microseconds(times.stock_us) : "");
-  const threads = times?.threads === 1 ? "one thread" : `${times?.threads} threads`;
-  byId("ratio").textContent = times
-    ? `Stock takes ${times.ratio.toFixed(1)} times as long. One forward pass, medians of ${times.rounds} turns, ${threads}.`
-    : "Fused and stock PyTorch, in turns, while you draw";
+  if (!times) {
+    byId("ratio").textContent = "Fused and stock PyTorch, in turns, while you draw";
+    return;
+  }
+  const threads = times.threads === 1 ? "one thread" : `${times.threads} threads`;
+  const how = `One forward pass, medians of ${times.rounds} turns, ${threads}.`;
+  byId("ratio").textContent = `Stock takes ${times.ratio.toFixed(1)} times as long. ${how}`;
 }
 
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
@@ -208,8 +211,8 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
 async function start() {
   about = await (await fetch("about")).json();
   about.labels.forEach(() => classBars.push(addBar(byId("classes"))));
-  const rest = about.classes > about.labels.length ? `, the ${about.labels.length} most probable of ${about.classes} classes` : "";
-  byId("about").textContent = `LeNet trained on ${about.data}${rest}, on ${about.machine}`;
+  const more = about.classes > about.labels.length ? ` (${about.classes} classes, the most probable are shown)` : "";
+  byId("about").textContent = `LeNet trained on ${about.data}${more}, on ${about.machine}`;
   byId("hint").textContent = about.labels.every((label) => /^\d$/.test(label)) ? "Draw a digit" : "Draw here";
   show(null);
   if (strokes.length) ask();
