@@ -225,7 +225,7 @@ def test_several_tabs_at_once(port: int) -> None:
         ("POST", "/look", bytes(1 << 24), DRAWING, 413),
         ("POST", "/look", bytes(SIDE * SIDE), {"Content-Type": "text/plain"}, 415),
         ("POST", "/look", bytes(SIDE * SIDE), {}, 415),
-        ("GET", "/look", None, {}, 405),
+        ("GET", "/look", None, {}, 404),
         ("POST", "/about", b"", {}, 405),
         ("DELETE", "/", None, {}, 405),
         ("GET", "/nothing", None, {}, 404),

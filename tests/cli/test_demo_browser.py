@@ -12,8 +12,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -105,16 +105,24 @@ class Page:
         return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[str, subprocess.Popen[str]]]:
+@contextmanager
+def serving() -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The command as a process, and its address."""
     process = subprocess.Popen(
         [sys.executable, "-m", "lenet_ext", "demo", "--port", "0", "--no-browser"], stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None
-    yield process.stdout.readline().split()[2], process
-    process.kill()
-    process.wait()
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().split()[2], process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with serving() as (address, _):
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +150,11 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrom
 
 
 @pytest.fixture
-def page(driver: webdriver.Chrome, server: tuple[str, Any]) -> Iterator[Page]:
+def page(driver: webdriver.Chrome, address: str) -> Iterator[Page]:
     """Opened anew; afterwards nothing was requested from elsewhere, and the browser found nothing to complain about."""
-    page = Page(driver, server[0])
+    page = Page(driver, address)
     page.requested()
+    driver.get_log("browser")
     page.open()
     yield page
     requested = page.requested()
@@ -236,11 +245,11 @@ def test_a_picture_of_it(page: Page, tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
 
 
-def test_a_server_that_has_gone(driver: webdriver.Chrome, server: tuple[str, subprocess.Popen[str]]) -> None:
-    """The last one: it ends the server."""
-    page = Page(driver, server[0])
-    page.open()
-    server[1].terminate()
-    server[1].wait(timeout=60)
-    page.draw("1")
-    page.until(lambda: "still running" in page.text("sure"))
+def test_a_server_that_has_gone(driver: webdriver.Chrome) -> None:
+    with serving() as (address, process):
+        page = Page(driver, address)
+        page.open()
+        process.terminate()
+        process.wait(timeout=60)
+        page.draw("1")
+        page.until(lambda: "still running" in page.text("sure"))
