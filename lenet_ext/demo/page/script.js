@@ -40,15 +40,9 @@ function drawStrokes() {
   pen.lineCap = pen.lineJoin = "round";
   pen.strokeStyle = getComputedStyle(paper).color;
   for (const points of strokes) {
-    const [first, ...rest] = points.map(([x, y]) => [x * size, y * size]);
     pen.beginPath();
-    pen.moveTo(...first);
-    // From middle to middle, bent at the points: no corners where the pointer was seen.
-    rest.forEach(([x, y], n) => {
-      const [nextX, nextY] = rest[n + 1] ?? [x, y];
-      pen.quadraticCurveTo(x, y, (x + nextX) / 2, (y + nextY) / 2);
-    });
-    if (!rest.length) pen.lineTo(...first);
+    // Of the first point, a line to itself: a dot where there is no second.
+    for (const [x, y] of [points[0], ...points]) pen.lineTo(x * size, y * size);
     pen.stroke();
   }
 }
