@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -83,27 +84,30 @@ class Viewer:
         picture = frame_ink(ink, self.data, cut_out=True).to(self.device)
         # A network with NaN among its weights has an answer too: nothing at all.
         probabilities = predict(self.net, picture[None], self.data_set.normalization)[0].nan_to_num(0.0)
-        shown = range(len(probabilities))
+        shown = list(range(len(probabilities)))
         if len(shown) > _MOST_CLASSES:
             shown = probabilities.topk(_MOST_CLASSES).indices.tolist()
-        classes = [{"label": self.data_set.labels[n], "probability": round(float(probabilities[n]), 6)} for n in shown]
-        best = max(classes, key=lambda entry: entry["probability"])
+        classes = [(self.data_set.labels[n], round(float(probabilities[n]), 6)) for n in shown]
+        best = max(classes, key=lambda entry: entry[1])
         with torch.inference_mode():
             input = self.data_set.normalization(picture[None])
             first = self.net.conv1(input)
             layers = [picture, first[0], self.net.conv2(first)[0]]
             times = self._times(input)
         return {
-            "classes": classes,
-            "best": best,
-            "sure": best["probability"] >= UNSURE,
+            "classes": [{"label": label, "probability": probability} for label, probability in classes],
+            "best": {"label": best[0], "probability": best[1]},
+            "sure": best[1] >= UNSURE,
             "layers": [_bytes(layer) for layer in layers],
             "times": times,
         }
 
     def _times(self, input: Tensor) -> dict[str, Any]:
         """Of a forward pass, fused and stock, in turns: as ``lenet-ext bench`` measures, only shorter."""
-        programs = {"stock": partial(self.stock, input), "fused": partial(self.net, input)}
+        programs: dict[str, Callable[[], object]] = {
+            "stock": partial(self.stock, input),
+            "fused": partial(self.net, input),
+        }
         samples = time_interleaved(programs, self.device, _EFFORT)
         return {
             "fused_us": round(samples["fused"].median_us, 2),

