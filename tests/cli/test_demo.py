@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import http.client
 import json
 import logging
@@ -61,8 +62,10 @@ def _one_thread() -> Any:
 
 
 @pytest.fixture(scope="module")
-def viewer() -> Viewer:
-    return Viewer(lenet_ext.Net.from_pretrained("mnist"), "mnist", DATA_SETS["mnist"])
+def viewer() -> Iterator[Viewer]:
+    gc.freeze()  # as the command does: a measurement collects garbage first, which takes long where there is much
+    yield Viewer(lenet_ext.Net.from_pretrained("mnist"), "mnist", DATA_SETS["mnist"])
+    gc.unfreeze()
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
