@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := $(abspath $(VENV))/bin
 
 # What an installed package is made of: touched files mean building again.
-SOURCES := setup.py pyproject.toml $(shell find csrc lenet_ext build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
+SOURCES := setup.py pyproject.toml $(shell find csrc lenet_ext build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') $(wildcard lenet_ext/demo/page/*)
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
 .PHONY: help demo test test-all fuzz sanitize bench numbers tables gpu-check lint format clean

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lenet_ext.cli.common import UsageError, add_data, add_device, add_threads, error_line, integer, printable, say
 from lenet_ext.cli.evaluate import LoadedModel, load_model
+from lenet_ext.training.predict import UNSURE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +33,6 @@ line on the standard error, and so is an answer of low probability; after a file
 code is 1.
 """
 _BATCH = 256  # pictures at a time: bounds the memory, and is enough for the network to work at its full speed
-# Below it, 1 in 3 answers of the network in the package is wrong on MNIST's test pictures; above it 1 in 400.
-_UNSURE = 0.8
 _EDGES = ("left", "top", "right", "bottom")
 _ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
@@ -109,7 +108,7 @@ class Row(NamedTuple):
     @property
     def is_sure(self) -> bool:
         """Whether the answer can be given without a word of doubt."""
-        return self.found[0][1] >= _UNSURE
+        return self.found[0][1] >= UNSURE
 
 
 class Item(NamedTuple):

@@ -30,7 +30,7 @@ import lenet_ext
 from lenet_ext.cli import main
 from lenet_ext.training import datasets
 
-COMMANDS = ("train", "eval", "predict", "export", "bench", "check", "info")
+COMMANDS = ("train", "eval", "predict", "export", "bench", "check", "demo", "info")
 SHARED_MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"
 WRITTEN = ("model.safetensors", "checkpoint.pt", "history.json", "curves.png", "confusion.png")
 
