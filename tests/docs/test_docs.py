@@ -5,10 +5,11 @@ Links and excerpts are checked where the site is built (``make docs``).
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import importlib.util
 import re
 import shlex
-from doctest import ELLIPSIS
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ class SessionParser(PythonCodeBlockParser):
     """Sessions at the prompt, whose output is compared."""
 
     def __init__(self) -> None:
-        super().__init__(doctest_optionflags=ELLIPSIS)
+        super().__init__(doctest_optionflags=doctest.ELLIPSIS)
         self.codeblock_parser = CodeBlockParser("pycon")
 
 
@@ -50,6 +51,14 @@ def test_examples(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, re
     assert examples
     for example in examples:
         example.evaluate()
+
+
+@pytest.mark.parametrize("name", ["functional", "fusion.fuse", "fusion.unfuse", "net", "nn", "training_step"])
+def test_examples_of_the_reference(name: str) -> None:
+    """Those of the docstrings."""
+    result = doctest.testmod(importlib.import_module(f"lenet_ext.{name}"))
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def commands(page: str) -> list[list[str]]:
