@@ -104,7 +104,7 @@ $(DOCS)/installed: Makefile
 	@touch $@
 
 docs: $(DOCS)/installed
-	$(DOCS)/bin/mkdocs --quiet build --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs --quiet build --strict  # not about the site
 
 CXX_FILES := $(shell find csrc lenet_ext tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_FILES := setup.py build_backend lenet_ext tests benchmarks examples docs
