@@ -9,7 +9,7 @@ BIN := $(abspath $(VENV))/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc lenet_ext build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 DOCS_TOOLS := mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings-python==2.0.11 griffelib==2.4.1 \
-	pymdown-extensions==13.1.2 latex2mathml==3.81.1
+	pymdown-extensions==13.1.2 latex2mathml==3.81.1 ruff==0.17.6
 
 .PHONY: help demo test test-all fuzz sanitize bench numbers tables gpu-check docs lint format clean
 

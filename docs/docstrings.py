@@ -20,7 +20,7 @@ def _displayed(found: re.Match[str]) -> str:
     first, _, rest = found[2].partition("\n")
     formula = f"{first.strip()}\n{dedent(rest)}".strip()
     if "&" in formula:
-        formula = rf"\begin{{aligned}}{formula}\end{{aligned}}"
+        formula = rf"\begin{{align*}}{formula}\end{{align*}}"
     return "\n".join(found[1] + line for line in ("", "$$", *formula.splitlines(), "$$", ""))
 
 
