@@ -96,7 +96,7 @@ gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --stage $(STAGE) --out $(OUT) $(if $(MNIST_ROOT),--mnist-root $(MNIST_ROOT))
 
 # Docstrings are read from the source, so nothing is compiled or imported. A link or an excerpt that leads nowhere is an
-# error.
+# error; not with --quiet, which does not count warnings either.
 DOCS := build/docs
 $(DOCS)/installed: Makefile
 	$(PYTHON) -m venv $(DOCS)
@@ -104,7 +104,7 @@ $(DOCS)/installed: Makefile
 	@touch $@
 
 docs: $(DOCS)/installed
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs --quiet build --strict  # not about the site
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict  # not about the site
 
 CXX_FILES := $(shell find csrc lenet_ext tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_FILES := setup.py build_backend lenet_ext tests benchmarks examples docs
