@@ -8,8 +8,10 @@ BIN := $(abspath $(VENV))/bin
 # What an installed package is made of: touched files mean building again.
 SOURCES := setup.py pyproject.toml $(shell find csrc lenet_ext build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') $(wildcard lenet_ext/demo/page/*)
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+DOCS_TOOLS := mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings-python==2.0.11 griffelib==2.4.1 \
+	pymdown-extensions==13.1.2 latex2mathml==3.81.1 ruff==0.17.6
 
-.PHONY: help demo test test-all fuzz sanitize bench numbers tables gpu-check lint format clean
+.PHONY: help demo test test-all fuzz sanitize bench numbers tables gpu-check docs lint format clean
 
 help:
 	@echo "make demo     train on real digits, then compare with stock PyTorch"
@@ -21,6 +23,7 @@ help:
 	@echo "make numbers  errors in ulp against float64, beside stock's, into benchmarks/results"
 	@echo "make tables   the READMEs' tables and the picture from those files"
 	@echo "make gpu-check   everything that needs a GPU, with the Python and torch that are there; STAGE=check|bench OUT=DIR MNIST_ROOT=DIR"
+	@echo "make docs     the documentation as a site, in site/index.html; needs neither torch nor a compiler"
 	@echo "make lint     ruff, mypy and clang-format; make format applies what they can mend"
 
 $(VENV)/torch:
@@ -92,8 +95,19 @@ OUT ?= runs/gpu
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --stage $(STAGE) --out $(OUT) $(if $(MNIST_ROOT),--mnist-root $(MNIST_ROOT))
 
+# Docstrings are read from the source, so nothing is compiled or imported. A link or an excerpt that leads nowhere is an
+# error; not with --quiet, which does not count warnings either.
+DOCS := build/docs
+$(DOCS)/installed: Makefile
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet $(DOCS_TOOLS)
+	@touch $@
+
+docs: $(DOCS)/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict  # not about the site
+
 CXX_FILES := $(shell find csrc lenet_ext tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-PYTHON_FILES := setup.py build_backend lenet_ext tests benchmarks examples
+PYTHON_FILES := setup.py build_backend lenet_ext tests benchmarks examples docs
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check $(PYTHON_FILES)
@@ -107,4 +121,4 @@ format: $(VENV)/lint
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist *.egg-info $(VENV)
+	rm -rf build dist site *.egg-info $(VENV)

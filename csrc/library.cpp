@@ -27,6 +27,7 @@ TORCH_LIBRARY(lenet_ext, m) {
       ", bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def("conv_at_indices(Tensor input, Tensor weight, Tensor? bias, Tensor indices, " CONV_POOL_OPTIONS ") -> Tensor");
 
+  // --8<-- [start:linear]
   m.def("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
   m.def("linear_relu(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
@@ -35,6 +36,7 @@ TORCH_LIBRARY(lenet_ext, m) {
   m.def(
       "linear_relu_backward(Tensor grad_output, Tensor output, Tensor? input, Tensor? weight, bool[3] output_mask)"
       " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  // --8<-- [end:linear]
 
   // The whole network. `parameters`: weight and bias of conv1, conv2, fc1, fc2, fc3.
   m.def("lenet(Tensor input, Tensor[] parameters) -> Tensor");

@@ -144,6 +144,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], prod(tensor.shape[1:-1]), tensor.shape[-1])
 
 
+# --8<-- [start:linear-relu]
 def _linear(operator: Callable[..., Tensor], info: Any, in_dims: tuple, *arguments: Any) -> tuple[Tensor, int]:
     input, weight, bias = arguments
     if in_dims[1] is None and in_dims[2] is None:
@@ -171,6 +172,9 @@ def _(info, in_dims, *arguments):
         return _linear(ops.linear_relu, info, in_dims, *arguments)
     output, dim = _linear(ops.linear, info, in_dims, *arguments)
     return output.relu(), dim
+
+
+# --8<-- [end:linear-relu]
 
 
 def _linear_backward(info: Any, in_dims: tuple, *arguments: Any) -> tuple:

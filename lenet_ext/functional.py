@@ -295,6 +295,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return ops.linear(input, weight, bias)
 
 
+# --8<-- [start:linear-relu]
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""``F.relu(F.linear(input, weight, bias))`` in one kernel, :math:`y = \max(0, x W^T + b)`.
 
@@ -316,6 +317,9 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     if not _has_kernel(input, weight, bias) or weight.dim() != 2 or _broadcasts(bias, weight):
         return F.relu(_stock_linear("linear_relu", input, weight, bias))
     return ops.linear_relu(input, weight, bias)
+
+
+# --8<-- [end:linear-relu]
 
 
 def _broadcasts(bias: Tensor | None, weight: Tensor) -> bool:

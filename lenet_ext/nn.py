@@ -169,6 +169,7 @@ class Linear(nn.Linear):
         return functional.linear(input, self.weight, self.bias)
 
 
+# --8<-- [start:linear-relu]
 class LinearReLU(nn.Linear):
     """``nn.Sequential(nn.Linear(...), nn.ReLU())`` in one kernel, :func:`lenet_ext.functional.linear_relu`.
 
@@ -181,6 +182,9 @@ class LinearReLU(nn.Linear):
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         _refuse_to_mkldnn(self)
         return super().named_children()
+
+
+# --8<-- [end:linear-relu]
 
 
 def _refuse_to_mkldnn(layer: nn.Module) -> None:

@@ -243,9 +243,13 @@ def _(input, weight, bias):
     return input.new_empty(_linear_shape("linear", input, weight, bias))
 
 
+# --8<-- [start:linear-relu]
 @torch.library.register_fake("lenet_ext::linear_relu")
 def _(input, weight, bias):
     return input.new_empty(_linear_shape("linear_relu", input, weight, bias))
+
+
+# --8<-- [end:linear-relu]
 
 
 def _linear_gradients(op, grad_output, input, weight, output_mask):

@@ -38,8 +38,12 @@ def linear(input, weight, bias=None):
     return F.linear(input, weight, bias)
 
 
+# --8<-- [start:linear-relu]
 def linear_relu(input, weight, bias=None):
     return F.relu(F.linear(input, weight, bias))
+
+
+# --8<-- [end:linear-relu]
 
 
 # --------------------------------------------------------------------------------------------------------------------

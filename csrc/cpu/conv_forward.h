@@ -103,6 +103,7 @@ struct ConvRows {
   const A* bias;
 };
 
+// --8<-- [start:conv-tile]
 // `columns` convolution outputs of one row, each `vectors` vectors of output channels.
 template <typename A, int lanes, int vectors, int columns>
 void conv_tile(const ConvRows<A>& rows, const A* image, A* out) {
@@ -132,6 +133,7 @@ void conv_tile(const ConvRows<A>& rows, const A* image, A* out) {
       store(out + (x * vectors + v) * lanes, sum[x][v]);
   }
 }
+// --8<-- [end:conv-tile]
 
 template <typename A>
 using ConvTile = void (*)(const ConvRows<A>&, const A* image, A* out);

@@ -11,6 +11,7 @@
 namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY {
 namespace {
 
+// --8<-- [start:tile]
 template <typename A, int lanes, int vectors, int rows>
 void gemm_tile(const Gemm<A>& g, int64_t row, int64_t column) {
   using V = Vec<A, lanes>;
@@ -43,6 +44,7 @@ void gemm_tile(const Gemm<A>& g, int64_t row, int64_t column) {
     }
   }
 }
+// --8<-- [end:tile]
 
 // Most vectors of a tile. Rows narrower than a full vector are cut into quarter vectors (or single values), of which
 // they have at most three.

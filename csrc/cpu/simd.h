@@ -233,6 +233,7 @@ LENET_EXT_INLINE V max_of_four(V a, V b, V c, V d) {
   return nan ? broadcast<V>(static_cast<decltype(+a[0])>(__builtin_nanf(""))) : best;
 }
 
+// --8<-- [start:window-rule]
 // One step of a pooling window's scan: a candidate that is greater, or NaN, becomes the best; `code` is its place.
 template <typename V, typename I>
 LENET_EXT_INLINE void offer(V& best, I& code, V candidate, int place) {
@@ -266,6 +267,7 @@ LENET_EXT_INLINE void close_relu(V& best, I& code, int closed_code) {
   code = closed ? (I{} + closed_code) : code;
   best = closed ? V{} : best;
 }
+// --8<-- [end:window-rule]
 
 #if defined(__clang__)
 #define LENET_EXT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

@@ -21,6 +21,7 @@ struct WindowList {
   int64_t count;
 };
 
+// --8<-- [start:window-sum]
 // Adds a tile of `rows` rows of `vectors` vectors. Small tiles keep two sets of sums, so that enough
 // multiply-adds are in flight to hide their latency.
 template <typename A, int lanes, int rows, int vectors>
@@ -54,6 +55,7 @@ void window_sum_tile(const WindowList<A>& list, int64_t base_offset, A* sums, in
     }
   }
 }
+// --8<-- [end:window-sum]
 
 template <typename A>
 using WindowSumTile = void (*)(const WindowList<A>&, int64_t base_offset, A* sums, int64_t sums_stride);

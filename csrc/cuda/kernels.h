@@ -100,6 +100,7 @@ LaunchResult launch_bias_relu_pool_backward(DType dtype, const BiasReluPoolBackw
 // Whether this problem has kernels of its own, made for its sizes (LeNet's two layers, contiguous tensors).
 bool has_lenet_kernels(DType dtype, const ConvPoolShape& shape);
 
+// --8<-- [start:product]
 // output[i, j] = sum over r of a[i, r] * b[j, r], which is every product of a linear layer and its backward.
 struct SmallMatrixProduct {
   int64_t rows, columns, depth;
@@ -114,6 +115,7 @@ struct SmallMatrixProduct {
   void* a_row_sums;    // null, or [rows]: the sum of each (masked) row of a
 };
 LaunchResult launch_small_matrix_product(DType dtype, const SmallMatrixProduct& call, cudaStream_t stream);
+// --8<-- [end:product]
 
 // The whole network in one launch. All tensors are contiguous, weights are 16-byte aligned.
 template <typename T>

@@ -53,6 +53,7 @@ struct LinearDerivative {
   }
 };
 
+// --8<-- [start:forward]
 struct LinearReluDerivative {
   static constexpr const char* kName = "LinearReLUBackward";
 
@@ -88,6 +89,7 @@ Tensor forward(c10::DispatchKeySet keys, const Tensor& input, const Tensor& weig
   }
   return output;
 }
+// --8<-- [end:forward]
 
 // --- their backward operators: linear in grad_output, input and weight each ---
 
@@ -194,11 +196,13 @@ call::ThreeTensors linear_relu_backward(c10::DispatchKeySet keys, const Tensor& 
 
 }  // namespace
 
+// --8<-- [start:register]
 TORCH_LIBRARY_IMPL(lenet_ext, Autograd, m) {
   m.impl("linear", TORCH_FN((forward<LinearDerivative, false>)));
   m.impl("linear_relu", TORCH_FN((forward<LinearReluDerivative, true>)));
   m.impl("linear_backward", TORCH_FN(linear_backward));
   m.impl("linear_relu_backward", TORCH_FN(linear_relu_backward));
 }
+// --8<-- [end:register]
 
 }  // namespace lenet_ext

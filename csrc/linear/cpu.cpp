@@ -15,6 +15,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// --8<-- [start:forward]
 template <typename A>
 void forward_direct(const LinearShape& s, const A* input, const A* weight, const A* bias, bool relu, A* output) {
   const auto& kernels = cpu::gemm_table<A>();
@@ -30,6 +31,7 @@ void forward_direct(const LinearShape& s, const A* input, const A* weight, const
     });
   }
 }
+// --8<-- [end:forward]
 
 // The product a * b, [m, k] * [k, n], into `output`; `a` with any strides, the other two contiguous.
 template <typename T>

@@ -25,6 +25,7 @@ struct LinearCuda {
     return choose_algorithm(small ? Algorithm::Direct : Algorithm::Vendor);
   }
 
+  // --8<-- [start:forward]
   static void forward(const Scope& scope, const char* op, const LinearShape& s, const Tensor& rows,
                       const Tensor& weight, const Tensor& bias, bool relu, const Tensor& output) {
     cuda::SmallMatrixProduct call{};
@@ -36,6 +37,7 @@ struct LinearCuda {
     call.relu = relu;
     launch(scope, op, call, rows);
   }
+  // --8<-- [end:forward]
 
   static LayerGradients backward(const Scope& scope, const char* op, const LinearShape& s, const Tensor& grad,
                                  const Tensor& mask, const Tensor& rows, const Tensor& weight, GradientMask wanted) {

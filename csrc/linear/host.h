@@ -29,6 +29,7 @@ class LinearHost {
   using OptionalTensor = std::optional<Tensor>;
 
  public:
+  // --8<-- [start:forward]
   static Tensor forward(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                         bool relu) {
     const LinearShape s = check_linear(op, input, weight, bias);
@@ -49,6 +50,7 @@ class LinearHost {
                     output);
     return output;
   }
+  // --8<-- [end:forward]
 
   static LayerGradients backward(const char* op, const Tensor& grad_output, const Tensor& output, const Tensor& input,
                                  const Tensor& weight, GradientMask wanted) {

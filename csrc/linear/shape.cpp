@@ -4,6 +4,7 @@
 
 namespace lenet_ext {
 
+// --8<-- [start:check]
 LinearShape check_linear(const char* op, const at::Tensor& input, const at::Tensor& weight,
                          const std::optional<at::Tensor>& bias) {
   if (bias.has_value()) {
@@ -19,6 +20,7 @@ LinearShape check_linear(const char* op, const at::Tensor& input, const at::Tens
   for (int64_t i = 0; i + 1 < input.dim(); ++i) s.rows *= input.size(i);
   return s;
 }
+// --8<-- [end:check]
 
 LinearShape check_linear_backward(const char* op, const at::Tensor& grad_output, const at::Tensor& output,
                                   const at::Tensor& input, const at::Tensor& weight, GradientMask wanted) {

@@ -28,6 +28,7 @@ MADE_BY_TOOLS = (
     "build",
     "dist",
     "runs",
+    "site",
     "PKG-INFO",
     "setup.cfg",
     "__pycache__",
