@@ -9,11 +9,15 @@ tests compare it on integers, whose sums are exact.) The error of a tensor is th
 ulp: the distance of neighboring numbers of the dtype at the root mean square of the exact values. A single element may
 be near 0 although its terms are not, and then says nothing. The gradient is 0 where two elements of a pool window are
 so near that rounding decides between them, or an element so near to 0: two right answers differ there.
+
+Stock is measured in both layouts, in which its library may take different kernels; where ours hands a layer to that
+library, it does so on channels_last.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import sys
 from datetime import datetime, timezone
@@ -37,7 +41,7 @@ SEEDS = 3
 TENSORS = ("output", "grad of input", "grad of weight", "grad of bias")
 LIMIT = 1.5  # more than so many times stock's is named below the table
 
-Errors = list[tuple[float, float]]  # for each of TENSORS ours and stock's
+Errors = list[tuple[float, float, float]]  # for each of TENSORS ours, stock's, and stock's on channels_last
 
 
 def batch_of(case: Case) -> int:
@@ -79,7 +83,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 def errors(case: Case, dtype: torch.dtype) -> Errors:
     """The means over some seeds."""
-    sums = [[0.0, 0.0] for _ in TENSORS]
+    sums = [[0.0, 0.0, 0.0] for _ in TENSORS]
     for seed in range(SEEDS):
         work = Workload.make(case, "training", batch_of(case), torch.device("cpu"), seed)
         fused, stock, exact = case.fused(), case.stock(), case.fused()
@@ -94,14 +98,19 @@ def errors(case: Case, dtype: torch.dtype) -> Errors:
             gap = 16 * torch.finfo(dtype).eps
             grad_output = (work.grad_output * clear(exact.double(), input.double(), gap)).to(dtype)
         expected = results(yardstick, input.double(), grad_output.double())
-        for side, module in enumerate((fused, stock)):
-            for number, (found, e) in enumerate(zip(results(module, input, grad_output), expected, strict=True)):
+        last: dict[str, Any] = {"memory_format": torch.channels_last} if input.dim() == 4 else {}
+        converted = copy.deepcopy(stock).to(**last) if last else stock
+        sides = [(fused, input, grad_output), (stock, input, grad_output)]
+        sides += [(converted, input.contiguous(**last), grad_output.contiguous(**last))]
+        for side, arguments in enumerate(sides):
+            for number, (found, e) in enumerate(zip(results(*arguments), expected, strict=True)):
                 sums[number][side] += error(found, e) / SEEDS
-    return [(ours, stock) for ours, stock in sums]
+    return [(ours, stock, channels_last) for ours, stock, channels_last in sums]
 
 
-def ratio(pair: tuple[float, float]) -> float:
-    ours, stock = pair
+def ratio(found: tuple[float, float, float]) -> float:
+    """Over stock's in the layout where its error is larger."""
+    ours, stock = found[0], max(found[1:])
     return 1.0 if ours == stock else math.inf if stock == 0 else ours / stock
 
 
@@ -118,23 +127,26 @@ def measured(names: list[str]) -> dict[str, list[tuple[Case, Errors]]]:
 def markdown(found: dict[str, list[tuple[Case, Errors]]], content: dict[str, Any]) -> str:
     commit = (git_commit() or "unknown").replace("+changes", " with changes")
     place = f"{where(content)}, commit {commit[:10]}{commit[40:]}, {datetime.now(timezone.utc):%Y-%m-%d}"
-    lines = ["# Errors in ulp, ours / stock's", "", f"{place}. `make numbers` makes this file;"]
+    lines = [
+        "# Errors in ulp, ours / stock's / stock's on channels_last",
+        "",
+        f"{place}. `make numbers` makes this file;",
+    ]
     lines += ["[errors_in_ulp.py](../errors_in_ulp.py) says what is measured.", ""]
     for dtype, rows in found.items():
         cells = [
-            [case.title, str(batch_of(case)), *(f"{figures(ours)} / {figures(stock)}" for ours, stock in pairs)]
-            for case, pairs in rows
+            [case.title, str(batch_of(case)), *(" / ".join(map(figures, found)) for found in each)]
+            for case, each in rows
         ]
         lines += [f"## {dtype}", "", table(["layer"], ["batch", *TENSORS], cells), ""]
-        each = [
-            (ratio(pair), f"{case.title}, {what}")
-            for case, pairs in rows
-            for what, pair in zip(TENSORS, pairs, strict=True)
+        ratios = [
+            (ratio(found), f"{case.title}, {what}")
+            for case, each in rows
+            for what, found in zip(TENSORS, each, strict=True)
         ]
-        above = sorted((entry for entry in each if entry[0] > LIMIT), reverse=True)
-        told = (
-            ";\n".join(f"{what}: {times(number)}" for number, what in above) or f"none; at most {times(max(each)[0])}"
-        )
+        above = sorted((entry for entry in ratios if entry[0] > LIMIT), reverse=True)
+        told = ";\n".join(f"{what}: {times(number)}" for number, what in above)
+        told = told or f"none; at most {times(max(ratios)[0])}"
         lines += [f"More than {LIMIT} times stock's: {told}.", ""]
     return "\n".join(lines)
 

@@ -99,6 +99,7 @@ struct ConvRows {
   int64_t row_stride, plane_stride;
   const int32_t* tap_offsets;  // of each tap in the image
   int64_t taps, channels;
+  int64_t channels_at_once;  // added up by themselves
   const A* weights;
   const A* bias;
 };
@@ -108,29 +109,33 @@ struct ConvRows {
 template <typename A, int lanes, int vectors, int columns>
 void conv_tile(const ConvRows<A>& rows, const A* image, A* out) {
   using V = Vec<A, lanes>;
-  V sum[columns][vectors];
-  LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) {
-    const V bias = load<V>(rows.bias + v * lanes);
-    LENET_EXT_UNROLL for (int x = 0; x < columns; ++x)
-      sum[x][v] = bias;
-  }
   const A* weights = rows.weights;
-  for (int64_t c = 0; c < rows.channels; ++c, image += rows.plane_stride) {
-    for (int64_t tap = 0; tap < rows.taps; ++tap, weights += vectors * lanes) {
-      const A* in = image + rows.tap_offsets[tap];
-      V weight[vectors];
+  for (int64_t begin = 0; begin < rows.channels; begin += rows.channels_at_once) {
+    V sum[columns][vectors];
+    LENET_EXT_UNROLL for (int x = 0; x < columns; ++x) {
       LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v)
-        weight[v] = load<V>(weights + v * lanes);
-      LENET_EXT_UNROLL for (int x = 0; x < columns; ++x) {
-        const V value = broadcast<V>(in[x]);
+        sum[x][v] = begin == 0 ? load<V>(rows.bias + v * lanes) : V{};
+    }
+    const int64_t end = min_of(begin + rows.channels_at_once, rows.channels);
+    for (int64_t c = begin; c < end; ++c, image += rows.plane_stride) {
+      for (int64_t tap = 0; tap < rows.taps; ++tap, weights += vectors * lanes) {
+        const A* in = image + rows.tap_offsets[tap];
+        V weight[vectors];
         LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v)
-          sum[x][v] += weight[v] * value;
+          weight[v] = load<V>(weights + v * lanes);
+        LENET_EXT_UNROLL for (int x = 0; x < columns; ++x) {
+          const V value = broadcast<V>(in[x]);
+          LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v)
+            sum[x][v] += weight[v] * value;
+        }
       }
     }
-  }
-  LENET_EXT_UNROLL for (int x = 0; x < columns; ++x) {
-    LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v)
-      store(out + (x * vectors + v) * lanes, sum[x][v]);
+    LENET_EXT_UNROLL for (int x = 0; x < columns; ++x) {
+      LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) {
+        A* to = out + (x * vectors + v) * lanes;
+        store(to, begin == 0 ? sum[x][v] : load<V>(to) + sum[x][v]);
+      }
+    }
   }
 }
 // --8<-- [end:conv-tile]
@@ -436,6 +441,7 @@ void forward_run_as(const ConvPoolForward<T>& job, const ForwardPlan& p, const v
                              scratch.tap_offsets,
                              p.taps,
                              p.channels,
+                             at_once(p.channels, max_of<int64_t>(kTermsAtOnce / p.taps, 1)),
                              bias + width,
                              bias};
       int64_t computed = conv_begin;  // convolution rows before this one are (or were) in the ring

@@ -17,30 +17,37 @@ void gemm_tile(const Gemm<A>& g, int64_t row, int64_t column) {
   using V = Vec<A, lanes>;
   const int64_t last = min_of<int64_t>((vectors - 1) * lanes, g.n - lanes - column);
   auto at = [last](int v) __attribute__((always_inline)) { return v < vectors - 1 ? v * lanes : last; };
-  V sum[rows][vectors];
-  LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) {
-    LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) {
-      sum[r][v] = g.accumulate ? load<V>(g.output + (row + r) * g.output_row + column + at(v)) : V{};
-    }
-  }
   const A* a = g.a + row * g.a_row;
   const A* b = g.b + column;
-  for (int64_t k = 0; k < g.k; ++k, a += g.a_column, b += g.b_row) {
-    V right[vectors];
-    LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v)
-      right[v] = load<V>(b + at(v));
-    LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) {
-      const V left = broadcast<V>(a[r * g.a_row]);
+  const int64_t length = at_once(g.k, kTermsAtOnce);
+  for (int64_t begin = 0; begin == 0 || begin < g.k; begin += length) {
+    V sum[rows][vectors] = {};
+    const int64_t end = min_of(begin + length, g.k);
+    for (int64_t k = begin; k < end; ++k, a += g.a_column, b += g.b_row) {
+      V right[vectors];
       LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v)
-        sum[r][v] += left * right[v];
+        right[v] = load<V>(b + at(v));
+      LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) {
+        const V left = broadcast<V>(a[r * g.a_row]);
+        LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v)
+          sum[r][v] += left * right[v];
+      }
     }
-  }
-  LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) {
-    const V bias = g.bias != nullptr ? load<V>(g.bias + column + at(v)) : V{};
-    LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) {
-      V value = sum[r][v] + bias;
-      if (g.relu) value = relu(value);
-      store(g.output + (row + r) * g.output_row + column + at(v), value);
+    A* const to = g.output + row * g.output_row + column;
+    if (g.accumulate || begin > 0) {  // all of it before anything is stored, because of the columns that come twice
+      LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) {
+        LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v)
+          sum[r][v] += load<V>(to + r * g.output_row + at(v));
+      }
+    }
+    const bool last = end == g.k;
+    LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) {
+      const V bias = last && g.bias != nullptr ? load<V>(g.bias + column + at(v)) : V{};
+      LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) {
+        V value = sum[r][v] + bias;
+        if (last && g.relu) value = relu(value);
+        store(to + r * g.output_row + at(v), value);
+      }
     }
   }
 }

@@ -209,6 +209,15 @@ LENET_EXT_INLINE void forget_origin(const T*& pointer) {
   asm("" : "+r"(pointer));
 }
 
+// How many terms of a long sum are added up by themselves, in registers, before they go to the others: the error of a
+// sum grows with the number of terms behind one another.
+constexpr int64_t kTermsAtOnce = 64;
+
+// `count` in equal parts of at most `most`.
+LENET_EXT_INLINE int64_t at_once(int64_t count, int64_t most) {
+  return max_of<int64_t>(divide_up(count, max_of<int64_t>(divide_up(count, most), 1)), 1);
+}
+
 // max(0, x) that passes NaN. In this operand order it is one max instruction.
 template <typename V>
 LENET_EXT_INLINE V relu(V x) {

@@ -28,8 +28,8 @@ template <typename A, int lanes, int rows, int vectors>
 void window_sum_tile(const WindowList<A>& list, int64_t base_offset, A* sums, int64_t sums_stride) {
   using V = Vec<A, lanes>;
   constexpr int sets = 2 * rows * vectors <= (kRegisters == 32 ? 20 : 10) ? 2 : 1;
-  V sum[sets][rows][vectors] = {};
   const A* base = list.base + base_offset;
+  V sum[sets][rows][vectors];
   auto add = [&](int set, int64_t entry) __attribute__((always_inline)) {
     const V scale = broadcast<V>(list.scales[entry]);
     const A* window = base + list.offsets[entry];
@@ -38,20 +38,25 @@ void window_sum_tile(const WindowList<A>& list, int64_t base_offset, A* sums, in
         sum[set][r][v] += scale * load<V>(window + v * lanes);
     }
   };
-  int64_t entry = 0;
-  if (sets == 2) {
-    for (; entry + 2 <= list.count; entry += 2) {
-      add(0, entry);
-      add(sets - 1, entry + 1);
+  const int64_t length = at_once(list.count, kTermsAtOnce);
+  for (int64_t entry = 0; entry < list.count;) {
+    LENET_EXT_UNROLL for (int i = 0; i < sets * rows * vectors; ++i)
+      sum[i / (rows * vectors)][i / vectors % rows][i % vectors] = V{};
+    const int64_t end = min_of(entry + length, list.count);
+    if (sets == 2) {
+      for (; entry + 2 <= end; entry += 2) {
+        add(0, entry);
+        add(sets - 1, entry + 1);
+      }
     }
-  }
-  for (; entry < list.count; ++entry) add(0, entry);
-  LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) {
-    LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) {
-      A* to = sums + r * sums_stride + v * lanes;
-      V total = sum[0][r][v];
-      if (sets == 2) total += sum[sets - 1][r][v];
-      store(to, load<V>(to) + total);
+    for (; entry < end; ++entry) add(0, entry);
+    LENET_EXT_UNROLL for (int r = 0; r < rows; ++r) {
+      LENET_EXT_UNROLL for (int v = 0; v < vectors; ++v) {
+        A* to = sums + r * sums_stride + v * lanes;
+        V total = sum[0][r][v];
+        if (sets == 2) total += sum[sets - 1][r][v];
+        store(to, load<V>(to) + total);
+      }
     }
   }
 }
