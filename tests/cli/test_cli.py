@@ -305,6 +305,7 @@ def test_resume_and_its_contradictions(
         (["--epochs", "1"], "is at epoch 2 already"),
     ):
         assert_one_line_error(main(["train", "--resume", saved, *args]), stderr := capsys.readouterr().err, 2)
+        (["--augment"], "--augment contradicts the checkpoint, which was trained without it"),
         assert named in stderr
     before = load_file(source / "model.safetensors")
     # The same values, and nothing left to do: evaluates, and leaves the weights as they are.
@@ -319,6 +320,19 @@ def test_resume_and_its_contradictions(
 def test_one_cycle_is_as_long_as_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["train", "--threads", "1", "--batch-size", "400", "--out", str(tmp_path)]
     assert main([*args, "--schedule", "one-cycle", "--optimizer", "sgd", "--lr", "0.1", "--epochs", "2"]) == 0
+def test_augmentation_is_part_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--threads", "1", "--batch-size", "400", "--epochs", "1", "--out", str(tmp_path)]
+    assert main(["train", *args, "--augment"]) == 0
+    assert ", augmented\n" in capsys.readouterr().out
+    # Resumed, it need not be said again.
+    saved = str(tmp_path / "checkpoint.pt")
+    for option in ([], ["--augment"]):
+        assert main(["train", "--resume", saved, "--epochs", "2", *option]) == 0
+        assert ", augmented\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "history.json").read_text())["config"]["augment"] is True
+    assert torch.load(saved, weights_only=True)["config"]["augment"] is True
+
+
     assert "rate 0.001\n" in capsys.readouterr().out
     history = json.loads((tmp_path / "history.json").read_text())
     assert history["epochs"][0]["lr"] > history["epochs"][1]["lr"] == pytest.approx(0.1 / 100)

@@ -86,6 +86,7 @@ def assert_same_state(one: Any, other: Any, where: str = "state") -> None:
         ("decay", 0.0),
         ("max_shift", -1),
         ("optimizer", "lbfgs"),
+        ("augment", "yes"),
         ("schedule", "cosine"),
         ("device", "tpu"),
     ],
@@ -128,12 +129,13 @@ def test_every_optimizer_learns(digits: Sets, optimizer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "schedule"), [("sgd", "one-cycle"), ("adamw", "exponential"), ("adam", "one-cycle")]
+    ("optimizer", "schedule", "augment"),
+    [("sgd", "one-cycle", True), ("adamw", "exponential", False), ("adam", "one-cycle", False)],
 )
 def test_resumed_run_is_bitwise_the_uninterrupted_one(
-    digits: Sets, tmp_path: Path, optimizer: str, schedule: str
+    digits: Sets, tmp_path: Path, optimizer: str, schedule: str, augment: bool
 ) -> None:
-    options = {"optimizer": optimizer, "schedule": schedule}
+    options = {"optimizer": optimizer, "schedule": schedule, "augment": augment}
     whole = Trainer(config(**options, epochs=4), *digits)
     for _ in range(4):
         whole.run_epoch()
@@ -161,6 +163,15 @@ def test_same_seed_same_run_other_seed_other_run(digits: Sets) -> None:
 
 
 def test_the_learning_rate_does_not_depend_on_the_number_of_epochs(digits: Sets) -> None:
+def test_augmented_pictures_are_others(digits: Sets) -> None:
+    plain, augmented = (Trainer(config(augment=augment), *digits) for augment in (False, True))
+    assert_same_state(*map(weights_of, (plain, augmented)), "initial weights")
+    assert plain.run_epoch()["train_loss"] != augmented.run_epoch()["train_loss"]
+    # What is tested on stays as it is.
+    augmented.load_state_dict(plain.state_dict())
+    assert augmented.evaluate().loss == plain.history[-1]["test_loss"]
+
+
     lines = [Trainer(config(epochs=epochs), *digits).run_epoch() for epochs in (1, 50)]
     assert lines[0]["lr"] == lines[1]["lr"] == pytest.approx(config().lr * config().decay)
 
@@ -212,8 +223,9 @@ def test_defaults_follow_the_data_set() -> None:
     assert TrainConfig.for_data("mnist", optimizer="adam").lr < 0.05
 
 
-def test_checkpoints_from_before_the_schedule_had_a_name_go_on(digits: Sets) -> None:
-    old = {name: value for name, value in config(epochs=3).to_dict().items() if name != "schedule"}
+def test_checkpoints_from_before_there_were_schedules_and_augmentation_go_on(digits: Sets) -> None:
+    new = ("schedule", "augment")
+    old = {name: value for name, value in config(epochs=3).to_dict().items() if name not in new}
     assert TrainConfig.from_dict(old) == config(epochs=3)
     old.update(data="mnist", decay=0.75)
     assert TrainConfig.from_dict(old).schedule == "exponential"
