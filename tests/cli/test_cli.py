@@ -30,7 +30,7 @@ import lenet_ext
 from lenet_ext.cli import main
 from lenet_ext.training import datasets
 
-COMMANDS = ("train", "eval", "predict", "export", "bench", "check", "demo", "info")
+COMMANDS = ("train", "eval", "predict", "export", "bench", "check", "demo", "info", "completion")
 SHARED_MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"
 WRITTEN = ("model.safetensors", "checkpoint.pt", "history.json", "curves.png", "confusion.png")
 
@@ -128,6 +128,8 @@ def test_console_script(tmp_path: Path) -> None:
         (["check", "--threads", "many"], "--threads"),
         (["info", "extra"], "extra"),
     ],
+        (["completion"], "shell"),
+        (["completion", "ksh"], "'ksh'"),
 )
 def test_bad_usage(args: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
