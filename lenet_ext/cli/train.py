@@ -23,6 +23,7 @@ from lenet_ext.training.config import OPTIMIZERS, RECIPES, SCHEDULES, TrainConfi
 
 if TYPE_CHECKING:
     from lenet_ext.training.distributed import Processes
+    from lenet_ext.training.evaluate import Answer
     from lenet_ext.training.metrics_log import MetricsLog
     from lenet_ext.training.trainer import Trainer
 
@@ -31,13 +32,27 @@ Train LeNet, evaluate after each epoch, and write to --out:
   model.safetensors  weights, for eval and predict
   checkpoint.pt      everything that --resume needs
   history.json       configuration and, for each epoch, losses, accuracy and speed
-  curves.png, confusion.png
+  curves.png         losses and accuracy over the epochs
+  confusion.png      how often each class was taken for each other one
+  misclassified.png  the test pictures that went most wrong (the least certain ones if none did)
+  filters.png        the first layer's filters
 
 With several processes or machines: torchrun --nproc-per-node N -m lenet_ext train ...
 Each process takes its share of every batch; the result is that of one process.
 """
 
 
+# What a run leaves in --out.
+_FILES = (
+    "model.safetensors",
+    "checkpoint.pt",
+    "history.json",
+    "curves.png",
+    "confusion.png",
+    "misclassified.png",
+    "filters.png",
+)
+_WORST = 40  # pictures in misclassified.png, at most
 # The options that are values of the configuration, and those of them that a continued run must have had from the start.
 _FIXED = ("data", "model", "batch_size", "lr", "optimizer", "schedule", "augment", "seed")
 _OPTIONS = (*_FIXED, "epochs", "device", "threads", "root")
@@ -76,6 +91,13 @@ def add_parser(commands: Any) -> None:
         help="of the rate: one-cycle rises and falls once in the whole run, exponential falls from epoch to epoch "
         "(default: one-cycle, digits exponential)",
     )
+    parser.add_argument(
+        "--augment",
+        action="store_true",
+        default=None,
+        help="turn each training picture by a random angle of up to 10 degrees, and move it by fractions of a pixel, "
+        "anew in each epoch: a higher accuracy in long runs",
+    )
     add_device(parser)
     add_threads(parser)
     parser.add_argument("--seed", type=integer(0, 2**63 - 1), metavar="N", help="default: 0")
@@ -90,13 +112,6 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--target", type=percent, metavar="ACC", help="stop after the epoch that reaches this test accuracy, in percent"
-    )
-    parser.add_argument(
-        "--augment",
-        action="store_true",
-        default=None,
-        help="turn each training picture by a random angle of up to 10 degrees, and move it by fractions of a pixel, "
-        "anew in each epoch: a higher accuracy in long runs",
     )
     parser.add_argument(
         "--log",
@@ -301,7 +316,8 @@ def _epoch_line(line: dict[str, Any], epochs: int) -> str:
 
 def _finish(trainer: Trainer, out: Path) -> None:
     """Writes everything and says how the run ended."""
-    from lenet_ext.training.plots import plot_confusion, plot_curves
+    from lenet_ext.training.evaluate import worst_answers
+    from lenet_ext.training.plots import plot_answers, plot_confusion, plot_curves, plot_filters
 
     result = trainer.evaluate()
     trainer.save(out)
@@ -314,9 +330,23 @@ def _finish(trainer: Trainer, out: Path) -> None:
         out / "confusion.png", result.confusion, f"{title}: test accuracy {100 * result.accuracy:.2f}%", labels
     )
     right, total = int(result.confusion.diagonal().sum()), int(result.confusion.sum())
+    answers = worst_answers(trainer.model, trainer.test_data, _WORST)
+    which = _which(answers, total - right, total)
+    plot_answers(out / "misclassified.png", trainer.test_data.images, answers, f"{title}: {which}", labels)
+    plot_filters(
+        out / "filters.png", trainer.model.get_parameter("conv1.weight"), f"{title}: the first layer's filters"
+    )
     seconds = sum(line["seconds"] for line in trainer.history)
     say(
         f"test accuracy {100 * result.accuracy:.2f}% ({right} of {total}), test loss {result.loss:.4f}, "
         f"after {trainer.epoch} epochs and {seconds:.1f} s of training"
     )
-    say(f"wrote model.safetensors, checkpoint.pt, history.json, curves.png, confusion.png to {out}")
+    say(f"wrote {', '.join(_FILES)} to {out}")
+
+
+def _which(answers: list[Answer], wrong: int, total: int) -> str:
+    """What is to be seen in misclassified.png, in words."""
+    if not wrong:
+        return f"none of {total} misclassified\nthe least certain answers, and their probability"
+    shown = f"the {len(answers)} worst" if len(answers) < wrong else "what each was taken for"
+    return f"{wrong} of {total} misclassified\n{shown}, and the probability of the answer"

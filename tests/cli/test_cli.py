@@ -32,7 +32,8 @@ from lenet_ext.training import datasets
 
 COMMANDS = ("train", "eval", "predict", "export", "bench", "check", "demo", "info", "completion")
 SHARED_MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"
-WRITTEN = ("model.safetensors", "checkpoint.pt", "history.json", "curves.png", "confusion.png")
+PICTURES = ("curves.png", "confusion.png", "misclassified.png", "filters.png")
+WRITTEN = ("model.safetensors", "checkpoint.pt", "history.json", *PICTURES)
 
 # One thread: these networks are small, and the machine may be busy.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -127,9 +128,9 @@ def test_console_script(tmp_path: Path) -> None:
         (["bench", "--json", "no/such/directory/file.json"], "directory"),
         (["check", "--threads", "many"], "--threads"),
         (["info", "extra"], "extra"),
-    ],
         (["completion"], "shell"),
         (["completion", "ksh"], "'ksh'"),
+    ],
 )
 def test_bad_usage(args: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
@@ -241,7 +242,7 @@ def test_train_prints_a_line_per_epoch(trained: tuple[Path, str]) -> None:
 def test_train_writes_its_files(trained: tuple[Path, str]) -> None:
     out, _ = trained
     assert sorted(path.name for path in out.iterdir()) == sorted(WRITTEN)  # and no temporary ones
-    for name in ("curves.png", "confusion.png"):
+    for name in PICTURES:
         with Image.open(out / name) as image:
             image.load()
             assert image.format == "PNG"
@@ -304,10 +305,10 @@ def test_resume_and_its_contradictions(
         (["--lr", "0.5"], "--lr 0.5 contradicts the checkpoint"),
         (["--model", "reference"], "--model reference contradicts"),
         (["--seed", "1"], "--seed 1 contradicts"),
+        (["--augment"], "--augment contradicts the checkpoint, which was trained without it"),
         (["--epochs", "1"], "is at epoch 2 already"),
     ):
         assert_one_line_error(main(["train", "--resume", saved, *args]), stderr := capsys.readouterr().err, 2)
-        (["--augment"], "--augment contradicts the checkpoint, which was trained without it"),
         assert named in stderr
     before = load_file(source / "model.safetensors")
     # The same values, and nothing left to do: evaluates, and leaves the weights as they are.
@@ -319,9 +320,6 @@ def test_resume_and_its_contradictions(
     assert torch.load(saved, weights_only=True)["config"]["epochs"] == 2
 
 
-def test_one_cycle_is_as_long_as_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["train", "--threads", "1", "--batch-size", "400", "--out", str(tmp_path)]
-    assert main([*args, "--schedule", "one-cycle", "--optimizer", "sgd", "--lr", "0.1", "--epochs", "2"]) == 0
 def test_augmentation_is_part_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--threads", "1", "--batch-size", "400", "--epochs", "1", "--out", str(tmp_path)]
     assert main(["train", *args, "--augment"]) == 0
@@ -335,6 +333,9 @@ def test_augmentation_is_part_of_the_run(tmp_path: Path, capsys: pytest.CaptureF
     assert torch.load(saved, weights_only=True)["config"]["augment"] is True
 
 
+def test_one_cycle_is_as_long_as_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["train", "--threads", "1", "--batch-size", "400", "--out", str(tmp_path)]
+    assert main([*args, "--schedule", "one-cycle", "--optimizer", "sgd", "--lr", "0.1", "--epochs", "2"]) == 0
     assert "rate 0.001\n" in capsys.readouterr().out
     history = json.loads((tmp_path / "history.json").read_text())
     assert history["epochs"][0]["lr"] > history["epochs"][1]["lr"] == pytest.approx(0.1 / 100)

@@ -212,6 +212,8 @@ def test_a_run_goes_on_after_a_process_was_killed(tmp_path: Path) -> None:
         "history.json",
         "curves.png",
         "confusion.png",
+        "misclassified.png",
+        "filters.png",
     }
 
     through = torchrun("-m", "lenet_ext", *TRAIN, "--out", "through", cwd=tmp_path)
