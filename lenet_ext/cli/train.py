@@ -238,7 +238,7 @@ def _default_out(args: argparse.Namespace, state: dict[str, Any] | None, config:
 def _fit(trainer: Trainer, epochs: int, out: Path, target: float | None, log: MetricsLog | None) -> None:
     """Trains up to a number of epochs or to a test accuracy in percent, saving after each, with a progress bar if there
     is a terminal to draw it on."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     first = trainer.epoch
     remaining = max(0, epochs - first)
@@ -248,8 +248,7 @@ def _fit(trainer: Trainer, epochs: int, out: Path, target: float | None, log: Me
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps, left"),
+        TextColumn("{task.fields[speed]}left"),
         TimeRemainingColumn(),
         console=console,
         auto_refresh=False,
@@ -262,16 +261,21 @@ def _fit(trainer: Trainer, epochs: int, out: Path, target: float | None, log: Me
         best = f", best {max(map(_shown, trainer.history)):.2f}%" if trainer.history else ""
         return f"epoch {trainer.epoch + 1}/{epochs}, rate {trainer.rate:.2g}{best}"
 
+    def speed() -> str:
+        steps_per_second = progress.tasks[0].speed
+        images_per_step = len(trainer.train_data) / trainer.steps_per_epoch
+        return f"{steps_per_second * images_per_step:.0f} images/s, " if steps_per_second else ""
+
     def on_step(step: int) -> None:
         nonlocal drawn
         now = time.monotonic()
         if now - drawn >= 0.1:  # drawing costs about as much as a training step
             drawn = now
             done = (trainer.epoch - first) * trainer.steps_per_epoch + step
-            progress.update(task, description=description(), completed=done, refresh=True)
+            progress.update(task, description=description(), speed=speed(), completed=done, refresh=True)
 
     with progress:
-        task = progress.add_task("", total=remaining * trainer.steps_per_epoch)
+        task = progress.add_task("", total=remaining * trainer.steps_per_epoch, speed="")
         try:
             for _ in range(remaining):
                 progress.update(task, description=description())

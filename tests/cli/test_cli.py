@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 import json
 import os
 import re
@@ -24,10 +26,11 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 
 import lenet_ext
-from lenet_ext.cli import main
+from lenet_ext.cli import main, train
 from lenet_ext.training import datasets
 
 COMMANDS = ("train", "eval", "predict", "export", "bench", "check", "demo", "info", "completion")
@@ -237,6 +240,25 @@ def test_train_prints_a_line_per_epoch(trained: tuple[Path, str]) -> None:
     assert re.match(r"test accuracy \d\d\.\d\d% \(\d+ of 355\)", lines[3])
     assert len(lines) == 5
     assert "\x1b" not in stdout
+
+
+def test_the_progress_bar_of_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Console(file=drawn, force_terminal=True, width=80, highlight=False, color_system=None)
+    monkeypatch.setattr(train, "make_console", lambda: terminal)
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=itertools.count(1).__next__))  # every step
+    args = ["--epochs", "2", "--threads", "1", "--batch-size", "100", "--out", str(tmp_path)]
+    assert main(["train", *args]) == 0
+    bars = [line for line in re.split(r"[\r\n]", drawn.getvalue()) if "left" in line]
+    assert len(bars) >= 2 * 15
+    assert all(len(re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", bar)) <= 80 for bar in bars)
+    accuracy = json.loads((tmp_path / "history.json").read_text())["epochs"][0]["test_accuracy"]
+    best = f"best {100 * accuracy:.2f}%"
+    assert not any("best" in bar for bar in bars if "epoch 1/2" in bar)
+    # The learning rate, the best accuracy so far, images in a second and the time left.
+    whole = rf"epoch 2/2, rate 0\.00\d+, {re.escape(best)} ━.* \d+ images/s, left \d:\d\d:\d\d"
+    assert any(re.search(whole, bar) for bar in bars), bars[-1]
 
 
 def test_train_writes_its_files(trained: tuple[Path, str]) -> None:
