@@ -55,7 +55,10 @@ def in_default_style(draw: Callable[_Arguments, _Result]) -> Callable[_Arguments
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of that many inches. Made without pyplot: no global state, no window, no display needed."""
-    return require("matplotlib.figure", "pictures").Figure(figsize=(width, height), layout="constrained")
+    figure: Figure = require("matplotlib.figure", "pictures").Figure(figsize=(width, height), layout="constrained")
+    # Inches: on a dark page the edge of the figure can be seen, and text is not to touch it.
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    return figure
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -118,6 +121,7 @@ def plot_curves(path: str | Path, history: list[dict[str, Any]], title: str) -> 
         )
     else:
         for axes in (losses, accuracy):
+            axes.set(xticks=[], yticks=[])
             axes.text(0.5, 0.5, "no epoch trained", ha="center", transform=axes.transAxes, color="0.5")
     save_figure(figure, path)
 
@@ -175,13 +179,14 @@ def plot_answers(
     """
     columns = min(8, len(answers))
     rows = math.ceil(len(answers) / columns)
-    # Room for a title however few they are.
-    figure = new_figure(max(4.8, 1.15 * columns), 1.45 * rows + 0.7)
+    names = list(labels or map(str, range(1 + max(max(answer.label, answer.predicted) for answer in answers))))
+    # Room for long names, and for a title however few pictures there are.
+    width = max(1.15, 0.07 * (max(map(len, names)) + 11))
+    figure = new_figure(max(4.8, width * columns + 0.2), 1.45 * rows + 0.7)
     figure.suptitle(title, fontsize=11)
     for axes, answer in zip(figure.subplots(rows, columns, squeeze=False).flat, answers, strict=False):
         _show(axes, images[answer.index])
-        true, predicted = (labels[n] if labels else str(n) for n in (answer.label, answer.predicted))
-        axes.set_title(f"{true}\nas {predicted}, {answer.probability:.0%}", fontsize=8)
+        axes.set_title(f"{names[answer.label]}\nas {names[answer.predicted]}, {answer.probability:.1%}", fontsize=8)
     for axes in figure.axes[len(answers) :]:
         axes.set_axis_off()
     save_figure(figure, path)
