@@ -170,7 +170,8 @@ def _moved(images: Tensor, motions: Tensor) -> Tensor:
     # Where the pixels' centres are, in a picture that reaches from -1 to 1.
     x = torch.arange(1 - IMAGE_SIZE, IMAGE_SIZE, 2, device=motions.device) / IMAGE_SIZE
     y = x[:, None]
-    grid = torch.stack((cos * x - sin * y + right, sin * x + cos * y + down), dim=-1)
+    # In this order the sums over single rows and columns come first; and a stack of two planes is a plain copy.
+    grid = torch.stack((right + cos * x - sin * y, down + sin * x + cos * y)).permute(1, 2, 3, 0)
     return F.grid_sample(images.to(grid.dtype), grid, align_corners=False)
 
 

@@ -55,10 +55,9 @@ def in_default_style(draw: Callable[_Arguments, _Result]) -> Callable[_Arguments
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of that many inches. Made without pyplot: no global state, no window, no display needed."""
-    figure: Figure = require("matplotlib.figure", "pictures").Figure(figsize=(width, height), layout="constrained")
     # Inches: on a dark page the edge of the figure can be seen, and text is not to touch it.
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    return figure
+    layout = require("matplotlib.layout_engine", "pictures").ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    return require("matplotlib.figure", "pictures").Figure(figsize=(width, height), layout=layout)
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import shutil
 import subprocess
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +52,11 @@ def script_of(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+def offers(line: str) -> set[str]:
+    """What is offered for one line, without fish's description of it, and a folder's name without its slash."""
+    return {word.split("\t")[0].rstrip("/") for word in line.split("|") if word}
+
+
 def complete_in_bash(script: Path, folder: Path, lines: list[str]) -> list[set[str]]:
     # As readline does, with the function that the script has registered.
     asking = f"""
@@ -60,7 +67,7 @@ def complete_in_bash(script: Path, folder: Path, lines: list[str]) -> list[set[s
             [[ $line == *' ' ]] && COMP_WORDS+=('')
             COMP_LINE=$line COMP_POINT=${{#line}} COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 )) COMPREPLY=()
             $function lenet-ext "${{COMP_WORDS[COMP_CWORD]}}" "${{COMP_WORDS[COMP_CWORD - 1]}}"
-            (IFS=/; echo "${{COMPREPLY[*]}}")
+            (IFS="|"; echo "${{COMPREPLY[*]}}")
         done
     """
     done = subprocess.run(
@@ -72,11 +79,11 @@ def complete_in_bash(script: Path, folder: Path, lines: list[str]) -> list[set[s
         timeout=60,
         check=True,
     )
-    return [set(filter(None, offered.split("/"))) for offered in done.stdout.splitlines()]
+    return [offers(line) for line in done.stdout.splitlines()]
 
 
 def complete_in_fish(script: Path, folder: Path, lines: list[str]) -> list[set[str]]:
-    asking = f"source '{script}'; while read -l line; complete -C $line | string join /; echo; end"
+    asking = f"source '{script}'; while read -l line; echo (complete -C $line | string join '|'); end"
     done = subprocess.run(
         ["fish", "--no-config", "-c", asking],
         input="".join(f"{line}\n" for line in lines),
@@ -87,7 +94,7 @@ def complete_in_fish(script: Path, folder: Path, lines: list[str]) -> list[set[s
         timeout=60,
         check=True,
     )
-    return [{part.split("\t")[0] for part in line.split("/") if part} for line in done.stdout.splitlines()]
+    return [offers(line) for line in done.stdout.splitlines()]
 
 
 def complete_in_zsh(script: Path, folder: Path, lines: list[str]) -> list[set[str]]:
@@ -105,7 +112,7 @@ def complete_in_zsh(script: Path, folder: Path, lines: list[str]) -> list[set[st
             fi
             local -a offered
             builtin compadd -A offered "$@"
-            print -rn -- "${(j:/:)offered}/" >> $ZDOTDIR/offered
+            print -rn -- "${(j:|:)offered}|" >> $ZDOTDIR/offered
             builtin compadd "$@"
         }
         ask() {
@@ -122,6 +129,14 @@ def complete_in_zsh(script: Path, folder: Path, lines: list[str]) -> list[set[st
     """
     (home / ".zshrc").write_text("setopt extended_glob\n" + textwrap.dedent(settings))
     ours, theirs = pty.openpty()
+
+    def read_all() -> None:
+        with contextlib.suppress(OSError):  # the end of what a terminal says
+            while os.read(ours, 4096):
+                pass
+
+    reader = threading.Thread(target=read_all)
+    reader.start()
     try:
         subprocess.run(
             ["zsh", "-i"],
@@ -135,9 +150,10 @@ def complete_in_zsh(script: Path, folder: Path, lines: list[str]) -> list[set[st
             check=True,
         )
     finally:
-        os.close(ours)
         os.close(theirs)
-    return [set(filter(None, line.split("/"))) for line in (home / "offered").read_text().splitlines()]
+        reader.join()
+        os.close(ours)
+    return [offers(line) for line in (home / "offered").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
