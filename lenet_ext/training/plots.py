@@ -179,28 +179,25 @@ def plot_answers(
     columns = min(8, len(answers))
     rows = math.ceil(len(answers) / columns)
     names = list(labels or map(str, range(1 + max(max(answer.label, answer.predicted) for answer in answers))))
-    # Room for long names, and for a title however few pictures there are.
-    width = max(1.15, 0.07 * (max(map(len, names)) + 11))
-    figure = new_figure(max(4.8, width * columns + 0.2), 1.45 * rows + 0.7)
+    # A cell's size, with a picture as the unit: room for two lines over it, and for long names.
+    width, height = max(1.2, 0.07 * (max(map(len, names)) + 11)), 1.5
+    # Wide enough for the title, however few they are.
+    figure = new_figure(max(4.8, width * columns + 0.2), height * rows + 0.7)
     figure.suptitle(title, fontsize=11)
-    for axes, answer in zip(figure.subplots(rows, columns, squeeze=False).flat, answers, strict=False):
-        _show(axes, images[answer.index])
-        axes.set_title(f"{names[answer.label]}\nas {names[answer.predicted]}, {answer.probability:.1%}", fontsize=8)
-    for axes in figure.axes[len(answers) :]:
-        axes.set_axis_off()
+    # One for all of them: axes for each would take some times as long to draw.
+    axes = figure.subplots()
+    for number, answer in enumerate(answers):
+        row, column = divmod(number, columns)
+        left, bottom = column * width + (width - 1) / 2, (row + 1) * height
+        pixels = images[answer.index].permute(1, 2, 0).cpu().numpy()  # colors as they are, ink dark on white
+        axes.imshow(pixels, cmap="gray_r", vmin=0, vmax=255, extent=(left, left + 1, bottom, bottom - 1))
+        frame = [left, left + 1, left + 1, left, left], [bottom, bottom, bottom - 1, bottom - 1, bottom]
+        axes.plot(*frame, color="0.8", linewidth=0.8)
+        text = f"{names[answer.label]}\nas {names[answer.predicted]}, {answer.probability:.1%}"
+        axes.text(left + 0.5, bottom - 1.06, text, ha="center", va="bottom", fontsize=8)
+    axes.set(xlim=(0, columns * width), ylim=(rows * height + 0.05, 0.15), aspect="equal")
+    axes.set_axis_off()
     save_figure(figure, path)
-
-
-def _show(axes: Axes, image: Tensor) -> None:
-    """A picture of a data set: colors as they are, ink dark on white."""
-    pixels = image.permute(1, 2, 0).cpu().numpy()
-    axes.imshow(pixels, cmap="gray_r", vmin=0, vmax=255)
-    _frame(axes)
-
-
-def _frame(axes: Axes) -> None:
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_color("0.8")
 
 
 @in_default_style
@@ -228,7 +225,8 @@ def plot_filters(path: str | Path, weight: Tensor, title: str) -> None:
         in_color = pixels if pixels.shape[2] == 1 else 0.5 + pixels / (2 * limit)
         image = axes.imshow(in_color.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
         axes.set_title(str(number + 1), fontsize=8)
-        _frame(axes)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color("0.8")
     if weight.shape[1] == 1:
         bar = figure.colorbar(image, ax=grid, shrink=0.8, label="weight")
         bar.outline.set_visible(False)
