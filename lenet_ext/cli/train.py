@@ -275,7 +275,7 @@ def _fit(trainer: Trainer, epochs: int, out: Path, target: float | None, log: Me
             progress.update(task, description=description(), speed=speed(), completed=done, refresh=True)
 
     with progress:
-        task = progress.add_task("", total=remaining * trainer.steps_per_epoch, speed="")
+        task = progress.add_task(description(), total=remaining * trainer.steps_per_epoch, speed="")
         try:
             for _ in range(remaining):
                 progress.update(task, description=description())
