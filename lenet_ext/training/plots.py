@@ -207,10 +207,10 @@ def plot_filters(path: str | Path, weight: Tensor, title: str) -> None:
     Args:
         path: the picture to write.
         weight: floating point (filters, C, H, W). For 1 channel blue is below zero and red above it; for 3, which are
-            red, green and blue, zero is gray.
+            red, green and blue, zero is gray. What is not finite is drawn as zero.
         title: above the picture.
     """
-    weight = weight.detach().float().cpu()
+    weight = weight.detach().float().cpu().nan_to_num(0.0, 0.0, 0.0)
     limit = float(weight.abs().max()) or 1.0
     columns = min(8, len(weight))
     rows = math.ceil(len(weight) / columns)

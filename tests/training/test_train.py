@@ -421,7 +421,9 @@ def test_any_number_of_answers(tmp_path: Path, count: int, channels: int) -> Non
     assert_white_and_opaque(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("weight", [torch.zeros(6, 1, 5, 5), torch.randn(6, 3, 5, 5), torch.randn(9, 1, 3, 3)])
+@pytest.mark.parametrize(
+    "weight", [torch.full((6, 1, 5, 5), math.nan), torch.randn(6, 3, 5, 5), torch.randn(9, 1, 3, 3)]
+)
 def test_filters_of_any_kind(tmp_path: Path, weight: torch.Tensor) -> None:
     plots.plot_filters(tmp_path / "f.png", torch.nn.Parameter(weight), "title")
     assert_white_and_opaque(tmp_path / "f.png")
