@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lenet_ext.bench.cases import CASES
 from lenet_ext.bench.providers import PROVIDERS
+from lenet_ext.training.plots import COLORS, in_default_style, new_figure, save_figure, tidy
 
 __all__ = ["plot_results", "print_results"]
 
@@ -176,6 +177,7 @@ def where(content: dict[str, Any]) -> str:
     return f"{machine}, {content['cpu_capability']}, torch {content['versions']['torch']}"
 
 
+@in_default_style
 def plot_results(content: dict[str, Any], path: str | Path, cases: Sequence[str] | None = None) -> None:
     """Draws time per image over the batch size, a line per provider.
 
@@ -191,8 +193,6 @@ def plot_results(content: dict[str, Any], path: str | Path, cases: Sequence[str]
         OSError: the file cannot be written.
         ValueError: there is nothing to draw.
     """
-    from lenet_ext.training.plots import new_figure, save_figure
-
     rows = [
         row
         for row in content["rows"]
@@ -238,7 +238,6 @@ def plot_results(content: dict[str, Any], path: str | Path, cases: Sequence[str]
 def _draw_panel(axes: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """A line per provider, which it returns, and for ours a band from the 20th to the 80th percentile."""
     from lenet_ext.environment.extras import require
-    from lenet_ext.training.plots import COLORS, tidy
 
     ticker = require("matplotlib.ticker", "pictures", extra="bench")
     handles = {}

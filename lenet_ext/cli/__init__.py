@@ -8,13 +8,13 @@ import traceback
 from collections.abc import Sequence
 
 import lenet_ext
-from lenet_ext.cli import bench, check, demo, evaluate, export, info, predict, train
+from lenet_ext.cli import bench, check, completion, demo, evaluate, export, info, predict, train
 from lenet_ext.cli.common import Parser, UsageError, error_line
 from lenet_ext.training.distributed import rank_of_environment
 
 __all__ = ["main"]
 
-_COMMANDS = (train, evaluate, predict, export, bench, check, demo, info)
+_COMMANDS = (train, evaluate, predict, export, bench, check, demo, info, completion)
 
 
 def build_parser() -> Parser:

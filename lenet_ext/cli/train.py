@@ -23,6 +23,7 @@ from lenet_ext.training.config import OPTIMIZERS, RECIPES, SCHEDULES, TrainConfi
 
 if TYPE_CHECKING:
     from lenet_ext.training.distributed import Processes
+    from lenet_ext.training.evaluate import Answer
     from lenet_ext.training.metrics_log import MetricsLog
     from lenet_ext.training.trainer import Trainer
 
@@ -31,15 +32,29 @@ Train LeNet, evaluate after each epoch, and write to --out:
   model.safetensors  weights, for eval and predict
   checkpoint.pt      everything that --resume needs
   history.json       configuration and, for each epoch, losses, accuracy and speed
-  curves.png, confusion.png
+  curves.png         losses and accuracy over the epochs
+  confusion.png      how often each class was taken for each other one
+  misclassified.png  the test pictures that went most wrong (the least certain ones if none did)
+  filters.png        the first layer's filters
 
 With several processes or machines: torchrun --nproc-per-node N -m lenet_ext train ...
 Each process takes its share of every batch; the result is that of one process.
 """
 
 
+# What a run leaves in --out.
+_FILES = (
+    "model.safetensors",
+    "checkpoint.pt",
+    "history.json",
+    "curves.png",
+    "confusion.png",
+    "misclassified.png",
+    "filters.png",
+)
+_WORST = 40  # pictures in misclassified.png, at most
 # The options that are values of the configuration, and those of them that a continued run must have had from the start.
-_FIXED = ("data", "model", "batch_size", "lr", "optimizer", "schedule", "seed")
+_FIXED = ("data", "model", "batch_size", "lr", "optimizer", "schedule", "augment", "seed")
 _OPTIONS = (*_FIXED, "epochs", "device", "threads", "root")
 
 
@@ -75,6 +90,13 @@ def add_parser(commands: Any) -> None:
         choices=SCHEDULES,
         help="of the rate: one-cycle rises and falls once in the whole run, exponential falls from epoch to epoch "
         "(default: one-cycle, digits exponential)",
+    )
+    parser.add_argument(
+        "--augment",
+        action="store_true",
+        default=None,
+        help="turn each training picture by a random angle of up to 10 degrees, and move it by fractions of a pixel, "
+        "anew in each epoch: a higher accuracy in long runs",
     )
     add_device(parser)
     add_threads(parser)
@@ -148,10 +170,11 @@ def _run(
     import torch
 
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    together = f", processes: {processes.size}" if processes.size > 1 else ""
+    rest = ", augmented" if config.augment else ""
+    rest += f", processes: {processes.size}" if processes.size > 1 else ""
     tell(
         f"{config.data}: {len(train_data)} pictures to train, {len(test_data)} to test; {config.model} network, "
-        f"{parameters} parameters; {trainer.device}, threads: {torch.get_num_threads()}, seed: {config.seed}{together}"
+        f"{parameters} parameters; {trainer.device}, threads: {torch.get_num_threads()}, seed: {config.seed}{rest}"
     )
     log = None if args.log is None or not processes.is_first else MetricsLog(args.log)
     _fit(trainer, 0 if args.epochs == 0 else config.epochs, out, args.target, log)
@@ -187,10 +210,16 @@ def _prepare(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str,
     length = ("epochs",) if config.schedule == "one-cycle" and args.epochs else ()
     for name in (*_FIXED, *length):
         if name in given and given[name] != getattr(config, name):
-            option = f"--{name.replace('_', '-')}"
+            option, stored = f"--{name.replace('_', '-')}", getattr(config, name)
+            # An option without a value can only be missing in the checkpoint.
+            contradiction = (
+                f"{option} contradicts the checkpoint, which was trained without it"
+                if given[name] is True
+                else f"{option} {given[name]} contradicts the checkpoint, which has {stored}"
+            )
             raise UsageError(
-                f"{option} {given[name]} contradicts the checkpoint, which has {getattr(config, name)}: leave {option} "
-                "out to continue that run, or resume from its model.safetensors to start another one"
+                f"{contradiction}: leave {option} out to continue that run, or resume from its model.safetensors to "
+                "start another one"
             )
     if args.epochs and args.epochs < state["epoch"]:
         raise UsageError(
@@ -209,7 +238,7 @@ def _default_out(args: argparse.Namespace, state: dict[str, Any] | None, config:
 def _fit(trainer: Trainer, epochs: int, out: Path, target: float | None, log: MetricsLog | None) -> None:
     """Trains up to a number of epochs or to a test accuracy in percent, saving after each, with a progress bar if there
     is a terminal to draw it on."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     first = trainer.epoch
     remaining = max(0, epochs - first)
@@ -219,8 +248,7 @@ def _fit(trainer: Trainer, epochs: int, out: Path, target: float | None, log: Me
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps, left"),
+        TextColumn("{task.fields[speed]}left"),
         TimeRemainingColumn(),
         console=console,
         auto_refresh=False,
@@ -233,16 +261,21 @@ def _fit(trainer: Trainer, epochs: int, out: Path, target: float | None, log: Me
         best = f", best {max(map(_shown, trainer.history)):.2f}%" if trainer.history else ""
         return f"epoch {trainer.epoch + 1}/{epochs}, rate {trainer.rate:.2g}{best}"
 
+    def speed() -> str:
+        steps_per_second = progress.tasks[0].speed
+        images_per_step = len(trainer.train_data) / trainer.steps_per_epoch
+        return f"{steps_per_second * images_per_step:.0f} images/s, " if steps_per_second else ""
+
     def on_step(step: int) -> None:
         nonlocal drawn
         now = time.monotonic()
         if now - drawn >= 0.1:  # drawing costs about as much as a training step
             drawn = now
             done = (trainer.epoch - first) * trainer.steps_per_epoch + step
-            progress.update(task, description=description(), completed=done, refresh=True)
+            progress.update(task, description=description(), speed=speed(), completed=done, refresh=True)
 
     with progress:
-        task = progress.add_task("", total=remaining * trainer.steps_per_epoch)
+        task = progress.add_task(description(), total=remaining * trainer.steps_per_epoch, speed="")
         try:
             for _ in range(remaining):
                 progress.update(task, description=description())
@@ -287,7 +320,8 @@ def _epoch_line(line: dict[str, Any], epochs: int) -> str:
 
 def _finish(trainer: Trainer, out: Path) -> None:
     """Writes everything and says how the run ended."""
-    from lenet_ext.training.plots import plot_confusion, plot_curves
+    from lenet_ext.training.evaluate import worst_answers
+    from lenet_ext.training.plots import plot_answers, plot_confusion, plot_curves, plot_filters
 
     result = trainer.evaluate()
     trainer.save(out)
@@ -300,9 +334,23 @@ def _finish(trainer: Trainer, out: Path) -> None:
         out / "confusion.png", result.confusion, f"{title}: test accuracy {100 * result.accuracy:.2f}%", labels
     )
     right, total = int(result.confusion.diagonal().sum()), int(result.confusion.sum())
+    answers = worst_answers(trainer.model, trainer.test_data, _WORST)
+    which = _which(answers, total - right, total)
+    plot_answers(out / "misclassified.png", trainer.test_data.images, answers, f"{title}: {which}", labels)
+    plot_filters(
+        out / "filters.png", trainer.model.get_parameter("conv1.weight"), f"{title}: the first layer's filters"
+    )
     seconds = sum(line["seconds"] for line in trainer.history)
     say(
         f"test accuracy {100 * result.accuracy:.2f}% ({right} of {total}), test loss {result.loss:.4f}, "
         f"after {trainer.epoch} epochs and {seconds:.1f} s of training"
     )
-    say(f"wrote model.safetensors, checkpoint.pt, history.json, curves.png, confusion.png to {out}")
+    say(f"wrote {', '.join(_FILES)} to {out}")
+
+
+def _which(answers: list[Answer], wrong: int, total: int) -> str:
+    """What is to be seen in misclassified.png, in words."""
+    if not wrong:
+        return f"none of {total} misclassified\nthe least certain answers, and their probability"
+    shown = f"the {len(answers)} worst" if len(answers) < wrong else "what each was taken for"
+    return f"{wrong} of {total} misclassified\n{shown}, and the probability of the answer"

@@ -69,10 +69,11 @@ class TrainConfig:
             them is the run that had them from the start.
         decay: of the exponential schedule.
         max_shift: each training picture is moved by up to that many pixels.
-        seed: of the initial weights, the order of the data and the shifts.
+        seed: of the initial weights, the order of the data, the shifts and the turns.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         threads: of torch on the CPU; None leaves torch's choice.
         root: directory of the data files.
+        augment: each training picture is also turned a little, and moved by fractions of a pixel.
 
     Raises:
         ValueError: a value is out of its range; the message names it.
@@ -95,6 +96,7 @@ class TrainConfig:
     device: str = "auto"
     threads: int | None = None
     root: str | None = None
+    augment: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -106,6 +108,7 @@ class TrainConfig:
         _check("decay", self.decay, "above 0 and at most 1", 0 < self.decay <= 1)
         _check("max_shift", self.max_shift, "0 or more", self.max_shift >= 0)
         _check("seed", self.seed, "0 or more and below 2**63", 0 <= self.seed < 2**63)
+        _check("augment", self.augment, "true or false", isinstance(self.augment, bool))
         _check("threads", self.threads, "1 or more", self.threads is None or self.threads >= 1)
 
     @classmethod

@@ -90,6 +90,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         *,
         generator: torch.Generator | None = None,
         max_shift: int = 0,
+        max_turn: float = 0.0,
         share: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over the data.
@@ -99,6 +100,8 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             generator: draws a random order (on the CPU, so that every device sees the same one); in order without it.
             max_shift: with a generator, each picture is moved by up to that many pixels along both axes, filled up with
                 zeros.
+            max_turn: with a generator, and above 0, each picture is also turned about its middle by up to that many
+                degrees, either way, and moved by up to half a pixel more.
             share: (which, of how many) parts of each batch to hand out. The parts together are the batch that there
                 would be without this argument; where a batch is small, some of them are empty.
 
@@ -106,21 +109,23 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             float32 (B, C, 32, 32) and int64 (B,), on the device of the data.
 
         Raises:
-            ValueError: ``batch_size`` is below 1 or ``max_shift`` below 0.
+            ValueError: ``batch_size`` is below 1, or ``max_shift`` or ``max_turn`` below 0.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, found {batch_size}")
         if max_shift < 0:
             raise ValueError(f"max_shift must be 0 or more, found {max_shift}")
+        if not max_turn >= 0:
+            raise ValueError(f"max_turn must be 0 or more, found {max_turn}")
         which, parts = share
         slices = [
             slice(begin + (end - begin) * which // parts, begin + (end - begin) * (which + 1) // parts)
             for begin, end in ((b, min(b + batch_size, len(self))) for b in range(0, len(self), batch_size))
         ]
-        return self._batches(slices, generator, max_shift)
+        return self._batches(slices, generator, max_shift, max_turn)
 
     def _batches(
-        self, slices: list[slice], generator: torch.Generator | None, max_shift: int
+        self, slices: list[slice], generator: torch.Generator | None, max_shift: int, max_turn: float
     ) -> Iterator[tuple[Tensor, Tensor]]:
         if generator is None:
             for group in _groups(slices):
@@ -130,6 +135,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         device = self.images.device
         order = torch.randperm(len(self), generator=generator).to(device)
         shifts = torch.randint(2 * max_shift + 1, (2, len(self)), generator=generator).to(device)
+        motions = _draw_motions(len(self), max_turn, generator).to(device) if max_turn else None
         # All (2 max_shift + 1)^2 positions of every padded picture as overlapping views of one buffer:
         # a shifted batch is then a single gather.
         width = IMAGE_SIZE + 2 * max_shift
@@ -141,7 +147,32 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         )
         for group in _groups(slices):
             chosen, down, right = (torch.cat([values[s] for s in group]) for values in (order, shifts[0], shifts[1]))
-            yield from _cut(group, self.normalization(windows[chosen, down, right]), self.labels[chosen])
+            images = windows[chosen, down, right]
+            if motions is not None:
+                images = _moved(images, torch.cat([motions[s] for s in group]))
+            yield from _cut(group, self.normalization(images), self.labels[chosen])
+
+
+def _draw_motions(count: int, max_turn: float, generator: torch.Generator) -> Tensor:
+    """(count, 4) random motions: cosine and sine of a turn of up to `max_turn` degrees, and a way of up to half a pixel
+    to the right and down. On the CPU, for all pictures at once: they do not depend on the device, nor on the share."""
+    turn, right, down = torch.rand(3, count, generator=generator).mul(2).sub(1)
+    turn = torch.deg2rad(turn * max_turn)
+    return torch.stack((turn.cos(), turn.sin(), right / IMAGE_SIZE, down / IMAGE_SIZE), dim=1)
+
+
+def _moved(images: Tensor, motions: Tensor) -> Tensor:
+    """uint8 (B, C, 32, 32) and their motions -> floating point, between the pixels; beyond the edges all is zero.
+
+    What ``F.affine_grid`` computes by a matrix product, whose last bit may depend on how many pictures there are.
+    """
+    cos, sin, right, down = motions[:, :, None, None].unbind(1)
+    # Where the pixels' centres are, in a picture that reaches from -1 to 1.
+    x = torch.arange(1 - IMAGE_SIZE, IMAGE_SIZE, 2, device=motions.device) / IMAGE_SIZE
+    y = x[:, None]
+    # In this order the sums over single rows and columns come first; and a stack of two planes is a plain copy.
+    grid = torch.stack((right + cos * x - sin * y, down + sin * x + cos * y)).permute(1, 2, 3, 0)
+    return F.grid_sample(images.to(grid.dtype), grid, align_corners=False)
 
 
 # Pictures that are made ready at once. Each of the operations that this takes wakes all threads and waits for them:

@@ -1,11 +1,16 @@
-"""Pictures of a training run, drawn without a display."""
+"""Pictures of a training run, drawn without a display.
+
+All are dark on a white ground of their own, which reads as well on a dark page as on a light one.
+"""
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -16,16 +21,43 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["new_figure", "plot_confusion", "plot_curves", "save_figure", "tidy"]
+    from lenet_ext.training.evaluate import Answer
+
+__all__ = [
+    "in_default_style",
+    "new_figure",
+    "plot_answers",
+    "plot_confusion",
+    "plot_curves",
+    "plot_filters",
+    "save_figure",
+    "tidy",
+]
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 # Colors that stay apart for color-blind readers. Source: M. Okabe, K. Ito, "Color Universal Design".
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 COLORS = (VERMILION, BLUE, GREEN, PURPLE, ORANGE, SKY)
 
 
+def in_default_style(draw: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorator of what draws: the colors chosen here do not go with those of a style of the user's own."""
+
+    @functools.wraps(draw)
+    def drawn(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with require("matplotlib.style", "pictures").context("default"):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of that many inches. Made without pyplot: no global state, no window, no display needed."""
-    return require("matplotlib.figure", "pictures").Figure(figsize=(width, height), layout="constrained")
+    # Inches: on a dark page the edge of the figure can be seen, and text is not to touch it.
+    layout = require("matplotlib.layout_engine", "pictures").ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    return require("matplotlib.figure", "pictures").Figure(figsize=(width, height), layout=layout)
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -50,6 +82,7 @@ def tidy(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
+@in_default_style
 def plot_curves(path: str | Path, history: list[dict[str, Any]], title: str) -> None:
     """Draws loss and test accuracy over the epochs.
 
@@ -87,10 +120,12 @@ def plot_curves(path: str | Path, history: list[dict[str, Any]], title: str) -> 
         )
     else:
         for axes in (losses, accuracy):
+            axes.set(xticks=[], yticks=[])
             axes.text(0.5, 0.5, "no epoch trained", ha="center", transform=axes.transAxes, color="0.5")
     save_figure(figure, path)
 
 
+@in_default_style
 def plot_confusion(path: str | Path, confusion: Tensor, title: str, labels: Sequence[str] | None = None) -> None:
     """Draws a confusion matrix: counts as numbers, the share of each row as color.
 
@@ -125,4 +160,74 @@ def plot_confusion(path: str | Path, confusion: Tensor, title: str, labels: Sequ
     bar.ax.set_yticklabels(["0%", "10%", "50%", "100%"])
     bar.set_label("share of the true class")
     bar.outline.set_visible(False)
+    save_figure(figure, path)
+
+
+@in_default_style
+def plot_answers(
+    path: str | Path, images: Tensor, answers: Sequence[Answer], title: str, labels: Sequence[str] | None = None
+) -> None:
+    """Draws pictures with what they are, what they were taken for, and the probability of that.
+
+    Args:
+        path: the picture to write.
+        images: uint8 (N, C, H, W), those that the answers' ``index`` counts; 1 channel, bright ink, or 3.
+        answers: which to draw, and what to write over them; at least one.
+        title: above the picture.
+        labels: of the classes; their numbers by default.
+    """
+    columns = min(8, len(answers))
+    rows = math.ceil(len(answers) / columns)
+    names = list(labels or map(str, range(1 + max(max(answer.label, answer.predicted) for answer in answers))))
+    # A cell's size, with a picture as the unit: room for two lines over it, and for long names.
+    width, height = max(1.2, 0.07 * (max(map(len, names)) + 11)), 1.5
+    # Wide enough for the title, however few they are.
+    figure = new_figure(max(4.8, width * columns + 0.2), height * rows + 0.7)
+    figure.suptitle(title, fontsize=11)
+    # One for all of them: axes for each would take some times as long to draw.
+    axes = figure.subplots()
+    for number, answer in enumerate(answers):
+        row, column = divmod(number, columns)
+        left, bottom = column * width + (width - 1) / 2, (row + 1) * height
+        pixels = images[answer.index].permute(1, 2, 0).cpu().numpy()  # colors as they are, ink dark on white
+        axes.imshow(pixels, cmap="gray_r", vmin=0, vmax=255, extent=(left, left + 1, bottom, bottom - 1))
+        frame = [left, left + 1, left + 1, left, left], [bottom, bottom, bottom - 1, bottom - 1, bottom]
+        axes.plot(*frame, color="0.8", linewidth=0.8)
+        text = f"{names[answer.label]}\nas {names[answer.predicted]}, {answer.probability:.1%}"
+        axes.text(left + 0.5, bottom - 1.06, text, ha="center", va="bottom", fontsize=8)
+    axes.set(xlim=(0, columns * width), ylim=(rows * height + 0.05, 0.15), aspect="equal")
+    axes.set_axis_off()
+    save_figure(figure, path)
+
+
+@in_default_style
+def plot_filters(path: str | Path, weight: Tensor, title: str) -> None:
+    """Draws the filters of a convolution, with one scale for all of them.
+
+    Args:
+        path: the picture to write.
+        weight: floating point (filters, C, H, W). For 1 channel blue is below zero and red above it; for 3, which are
+            red, green and blue, zero is gray. What is not finite is drawn as zero.
+        title: above the picture.
+    """
+    weight = weight.detach().float().cpu().nan_to_num(0.0, 0.0, 0.0)
+    limit = float(weight.abs().max()) or 1.0
+    columns = min(8, len(weight))
+    rows = math.ceil(len(weight) / columns)
+    figure = new_figure(max(4.8, 1.2 * columns + 0.8), 1.35 * rows + 0.6)
+    figure.suptitle(title, fontsize=11)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for number, axes in enumerate(grid.flat):
+        if number >= len(weight):
+            axes.set_axis_off()
+            continue
+        pixels = weight[number].permute(1, 2, 0)
+        in_color = pixels if pixels.shape[2] == 1 else 0.5 + pixels / (2 * limit)
+        image = axes.imshow(in_color.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axes.set_title(str(number + 1), fontsize=8)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color("0.8")
+    if weight.shape[1] == 1:
+        bar = figure.colorbar(image, ax=grid, shrink=0.8, label="weight")
+        bar.outline.set_visible(False)
     save_figure(figure, path)

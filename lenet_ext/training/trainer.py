@@ -34,6 +34,8 @@ __all__ = ["Trainer", "build_model"]
 
 # The exponential schedule never falls below this share of its first rate, so that a long run keeps moving.
 _LOWEST_RATE = 0.01
+# Degrees, with --augment.
+_MAX_TURN = 10.0
 # A cycle of five steps would rise within none of them, and divide by that; a run that short ends within a longer one.
 _SHORTEST_CYCLE = 6
 
@@ -134,7 +136,11 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         rank, size = self.processes.rank, self.processes.size
         batches = self.train_data.batches(
-            self.config.batch_size, generator=self.generator, max_shift=self.config.max_shift, share=(rank, size)
+            self.config.batch_size,
+            generator=self.generator,
+            max_shift=self.config.max_shift,
+            max_turn=_MAX_TURN if self.config.augment else 0.0,
+            share=(rank, size),
         )
         left = len(self.train_data)
         last = self.config.epochs * self.steps_per_epoch

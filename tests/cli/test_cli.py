@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 import json
 import os
 import re
@@ -24,15 +26,17 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 
 import lenet_ext
-from lenet_ext.cli import main
+from lenet_ext.cli import main, train
 from lenet_ext.training import datasets
 
-COMMANDS = ("train", "eval", "predict", "export", "bench", "check", "demo", "info")
+COMMANDS = ("train", "eval", "predict", "export", "bench", "check", "demo", "info", "completion")
 SHARED_MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"
-WRITTEN = ("model.safetensors", "checkpoint.pt", "history.json", "curves.png", "confusion.png")
+PICTURES = ("curves.png", "confusion.png", "misclassified.png", "filters.png")
+WRITTEN = ("model.safetensors", "checkpoint.pt", "history.json", *PICTURES)
 
 # One thread: these networks are small, and the machine may be busy.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -127,6 +131,8 @@ def test_console_script(tmp_path: Path) -> None:
         (["bench", "--json", "no/such/directory/file.json"], "directory"),
         (["check", "--threads", "many"], "--threads"),
         (["info", "extra"], "extra"),
+        (["completion"], "shell"),
+        (["completion", "ksh"], "'ksh'"),
     ],
 )
 def test_bad_usage(args: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,10 +242,29 @@ def test_train_prints_a_line_per_epoch(trained: tuple[Path, str]) -> None:
     assert "\x1b" not in stdout
 
 
+def test_the_progress_bar_of_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Console(file=drawn, force_terminal=True, width=80, highlight=False, color_system=None)
+    monkeypatch.setattr(train, "make_console", lambda: terminal)
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=itertools.count(1).__next__))  # every step
+    args = ["--epochs", "2", "--threads", "1", "--batch-size", "100", "--out", str(tmp_path)]
+    assert main(["train", *args]) == 0
+    bars = [line for line in re.split(r"[\r\n]", drawn.getvalue()) if "left" in line]
+    assert len(bars) >= 2 * 15
+    assert all(len(re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", bar)) <= 80 for bar in bars)
+    accuracy = json.loads((tmp_path / "history.json").read_text())["epochs"][0]["test_accuracy"]
+    best = f"best {100 * accuracy:.2f}%"
+    assert not any("best" in bar for bar in bars if "epoch 1/2" in bar)
+    # The learning rate, the best accuracy so far, images in a second and the time left.
+    whole = rf"epoch 2/2, rate 0\.00\d+, {re.escape(best)} ━.* \d+ images/s, left \d:\d\d:\d\d"
+    assert any(re.search(whole, bar) for bar in bars), bars[-1]
+
+
 def test_train_writes_its_files(trained: tuple[Path, str]) -> None:
     out, _ = trained
     assert sorted(path.name for path in out.iterdir()) == sorted(WRITTEN)  # and no temporary ones
-    for name in ("curves.png", "confusion.png"):
+    for name in PICTURES:
         with Image.open(out / name) as image:
             image.load()
             assert image.format == "PNG"
@@ -302,6 +327,7 @@ def test_resume_and_its_contradictions(
         (["--lr", "0.5"], "--lr 0.5 contradicts the checkpoint"),
         (["--model", "reference"], "--model reference contradicts"),
         (["--seed", "1"], "--seed 1 contradicts"),
+        (["--augment"], "--augment contradicts the checkpoint, which was trained without it"),
         (["--epochs", "1"], "is at epoch 2 already"),
     ):
         assert_one_line_error(main(["train", "--resume", saved, *args]), stderr := capsys.readouterr().err, 2)
@@ -314,6 +340,19 @@ def test_resume_and_its_contradictions(
     after = load_file(source / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.load(saved, weights_only=True)["config"]["epochs"] == 2
+
+
+def test_augmentation_is_part_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--threads", "1", "--batch-size", "400", "--epochs", "1", "--out", str(tmp_path)]
+    assert main(["train", *args, "--augment"]) == 0
+    assert ", augmented\n" in capsys.readouterr().out
+    # Resumed, it need not be said again.
+    saved = str(tmp_path / "checkpoint.pt")
+    for option in ([], ["--augment"]):
+        assert main(["train", "--resume", saved, "--epochs", "2", *option]) == 0
+        assert ", augmented\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "history.json").read_text())["config"]["augment"] is True
+    assert torch.load(saved, weights_only=True)["config"]["augment"] is True
 
 
 def test_one_cycle_is_as_long_as_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.server
+import math
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from lenet_ext.environment import extras
 from lenet_ext.training import datasets
 from lenet_ext.training.idx import read_idx
 from lenet_ext.training.idx_sets import IDX_SETS
+from lenet_ext.training.images import _draw_motions, _moved
 
 SHARED_MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"
 needs_mnist = pytest.mark.skipif(not SHARED_MNIST.is_dir(), reason=f"no MNIST in {SHARED_MNIST}")
@@ -170,18 +173,76 @@ def test_batches_are_shifted_within_bounds() -> None:
     assert len(seen) == 25
 
 
+def middle_of_ink(picture: torch.Tensor) -> tuple[float, float]:
+    """Of (32, 32), seen from the middle: x to the right and y down, in pixels."""
+    places = torch.arange(32) - 15.5
+    ink = picture.sum()
+    return float((picture.sum(0) * places).sum() / ink), float((picture.sum(1) * places).sum() / ink)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_are_turned_within_bounds_and_never_mirrored(channels: int) -> None:
+    # A dot ten pixels from the middle: to the right, below, and to the left.
+    count, places = 200, ((26, 16), (16, 26), (5, 16))[:channels]
+    pictures = torch.zeros(count, channels, 32, 32, dtype=torch.uint8)
+    for channel, (x, y) in enumerate(places):
+        pictures[:, channel, y - 1 : y + 1, x - 1 : x + 1] = 255
+    whole = {1: datasets.Normalization(0.0, 1.0), 3: datasets.Normalization((0.0,) * 3, (1.0,) * 3)}[channels]
+    data = datasets.LabelledImages(pictures, torch.zeros(count, dtype=torch.int64), whole)
+    (images, _), *rest = data.batches(count, generator=torch.Generator().manual_seed(0), max_turn=10.0)
+    assert not rest
+    assert images.shape == (count, channels, 32, 32)
+    before = [middle_of_ink(dot.float()) for dot in pictures[0]]
+    turns, ways = [], []
+    for image in images:
+        after = [middle_of_ink(dot) for dot in image]
+        for (x, y), (u, v) in zip(before, after, strict=True):
+            # Half a pixel along each axis, seen from ten pixels away, is up to four degrees.
+            turn = math.degrees(math.atan2(x * v - y * u, x * u + y * v))
+            assert abs(turn) < 14.5
+            assert abs(math.hypot(u, v) - math.hypot(x, y)) < 1
+            turns.append(turn)
+        assert image.sum() == pytest.approx(4 * channels, rel=0.02)
+        ways.append([sum(u for u, _ in after), sum(v for _, v in after)])
+    assert min(turns) < -8
+    assert max(turns) > 8
+    assert len({tuple(way) for way in ways}) == count
+
+
+def test_turning_is_what_an_affine_grid_does() -> None:
+    data = small_set(4)
+    motions = _draw_motions(4, 10.0, torch.Generator().manual_seed(0))
+    cos, sin, right, down = motions.unbind(1)
+    theta = torch.stack((cos, -sin, right, sin, cos, down), dim=1).view(4, 2, 3)
+    grid = torch.nn.functional.affine_grid(theta, [4, 1, 32, 32], align_corners=False)
+    expected = torch.nn.functional.grid_sample(data.images.float(), grid, align_corners=False)
+    torch.testing.assert_close(_moved(data.images, motions), expected, rtol=1e-4, atol=1e-2)
+    still = torch.tensor([[1.0, 0.0, 0.0, 0.0]]).expand(4, 4)
+    assert torch.equal(_moved(data.images, still), data.images.float())
+
+
 def test_same_seed_same_batches() -> None:
+    options = {"max_shift": 3, "max_turn": 10.0}
     first, second = (
-        [images for images, _ in small_set().batches(3, generator=torch.Generator().manual_seed(7), max_shift=3)]
+        [images for images, _ in small_set().batches(3, generator=torch.Generator().manual_seed(7), **options)]
         for _ in range(2)
     )
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [((0,), "batch_size"), ((-3,), "batch_size")])
-def test_bad_batch_size(arguments: tuple[int], message: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "options", "message"),
+    [
+        (0, {}, "batch_size must be 1 or more, found 0"),
+        (-3, {}, "batch_size must be 1 or more, found -3"),
+        (1, {"max_shift": -1}, "max_shift must be 0 or more, found -1"),
+        (1, {"max_turn": -0.5}, r"max_turn must be 0 or more, found -0\.5"),
+        (1, {"max_turn": math.nan}, "max_turn must be 0 or more, found nan"),
+    ],
+)
+def test_bad_batches(size: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        small_set().batches(*arguments)
+        small_set().batches(size, **options)
 
 
 def test_images_must_have_the_right_form() -> None:

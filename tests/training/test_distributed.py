@@ -45,14 +45,16 @@ def torchrun(*command: object, cwd: Path, processes: int = 2, **environment: str
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
-@pytest.mark.parametrize("shuffled", [False, True])
-def test_the_shares_are_the_batch(parts: int, shuffled: bool) -> None:
+@pytest.mark.parametrize(
+    ("shuffled", "moves"), [(False, {}), (True, {"max_shift": 2}), (True, {"max_shift": 1, "max_turn": 10.0})]
+)
+def test_the_shares_are_the_batch(parts: int, shuffled: bool, moves: dict[str, float]) -> None:
     count, size = 23, 6  # the last batch has 5
     images = torch.randint(256, (count, 1, 32, 32), dtype=torch.uint8)
     data = LabelledImages(images, torch.arange(count), Normalization(0.5, 0.3))
 
     def batches(share: tuple[int, int]):
-        options = {"generator": torch.Generator().manual_seed(5), "max_shift": 2} if shuffled else {}
+        options = {"generator": torch.Generator().manual_seed(5), **moves} if shuffled else {}
         return list(data.batches(size, share=share, **options))
 
     shares = [batches((which, parts)) for which in range(parts)]
@@ -81,10 +83,12 @@ RUN = (
     from lenet_ext.training.trainer import Trainer
 
     torch.set_default_dtype(torch.float64)
-    out, model, optimizer = sys.argv[1:]
+    out, model, optimizer, augment = sys.argv[1:]
     with join_processes("cpu") as processes:
         # 25 pictures in batches of 8: shares of 4, or of 3 and 2; the last batch has one picture, so a share is empty.
-        config = TrainConfig.for_data("digits", model, batch_size=8, device="cpu", optimizer=optimizer, lr=0.01)
+        config = TrainConfig.for_data(
+            "digits", model, batch_size=8, device="cpu", optimizer=optimizer, lr=0.01, augment=augment == "True"
+        )
         trainer = Trainer(config, some_digits(25), some_digits(11), processes)
         for _ in range(3):
             trainer.run_epoch()
@@ -95,15 +99,17 @@ RUN = (
 
 
 @pytest.mark.parametrize(
-    ("model", "optimizer", "processes"),
-    [("fused", "sgd", 2), pytest.param("fused", "adamw", 3, marks=pytest.mark.extended)],
+    ("model", "optimizer", "augment", "processes"),
+    [("fused", "sgd", True, 2), pytest.param("fused", "adamw", False, 3, marks=pytest.mark.extended)],
 )
-def test_the_run_is_that_of_one_process(tmp_path: Path, model: str, optimizer: str, processes: int) -> None:
+def test_the_run_is_that_of_one_process(
+    tmp_path: Path, model: str, optimizer: str, augment: bool, processes: int
+) -> None:
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(RUN))
-    done = torchrun(script, tmp_path / "together", model, optimizer, cwd=tmp_path, processes=processes)
+    done = torchrun(script, tmp_path / "together", model, optimizer, augment, cwd=tmp_path, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
-    alone = [sys.executable, str(script), str(tmp_path / "alone"), model, optimizer]
+    alone = [sys.executable, str(script), str(tmp_path / "alone"), model, optimizer, str(augment)]
     subprocess.run(alone, cwd=tmp_path, check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     expected, expected_history, expected_confusion = torch.load(tmp_path / "alone-0.pt")
     for rank in range(processes):
@@ -206,6 +212,8 @@ def test_a_run_goes_on_after_a_process_was_killed(tmp_path: Path) -> None:
         "history.json",
         "curves.png",
         "confusion.png",
+        "misclassified.png",
+        "filters.png",
     }
 
     through = torchrun("-m", "lenet_ext", *TRAIN, "--out", "through", cwd=tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import pickle
@@ -23,7 +24,7 @@ from lenet_ext.environment import files
 from lenet_ext.pretrained.files import load_weights, save_weights
 from lenet_ext.training import checkpoint, datasets, plots, predict
 from lenet_ext.training.config import TrainConfig
-from lenet_ext.training.evaluate import evaluate
+from lenet_ext.training.evaluate import Answer, evaluate, worst_answers
 from lenet_ext.training.trainer import Trainer
 
 Sets = tuple[datasets.LabelledImages, datasets.LabelledImages]
@@ -85,6 +86,7 @@ def assert_same_state(one: Any, other: Any, where: str = "state") -> None:
         ("seed", 2**63),
         ("decay", 0.0),
         ("max_shift", -1),
+        ("augment", 2),
         ("optimizer", "lbfgs"),
         ("schedule", "cosine"),
         ("device", "tpu"),
@@ -128,12 +130,13 @@ def test_every_optimizer_learns(digits: Sets, optimizer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "schedule"), [("sgd", "one-cycle"), ("adamw", "exponential"), ("adam", "one-cycle")]
+    ("optimizer", "schedule", "augment"),
+    [("sgd", "one-cycle", True), ("adamw", "exponential", False), ("adam", "one-cycle", False)],
 )
 def test_resumed_run_is_bitwise_the_uninterrupted_one(
-    digits: Sets, tmp_path: Path, optimizer: str, schedule: str
+    digits: Sets, tmp_path: Path, optimizer: str, schedule: str, augment: bool
 ) -> None:
-    options = {"optimizer": optimizer, "schedule": schedule}
+    options = {"optimizer": optimizer, "schedule": schedule, "augment": augment}
     whole = Trainer(config(**options, epochs=4), *digits)
     for _ in range(4):
         whole.run_epoch()
@@ -158,6 +161,15 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
 def test_same_seed_same_run_other_seed_other_run(digits: Sets) -> None:
     lines = [Trainer(config(seed=seed), *digits).run_epoch() for seed in (3, 3, 4)]
     assert lines[0]["train_loss"] == lines[1]["train_loss"] != lines[2]["train_loss"]
+
+
+def test_augmented_pictures_are_others(digits: Sets) -> None:
+    plain, augmented = (Trainer(config(augment=augment), *digits) for augment in (False, True))
+    assert_same_state(*map(weights_of, (plain, augmented)), "initial weights")
+    assert plain.run_epoch()["train_loss"] != augmented.run_epoch()["train_loss"]
+    # What is tested on stays as it is.
+    augmented.load_state_dict(plain.state_dict())
+    assert augmented.evaluate().loss == plain.history[-1]["test_loss"]
 
 
 def test_the_learning_rate_does_not_depend_on_the_number_of_epochs(digits: Sets) -> None:
@@ -212,8 +224,9 @@ def test_defaults_follow_the_data_set() -> None:
     assert TrainConfig.for_data("mnist", optimizer="adam").lr < 0.05
 
 
-def test_checkpoints_from_before_the_schedule_had_a_name_go_on(digits: Sets) -> None:
-    old = {name: value for name, value in config(epochs=3).to_dict().items() if name != "schedule"}
+def test_checkpoints_from_before_there_were_schedules_and_augmentation_go_on(digits: Sets) -> None:
+    new = ("schedule", "augment")
+    old = {name: value for name, value in config(epochs=3).to_dict().items() if name not in new}
     assert TrainConfig.from_dict(old) == config(epochs=3)
     old.update(data="mnist", decay=0.75)
     assert TrainConfig.from_dict(old).schedule == "exponential"
@@ -262,11 +275,57 @@ def test_evaluation_against_a_plain_loop(digits: Sets) -> None:
 
 
 def test_evaluation_of_nothing(digits: Sets) -> None:
+    net = lenet_ext.Net()
     empty = datasets.LabelledImages(
         torch.zeros(0, 1, 32, 32, dtype=torch.uint8), torch.zeros(0).long(), digits[0].normalization
     )
     with pytest.raises(ValueError, match="empty"):
-        evaluate(lenet_ext.Net(), empty)
+        evaluate(net, empty)
+    with pytest.raises(ValueError, match="empty"):
+        worst_answers(net, empty, 5)
+
+
+def test_the_worst_answers_against_a_plain_loop(digits: Sets) -> None:
+    _, test = digits
+    torch.manual_seed(0)
+    net = lenet_ext.ReferenceNet().train()
+    with torch.no_grad():
+        probabilities = net(test.normalization(test.images)).double().softmax(1)
+    found = worst_answers(net, test, 10_000, batch_size=100)
+    assert net.training
+    predicted = probabilities.argmax(1)
+    assert {answer.index for answer in found} == set((predicted != test.labels).nonzero().flatten().tolist())
+    for answer in found:
+        assert not answer.is_right
+        assert answer.label == int(test.labels[answer.index])
+        assert answer.predicted == int(predicted[answer.index])
+        assert answer.probability == pytest.approx(float(probabilities[answer.index].max()), rel=1e-4)
+    losses = [-math.log(float(probabilities[answer.index, answer.label])) for answer in found]
+    assert all(one > other - 1e-4 for one, other in itertools.pairwise(losses))
+    assert worst_answers(net, test, 3) == worst_answers(net, test, 10_000)[:3]
+
+
+class Certain(torch.nn.Module):
+    """Answers by the number that the pixels hold: the class in tens, and how certain in ones."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        number = images[:, 0, 0, 0].long()
+        return torch.nn.functional.one_hot(number // 10, 10) * (1.0 + number % 10)[:, None]
+
+
+def numbers(*values: int, labels: tuple[int, ...]) -> datasets.LabelledImages:
+    pixels = torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 32, 32)
+    return datasets.LabelledImages(pixels, torch.tensor(labels), datasets.Normalization(0.0, 1 / 255))
+
+
+def test_without_wrong_answers_the_least_certain_are_the_worst() -> None:
+    right = numbers(35, 72, 19, 44, labels=(3, 7, 1, 4))
+    found = worst_answers(Certain(), right, 3)
+    assert [(answer.index, answer.label, answer.predicted) for answer in found] == [(1, 7, 7), (3, 4, 4), (0, 3, 3)]
+    assert all(answer.is_right for answer in found)
+    # One wrong answer, however uncertain, and the right ones are not shown.
+    found = worst_answers(Certain(), numbers(35, 72, 10, 44, labels=(3, 7, 2, 4)), 3)
+    assert [(answer.index, answer.label, answer.predicted) for answer in found] == [(2, 2, 1)]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -351,6 +410,55 @@ def test_curves_of_any_length(tmp_path: Path, epochs: int) -> None:
     with Image.open(tmp_path / "c.png") as image:
         assert image.format == "PNG"
         assert min(image.size) > 300
+
+
+@pytest.mark.parametrize(("count", "channels"), [(1, 1), (8, 1), (9, 3), (40, 1)])
+def test_any_number_of_answers(tmp_path: Path, count: int, channels: int) -> None:
+    pictures = torch.randint(256, (count, channels, 32, 32), dtype=torch.uint8)
+    answers = [Answer(n, n % 10, (n + 1) % 10, 0.5) for n in reversed(range(count))]
+    names = [f"thing number {n}" for n in range(10)]
+    plots.plot_answers(tmp_path / "a.png", pictures, answers, "title", names if channels == 3 else None)
+    assert_white_and_opaque(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.full((6, 1, 5, 5), math.nan), torch.randn(6, 3, 5, 5), torch.randn(9, 1, 3, 3)]
+)
+def test_filters_of_any_kind(tmp_path: Path, weight: torch.Tensor) -> None:
+    plots.plot_filters(tmp_path / "f.png", torch.nn.Parameter(weight), "title")
+    assert_white_and_opaque(tmp_path / "f.png")
+
+
+def assert_white_and_opaque(path: Path) -> None:
+    """A ground of its own: what is dark on it does not depend on the page that it is shown on."""
+    with Image.open(path) as image:
+        assert min(image.size) > 200
+        pixels = torch.frombuffer(bytearray(image.convert("RGBA").tobytes()), dtype=torch.uint8)
+        pixels = pixels.view(image.height, image.width, 4).int()
+    assert (pixels[:, :, 3] == 255).all()
+    edge = torch.cat((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
+    assert (edge == 255).all()
+    assert pixels[:, :, :3].amax(2).min() < 64  # and something dark on it
+
+
+def test_pictures_do_not_take_the_users_style(tmp_path: Path) -> None:
+    """Dark text on a dark ground it would be, as some of the colors are chosen here."""
+    import matplotlib.style
+
+    line = {"epoch": 1, "train_loss": 0.5, "test_loss": 0.6, "test_accuracy": 0.9}
+
+    def draw(folder: Path) -> list[bytes]:
+        plots.plot_curves(folder / "curves.png", [line], "title")
+        plots.plot_confusion(folder / "confusion.png", torch.eye(3, dtype=torch.int64), "title")
+        plots.plot_filters(folder / "filters.png", torch.ones(6, 1, 5, 5), "title")
+        plots.plot_answers(folder / "answers.png", torch.zeros(1, 1, 32, 32), [Answer(0, 1, 2, 0.5)], "title")
+        return [path.read_bytes() for path in sorted(folder.iterdir())]
+
+    usual = draw(tmp_path / "usual")
+    with matplotlib.style.context(["dark_background", {"savefig.transparent": True}]):
+        assert draw(tmp_path / "dark") == usual
+    for path in (tmp_path / "dark").iterdir():
+        assert_white_and_opaque(path)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

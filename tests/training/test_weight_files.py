@@ -217,7 +217,8 @@ def test_a_full_disk_while_training(small_disk: Path, capsys: pytest.CaptureFixt
     assert list((small_disk / "run").iterdir()) == []
 
 
-WRITTEN = ("checkpoint.pt", "model.safetensors", "history.json", "curves.png", "confusion.png")
+PICTURES = ("curves.png", "confusion.png", "misclassified.png", "filters.png")
+WRITTEN = ("checkpoint.pt", "model.safetensors", "history.json", *PICTURES)
 
 
 @pytest.mark.parametrize("name", WRITTEN)
