@@ -9,7 +9,7 @@ from pathlib import Path
 
 # Nothing here takes more than seconds. On a machine that is busy with other things it may take many more of them, but
 # what takes this long hangs.
-TIMEOUT = 240
+TIMEOUT = 600
 
 
 def run(code: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
