@@ -21,6 +21,7 @@ import torch
 pytest.importorskip("safetensors")
 
 from lenet_ext.cli import main
+from lenet_ext.pretrained.files import load_weights
 from lenet_ext.training.checkpoint import load_checkpoint, save_checkpoint
 from lenet_ext.training.config import TrainConfig
 from lenet_ext.training.images import LabelledImages, Normalization
@@ -176,27 +177,29 @@ def test_the_command_resumes_what_was_killed_to_the_same_files(tmp_path: Path) -
     """Also by SIGTERM, as those send it who are about to kill: it ends the process where it is."""
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
-    arguments = ["train", "--epochs", "6", "--threads", "1", "--batch-size", "100", "--device", "cpu", "--out"]
+    arguments = ["train", "--epochs", "8", "--threads", "1", "--batch-size", "100", "--device", "cpu", "--out"]
     started = time.perf_counter()
     assert main([*arguments, str(tmp_path / "whole")]) == 0
-    duration = time.perf_counter() - started
-    chance = random.Random(0)
+    epoch = (time.perf_counter() - started) / 8
     folder, saved = tmp_path / "killed", tmp_path / "killed" / "checkpoint.pt"
-    kills = 0
-    while True:
+    chance, signals = random.Random(0), [signal.SIGKILL, signal.SIGTERM] * 4
+    codes = []
+    while 0 not in codes:
         resume = ["--resume", str(saved)] if saved.exists() else []
+        before = saved.stat().st_mtime_ns if resume else None
         child = start(lambda resume=resume: os._exit(main([*arguments, str(folder), *resume])))
-        if kills < 20:
-            time.sleep(chance.uniform(0, duration))
-            os.kill(child, how := chance.choice([signal.SIGKILL, signal.SIGTERM]))
-        code = exit_code_of(child)
-        if code == 0:
-            break
-        assert code == -how
-        kills += 1
-    files = [(of / "model.safetensors").read_bytes() for of in (tmp_path / "whole", folder)]
-    assert files[0] == files[1]
-    states = [bits(load_checkpoint(of / "checkpoint.pt")) for of in (tmp_path / "whole", folder)]
-    assert states[0] == states[1]
+        deadline = time.monotonic() + 60
+        while (saved.stat().st_mtime_ns if saved.exists() else None) == before and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, epoch))
+        if len(codes) < len(signals):
+            os.kill(child, signals[len(codes)])
+        codes.append(exit_code_of(child))
+    assert len(codes) > 1
+    assert codes[:-1] == [-number for number in signals[: len(codes) - 1]]
+    weights = [vars(load_weights(of / "model.safetensors")) for of in (tmp_path / "whole", folder)]
+    assert bits(weights[0]) == bits(weights[1])
+    states = [load_checkpoint(of / "checkpoint.pt") for of in (tmp_path / "whole", folder)]
+    assert bits(states[0]) == bits(states[1])
     histories = [json.loads((of / "history.json").read_text()) for of in (tmp_path / "whole", folder)]
-    assert bits(histories[0]) == bits(histories[1])
+    assert bits(histories[0]["epochs"]) == bits(histories[1]["epochs"])
