@@ -2,9 +2,8 @@
 // child inherits the list of them, but not the threads, and its first parallel region, ours or torch's, would wait for
 // them without end. So the thread that forks lets its helpers go first; parent and child begin new ones where they need
 // them. Clang's runtime cares for its children itself.
-#include <omp.h>
-
 #ifndef __clang__
+#include <omp.h>
 #include <pthread.h>
 
 namespace {
