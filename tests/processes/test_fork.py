@@ -84,6 +84,7 @@ for name, call in CALLS.items():
     assert all(line.endswith(": 0: True") for line in lines), lines
 
 
+@pytest.mark.extended
 def test_children_of_children_and_of_threads() -> None:
     lines = lines_of(
         CALLS
@@ -138,10 +139,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(
-    "method",
-    ["fork", pytest.param("spawn", marks=pytest.mark.extended), pytest.param("forkserver", marks=pytest.mark.extended)],
-)
+@pytest.mark.extended
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_multiprocessing(method: str, tmp_path: Path) -> None:
     assert lines_of(STARTED.format(method=method), tmp_path) == ["computed"]
 

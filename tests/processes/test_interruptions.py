@@ -158,7 +158,7 @@ time.sleep(0.3)
 """
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, pytest.param(3, marks=pytest.mark.extended)])
 def test_the_interpreter_ends_during_a_call(threads: int) -> None:
     """In a daemon thread, for which nobody waits. Where the call returns while the interpreter is being taken down, and
     before Python 3.14, the process ends in C++'s terminate, for stock's calls as for ours."""
@@ -166,6 +166,7 @@ def test_the_interpreter_ends_during_a_call(threads: int) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.extended
 def test_the_interpreter_waits_for_other_threads() -> None:
     done = run(ENDLESS.format(threads=1).replace("daemon=True", "daemon=False").replace("1024, 64", "32, 64"))
     assert (done.returncode, done.stderr) == (0, "")
