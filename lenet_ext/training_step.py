@@ -202,7 +202,11 @@ class TrainingStep:
                 options,
             )
         except BaseException:
-            self._view = None  # its new buffers hold nothing yet
+            # Ctrl-C is told when the operator is through; after an error its new buffers hold nothing yet.
+            if all(buffer._version for buffer in state):
+                self._view.store()
+            else:
+                self._view = None
             raise
         self._view.store()
         if self.count_correct:

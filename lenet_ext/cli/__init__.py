@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     prog = f"lenet-ext {args.command}"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As the standard error has it: a file's name need not be text that the terminal can show.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code: int = args.run(args)
         sys.stdout.flush()

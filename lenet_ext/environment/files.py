@@ -1,15 +1,15 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and reading them so that errors name them."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_path", "write_json"]
+__all__ = ["atomic_path", "naming", "write_json"]
 
 
 @contextmanager
@@ -48,7 +48,26 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # nothing is left to remove; or the disk is read-only, and refuses whatever is there
+            temporary.unlink()
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Names a file in the system's errors while it is read: of a disk that fails they say no name.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OSError: what was raised in the block, with the name.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_json(path: str | Path, content: Any) -> None:

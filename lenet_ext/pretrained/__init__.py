@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lenet_ext.environment.files import write_json
+from lenet_ext.environment.files import naming, write_json
 from lenet_ext.pretrained.files import Weights, load_weights, save_weights
 
 __all__ = ["built_in", "load_pretrained", "save_pretrained", "sizes"]
@@ -80,7 +80,8 @@ def _places(name_or_path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        with naming(path):
+            config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         raise ValueError(f"{path}: not a configuration (it is no JSON)") from None
     if not isinstance(config, dict):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import re
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor, nn
 
 from lenet_ext.environment.extras import require
-from lenet_ext.environment.files import atomic_path
+from lenet_ext.environment.files import atomic_path, naming
 
 __all__ = [
     "CHECKPOINT_FORMAT",
@@ -149,7 +150,7 @@ def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def is_pickled(path: str | Path) -> bool:
     # torch.save writes a zip archive, and in its old form pickles that begin with a number of torch's; safetensors
     # begins with the length of its header.
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         magic = file.read(5)
     return magic[:4] == b"PK\x03\x04" or (magic[:1] == b"\x80" and magic[2:5] == b"\x8a\x0al")
 
@@ -167,20 +168,37 @@ def is_weights(path: str | Path) -> bool:
 
 
 def load_pickle(path: str | Path) -> dict[str, Any]:
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                    raise ValueError(f"{path}: not a checkpoint but a TorchScript program; save its state_dict")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's own words tell how to load it all the same, which would run the code of whoever wrote it.
-        raise ValueError(f"{path}: not a checkpoint that can be read safely ({_asked_for(error)})") from None
-    except (RuntimeError, EOFError, KeyError, AttributeError, zipfile.BadZipFile):
-        raise ValueError(f"{path}: not a checkpoint that can be read safely (the file is damaged)") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a checkpoint (it holds a {type(content).__name__})")
-    return content
+    content = None
+    with naming(path), open(path, "rb") as file:
+        try:
+            reason = _refused(file)
+            if reason is None:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            # torch's own words tell how to load it all the same, which would run the code of whoever wrote it.
+            reason = f"not a checkpoint that can be read safely ({_asked_for(error)})"
+        except Exception as error:  # a pickle is a program: anything may go wrong in a damaged one
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a place which is not in the file
+                raise
+            reason = "not a checkpoint that can be read safely (the file is damaged)"
+    if reason is None and not isinstance(content, dict):
+        reason = f"not a checkpoint (it holds a {type(content).__name__})"
+    if reason is not None:
+        raise ValueError(f"{path}: {reason}")
+    return cast("dict[str, Any]", content)
+
+
+def _refused(file: BinaryIO) -> str | None:
+    """Why an archive is not read, if it is one; a reason that its table of contents gives."""
+    if zipfile.is_zipfile(file):
+        members = zipfile.ZipFile(file).infolist()
+        if any(member.filename.endswith("/constants.pkl") for member in members):
+            return "not a checkpoint but a TorchScript program; save its state_dict"
+        # torch.save does not compress, but torch.load uncompresses whatever it is given, to any size.
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            return "not a checkpoint (it is compressed)"
+    file.seek(0)
+    return None
 
 
 def _asked_for(error: pickle.UnpicklingError) -> str:
@@ -192,13 +210,16 @@ def _asked_for(error: pickle.UnpicklingError) -> str:
 
 
 def _load_safetensors(path: str | Path) -> Weights:
-    safetensors = require("safetensors", "files of weights")
+    safetensors = require("safetensors.torch", "files of weights")
+    if not is_weights(path):
+        raise ValueError(f"{path}: not a checkpoint (neither safetensors nor written by torch.save)")
+    # Not by its name, by which it would be mapped into memory: a mapped file that shrinks ends the process.
+    with naming(path):
+        content = Path(path).read_bytes()
     try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return Weights(_without_wrappers(state), metadata if isinstance(metadata, dict) else {})
-    except OSError:
-        raise
+        state = safetensors.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
     except Exception as error:  # what safetensors raises differs by its version
-        raise ValueError(f"{path}: not a checkpoint (neither safetensors nor written by torch.save: {error})") from None
+        raise ValueError(f"{path}: not a checkpoint (damaged safetensors: {error})") from None
+    return Weights(_without_wrappers(state), metadata if isinstance(metadata, dict) else {})

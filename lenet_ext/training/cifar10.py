@@ -18,6 +18,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
+from lenet_ext.environment.files import naming
 from lenet_ext.training.download import Log, Remote, checksum_of, directory_of, download, find_file
 from lenet_ext.training.images import IMAGE_SIZE
 
@@ -93,14 +94,14 @@ def _of_folder(folder: Path) -> Iterator[tuple[str, Batch]]:
     for name in (*_TRAIN, _TEST):
         path = folder / f"{name}{ending}"
         if path.is_file():
-            with open(path, "rb") as file:
+            with naming(path), open(path, "rb") as file:
                 content = file.read(min(path.stat().st_size, _LARGEST_BATCH + 1))
             yield name, _decoded(path, decode, content)
 
 
 def _of_archive(path: Path) -> Iterator[tuple[str, Batch]]:
     try:
-        with gzip.open(path, "rb") as compressed:
+        with naming(path), gzip.open(path, "rb") as compressed:
             bounded = _Bounded(compressed)
             with tarfile.open(fileobj=cast("IO[bytes]", bounded), mode="r:") as archive:
                 for member in archive:

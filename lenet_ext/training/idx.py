@@ -14,6 +14,8 @@ from typing import BinaryIO, cast
 import torch
 from torch import Tensor
 
+from lenet_ext.environment.files import naming
+
 __all__ = ["open_content", "read_idx", "read_idx_from"]
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -37,6 +39,7 @@ def open_content(path: str | Path, file: BinaryIO | None = None) -> Iterator[Bin
         ValueError: the gzip stream is damaged, which shows while it is read.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(naming(path))
         if file is None:
             file = stack.enter_context(open(path, "rb"))
         # What was peeked at is put before the rest, for a member of an archive cannot always go back.

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 import torch.nn.functional as F
 from torch import Tensor
 
+from lenet_ext.environment.files import naming
 from lenet_ext.training.download import Log, Remote, directory_of, download, find_file
 from lenet_ext.training.idx import read_idx, read_idx_from
 
@@ -180,7 +181,7 @@ def _read(idx_set: IdxSet, which: int, root: str | Path | None, log: Log) -> tup
 
 def _read_member(archive: Path, name: str) -> tuple[str, Tensor]:
     try:
-        with zipfile.ZipFile(archive) as file:
+        with naming(archive), zipfile.ZipFile(archive) as file:
             for member in file.infolist():
                 if PurePosixPath(member.filename).name in (name, f"{name}.gz"):
                     where = f"{archive}: {member.filename}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lenet_ext.environment.extras import require
+from lenet_ext.environment.extras import MissingExtraError, require
+from lenet_ext.environment.files import naming
 from lenet_ext.training.datasets import DATA_SETS, IMAGE_SIZE, Normalization
 
 if TYPE_CHECKING:
@@ -50,8 +52,8 @@ def load_ink(path: str | Path) -> Tensor:
         float32 (H, W), 0 is ground and 1 the strongest ink.
 
     Raises:
-        OSError: the file cannot be read or is no picture.
-        ValueError: there is nothing in it, or it is too large.
+        OSError: the file cannot be read.
+        ValueError: it is no picture, or damaged or too large, or there is nothing in it.
         lenet_ext.environment.extras.MissingExtraError: Pillow is not installed.
     """
     return _ink(path, _LARGEST)[0]
@@ -87,8 +89,8 @@ def load_photo(path: str | Path) -> Tensor:
         uint8 (3, 32, 32). A picture of 32x32 pixels comes unchanged.
 
     Raises:
-        OSError: the file cannot be read or is no picture.
-        ValueError: it is too large.
+        OSError: the file cannot be read.
+        ValueError: it is no picture, or damaged or too large.
         lenet_ext.environment.extras.MissingExtraError: Pillow is not installed.
     """
     pixels, _ = _decoded(path, "RGB", _colors, _LARGEST)
@@ -120,18 +122,25 @@ def _decoded(path: str | Path, mode: str, read: Callable[[Image], _Read], larges
     """
     pil = require("PIL.Image", "reading pictures", package="pillow")
     ops = require("PIL.ImageOps", "reading pictures", package="pillow")
-    try:
-        with pil.open(path) as file:
+    # Not by its name, by which Pillow would map some formats into memory: a mapped file that shrinks ends the process.
+    with naming(path), open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore", pil.DecompressionBombWarning)  # large, but not too large
+        try:
+            picture = pil.open(file)
             # JPEG only: decode at a lower resolution that still exceeds the target.
-            edge = max(file.size)
-            file.draft(mode, (2 * largest, 2 * largest))
-            return read(ops.exif_transpose(file)), edge
-    except pil.UnidentifiedImageError:
-        raise ValueError(f"{path}: not a picture in a known format") from None
-    except pil.DecompressionBombError as error:
-        raise ValueError(f"{path}: the picture is too large ({error})") from None
-    except (SyntaxError, EOFError) as error:  # how Pillow reports some damaged files
-        raise ValueError(f"{path}: damaged picture ({error})") from None
+            edge = max(picture.size)
+            picture.draft(mode, (2 * largest, 2 * largest))
+            return read(ops.exif_transpose(picture)), edge
+        except MissingExtraError:
+            raise
+        except pil.UnidentifiedImageError:
+            raise ValueError(f"{path}: not a picture in a known format") from None
+        except pil.DecompressionBombError as error:
+            raise ValueError(f"{path}: the picture is too large ({error})") from None
+        except Exception as error:  # of damaged files Pillow tells by almost every kind of error
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise ValueError(f"{path}: damaged picture ({error})") from None
 
 
 def _colors(image: Image) -> Tensor:

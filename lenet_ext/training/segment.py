@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,5 +199,8 @@ def save_annotated(source: str | Path, digits: Sequence[tuple[Box, str]], path: 
         anchor = "ls" if above else "lt"
         written = {"anchor": anchor, "stroke_width": max(1, size // 10), "stroke_fill": "white"}
         canvas.text(place, text, fill=VERMILION, font=font.load_default(size), **written)
+    # In memory first: what Pillow says of a full disk does not mention it.
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
     with atomic_path(path) as temporary:
-        image.save(temporary, kind)
+        temporary.write_bytes(buffer.getbuffer())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import warnings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
-from lenet_ext import Net, ReferenceNet, TrainingStep
+from lenet_ext import Net, ReferenceNet, TrainingStep, training_step
 from lenet_ext.training_step import ONE_OPERATOR
 
 SGD_OPTIONS = st.fixed_dictionaries(
@@ -448,6 +449,31 @@ def test_a_step_that_raises_has_changed_nothing(kind, images, targets, weight, e
     for seed in range(2):
         plain_step(stock, other, *batch(seed=seed))
     assert_same_state(net, stock, optimizer, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(SGD, {"lr": 0.1, "momentum": 0.9}), (SGD, {"lr": 0.1}), (AdamW, {"lr": 0.01})]
+)
+@pytest.mark.parametrize("interrupted", [0, 1])
+def test_ctrl_c_leaves_a_whole_step(kind, options, interrupted, monkeypatch):
+    """Python tells of the signal when the operator has returned: parameters and optimizer are then both a step on."""
+    net, (images, targets) = twins()[0], batch()
+    other = copy.deepcopy(net)
+    steps = [TrainingStep(model, kind(model.parameters(), **options)) for model in (net, other)]
+    operator = training_step.ops.lenet_training_step
+
+    def interrupt(*arguments):
+        operator(*arguments)
+        raise KeyboardInterrupt
+
+    for number in range(3):
+        steps[1](images, targets)
+        with monkeypatch.context() as patch:
+            if number == interrupted:
+                patch.setattr(training_step.ops, "lenet_training_step", interrupt)
+            with pytest.raises(KeyboardInterrupt) if number == interrupted else contextlib.nullcontext():
+                steps[0](images, targets)
+        assert_same_state(net, other, steps[0].optimizer, steps[1].optimizer, tolerance=0)
 
 
 def test_every_target_ignored():

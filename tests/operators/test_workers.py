@@ -1,4 +1,4 @@
-"""Threads, forked children, DataLoader workers, fresh interpreters: no shared state that breaks."""
+"""Threads and fresh interpreters: no shared state that breaks. Other processes are those of tests/processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 import textwrap
 import threading
 
-import pytest
 import torch
 from reference import assert_equal
 
@@ -56,71 +55,6 @@ def test_many_python_threads():
         thread.join(120)
     assert not any(thread.is_alive() for thread in threads), "a thread hangs"
     assert not errors, errors[0]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_forked_child():
-    """One thread in the child after a threaded parent: what stock manages, and DataLoader workers do."""
-    out = _python(
-        """
-        import os, torch, lenet_ext
-        torch.manual_seed(0)
-        net, x = lenet_ext.Net(), torch.randn(64, 1, 32, 32)
-        torch.set_num_threads(2)
-        net(x).sum().backward()
-        with torch.no_grad():
-            expected = net(x)
-        pid = os.fork()
-        if pid == 0:
-            torch.set_num_threads(1)
-            with torch.no_grad():
-                ok = torch.equal(net(x), expected)
-            net.zero_grad()
-            net(x).sum().backward()
-            os._exit(0 if ok and net.conv1.weight.grad.any() else 3)
-        _, status = os.waitpid(pid, 0)
-        print("child", os.waitstatus_to_exitcode(status))
-        """
-    )
-    assert out.split() == ["child", "0"]
-
-
-@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.extended)])
-def test_dataloader_worker(tmp_path, context):
-    """A frozen net as part of the data set's transform, computed in two worker processes."""
-    (tmp_path / "worker_test.py").write_text(
-        textwrap.dedent(
-            f"""
-            import torch, lenet_ext
-
-            class Embedded(torch.utils.data.Dataset):
-                def __init__(self):
-                    torch.manual_seed(0)
-                    self.net = lenet_ext.Net().eval()
-                    self.images = torch.randn(12, 1, 32, 32)
-                def __len__(self):
-                    return 12
-                def __getitem__(self, i):
-                    with torch.no_grad():
-                        return self.net(self.images[i][None])[0]
-
-            if __name__ == "__main__":
-                data = Embedded()
-                data[0]
-                loader = torch.utils.data.DataLoader(
-                    data, batch_size=4, num_workers=2, multiprocessing_context={context!r}, timeout=100
-                )
-                result = torch.cat(list(loader))
-                assert torch.equal(result, torch.stack([data[i] for i in range(12)]))
-                print("loaded", len(result))
-            """
-        )
-    )
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "worker_test.py")], capture_output=True, text=True, timeout=150, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "loaded 12" in done.stdout
 
 
 def test_number_of_threads_is_left_alone():
