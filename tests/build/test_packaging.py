@@ -125,7 +125,8 @@ def sdist(tree: Path) -> Path:
 
 def was_measured(name: str) -> bool:
     """Results, which the repository has and a source distribution does not."""
-    return name.startswith("benchmarks/results/") or (name.startswith("benchmarks/") and name.endswith(".json"))
+    table = name.startswith(("benchmarks/", "tools/")) and name.endswith(".json")
+    return table or name.startswith("benchmarks/results/")
 
 
 def test_the_sdist_holds_the_whole_tree_without_results(tree: Path, sdist: Path) -> None:
