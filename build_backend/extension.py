@@ -98,11 +98,12 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
         def finalize_options(self) -> None:
             super().finalize_options()
             # Kept between builds, also of an editable installation, so that only what changed is compiled again. One
-            # for each torch and compiler: ninja does not see it when those are replaced where they are.
-            # And one for the sanitizers, so that the usual library need not be compiled again after them.
+            # for each compiler, its flags and torch: ninja does not see it when a tool is replaced where it is, and
+            # what the sanitizers need is not to be compiled again after them. The kernels know of no torch or Python.
             cuda = "" if cuda_reason else f"{toolkit.nvcc} {toolkit.version}"
-            tools = "\n".join([compiler_version(compiler), cuda, *sanitizer])
+            tools = "\n".join([compiler_version(compiler), cuda, *users, *sanitizer])
             digest = hashlib.sha256(tools.encode()).hexdigest()[:8]
+            self.kernels = root / "build" / f"kernels-{digest}"
             name = f"{sys.implementation.cache_tag}-torch-{torch.__version__}-{digest}"
             self.build_temp = str(root / "build" / name)
             self.force = True  # ninja decides what is out of date; without it everything is compiled
@@ -115,10 +116,10 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
         def build_extensions(self) -> None:
             folder = Path(self.build_temp).resolve() / "lenet_ext"
             self._write_config(folder)
-            objects = cpu_objects([*compiler, STANDARD, *users], capabilities, csrc / "cpu", folder, changed)
+            objects = cpu_objects([*compiler, STANDARD, *users], capabilities, csrc / "cpu", self.kernels, changed)
             if cuda_reason is None:
-                objects += cuda_objects(toolkit, compiler, csrc / "cuda", folder, debug)
-            compile_objects(objects, folder, jobs)
+                objects += cuda_objects(toolkit, compiler, csrc / "cuda", self.kernels, debug)
+            compile_objects(objects, self.kernels, jobs)
             extension = self.extensions[0]
             extension.extra_objects = [str(job.output) for job in objects]
             extension.extra_compile_args["cxx"] += ["-I", str(folder)]

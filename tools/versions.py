@@ -33,7 +33,6 @@ DOCUMENT = ROOT / "CONTRIBUTING.md"
 QUICK = [
     "autograd/test_autograd_function.py",
     "autograd/test_saved.py",
-    "build/test_import.py",
     "fusion/test_fuse.py",
     "network/test_nn.py",
     "operators/test_call_path.py",

@@ -242,19 +242,22 @@ removed.parent.mkdir(parents=True, exist_ok=True)
 removed.touch()
 build.run()
 build_ext = build.get_finalized_command("build_ext")
-print(removed.exists(), build_ext.force, build_ext.build_temp)
+print(removed.exists(), build_ext.force, build_ext.build_temp, build_ext.kernels, sep="\t")
 """
 
-    def answer(torch_version: str) -> list[str]:
+    def answer(torch_version: str, **variables: str) -> list[str]:
         command = [sys.executable, "-c", code, str(tmp_path), torch_version]
-        where = environment(tree, LENET_EXT_CUDA="0")
+        where = environment(tree, LENET_EXT_CUDA="0", **variables)
         done = subprocess.run(command, cwd=tree, env=where, capture_output=True, text=True, check=False)
-        return value(done).split(maxsplit=2)
+        return value(done).split("\t")
 
     first, again, other = answer("2.12.0"), answer("2.12.0"), answer("2.13.0")
     assert first[:2] == ["False", "True"]
     assert first == again
     assert first[2] != other[2]
+    assert first[3] == other[3], "kernels know of no torch"
+    flags = answer("2.12.0", CXXFLAGS="-DX")
+    assert not {first[2], first[3]} & {flags[2], flags[3]}
 
 
 @pytest.fixture
