@@ -67,10 +67,18 @@ def run(command: list[str], log: Path, cwd: Path = WORK, **variables: str) -> st
     with log.open("a") as file:
         file.write(f"+ {' '.join(command)}\n{done.stdout}\n")
     if done.returncode != 0:
-        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        speaking = [line for line in lines if re.search(r"\berror\b|^lenet_ext: ", line)]
-        raise CommandError((speaking or lines[-1:])[0])
+        raise CommandError(first_error(done.stdout) or f"exit code {done.returncode}")
     return done.stdout
+
+
+def first_error(output: str) -> str:
+    """What says most: the compiler's first error, else what the build says itself, else any error, else the end."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    for pattern in (r": (fatal )?error: ", r"^lenet_ext: ", r"\berror\b", ""):
+        found = [line for line in lines if re.search(pattern, line)]
+        if found:
+            return found[-1] if not pattern else found[0]
+    return ""
 
 
 def compiler_name(compiler: str) -> str:

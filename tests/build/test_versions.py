@@ -65,12 +65,26 @@ def test_a_documents_table_is_replaced_between_its_marks() -> None:
 
 def test_a_failing_command_is_one_line_and_leaves_its_output(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    code = "import sys; print('compiling'); print('  a.cpp:3: error: no'); print('error: failed'); sys.exit(1)"
+    code = "import sys; print('compiling'); print('error: failed'); print('  a.cpp:3: error: no'); sys.exit(1)"
     with pytest.raises(versions.CommandError, match=r"^a\.cpp:3: error: no$"):
         versions.run([sys.executable, "-c", code], log, tmp_path)
     with pytest.raises(versions.CommandError, match=r"^exit code 3$"):
         versions.run([sys.executable, "-c", "import sys; sys.exit(3)"], log, tmp_path)
     assert "compiling\n" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("output", "line"),
+    [
+        ("error: pip's\na.cpp:3:1: fatal error: x.h\nlenet_ext: compiling failed\n", "a.cpp:3:1: fatal error: x.h"),
+        ("error: pip's\n  lenet_ext: no torch; run: it\nnote\n", "lenet_ext: no torch; run: it"),
+        ("note\nan error of something\nnote\n", "an error of something"),
+        ("one\ntwo\n\n", "two"),
+        ("", ""),
+    ],
+)
+def test_the_line_that_says_most(output: str, line: str) -> None:
+    assert versions.first_error(output) == line
 
 
 def test_counts_of_a_report(tmp_path: Path) -> None:
