@@ -19,7 +19,7 @@ help:
 	@echo "make fuzz     random calls against stock, in a child process; SECONDS=60, FUZZ_ARGS='--seed 4711' is one call again"
 	@echo "make sanitize the operators' tests and random calls on a library built with AddressSanitizer and UBSan (GCC)"
 	@echo "make versions build and test with other versions into a table: PYTHONS='a/bin/python b/bin/python' TORCHES='2.13.0 2.14.1'"
-	@echo "              COMPILERS='g++ clang++' STANDARDS='c++20' FULL=1"
+	@echo "              COMPILERS='g++ clang++' STANDARDS='c++20' TESTS=none|quick|all"
 	@echo "make wheel    a source distribution and a wheel in dist/, checked by auditwheel and in a new environment"
 	@echo "make bench    the full benchmark of this machine (most of an hour), a small file of it in benchmarks/results"
 	@echo "make numbers  errors in ulp against float64, beside stock's, into benchmarks/results"
@@ -71,9 +71,10 @@ sanitize: $(VENV)/installed
 # Environments that are there (PYTHONS), or new ones with a torch each (TORCHES); without both, the one of this Makefile.
 COMPILERS ?= g++
 STANDARDS ?= c++20
+TESTS ?= quick
 versions: $(VENV)/installed
 	$(BIN)/python tools/versions.py --pythons $(PYTHONS) --torches $(TORCHES) --compilers $(COMPILERS) \
-		--standards $(STANDARDS) $(if $(FULL),--full)
+		--standards $(STANDARDS) --tests $(if $(FULL),all,$(TESTS))
 
 wheel: $(VENV)/torch
 	$(BIN)/pip install --quiet $(WHEEL_TOOLS)

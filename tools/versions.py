@@ -3,7 +3,7 @@
     python tools/versions.py                                      # the torch and the compiler that are there
     python tools/versions.py --pythons a/bin/python b/bin/python  # environments with a torch and what the tests need
     python tools/versions.py --torches 2.13.0 2.14.1              # in new environments under build/versions
-    python tools/versions.py --compilers g++ clang++ --standards c++20 --full
+    python tools/versions.py --compilers g++ clang++ --standards c++20 --tests all
     python tools/versions.py --table                              # the table again, of what is known
 
 Each build is a whole one with -Wall -Wextra -Werror, into a folder of its own, without CUDA. What it found is a line of
@@ -114,11 +114,11 @@ def new_environment(torch: str, python: str) -> str:
     return made
 
 
-def examine(python: str, compiler: str, standard: str, full: bool) -> dict[str, Any]:
+def examine(python: str, compiler: str, standard: str, tests: str) -> dict[str, Any]:
     """A line of the table: what this Python has, the build, the package's own check, the tests."""
     facts = json.loads(subprocess.run([python, "-c", _FACTS], capture_output=True, text=True, check=True).stdout)
     row = {**facts, "compiler": compiler_name(compiler), "standard": standard}
-    row |= {"date": datetime.date.today().isoformat(), "tests": "all" if full else "quick"}
+    row |= {"date": datetime.date.today().isoformat(), "tests": tests}
     name = re.sub(r"[^\w.+]+", "-", "-".join(row[column] for column in COLUMNS))
     print(f"{name}: building", flush=True)
     site, log, report = WORK / name, WORK / f"{name}.log", WORK / f"{name}.xml"
@@ -138,10 +138,12 @@ def examine(python: str, compiler: str, standard: str, full: bool) -> dict[str, 
         row["check"] = "ok"
     except CommandError as error:
         row["check"] = str(error)
+    if tests == "none":
+        return row
     print(f"{name}: testing", flush=True)
-    chosen = [] if full else QUICK
+    chosen = QUICK if tests == "quick" else []
     options = ["-m", "not extended", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    if full:
+    if tests == "all":
         options += ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"]
     try:
         run([python, "-m", "pytest", "-q", *options, *chosen], log, ROOT / "tests", PYTHONPATH=str(site))
@@ -153,7 +155,8 @@ def examine(python: str, compiler: str, standard: str, full: bool) -> dict[str, 
 
 
 def is_good(row: dict[str, Any]) -> bool:
-    return row["build"] == "ok" and row["check"] == "ok" and row.get("passed", 0) > 0 and "error" not in row
+    tested = row["tests"] == "none" or row.get("passed", 0) > 0
+    return row["build"] == "ok" and row["check"] == "ok" and tested and "error" not in row
 
 
 def key(row: dict[str, Any]) -> list[Any]:
@@ -173,10 +176,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        tests = ", ".join(f"{row[kind]} {kind}" for kind in ("passed", "failed", "skipped") if row.get(kind))
-        cells = [*(row[name] for name in COLUMNS), row["build"], row.get("check", ""), f"{row['tests']}: {tests}"]
-        if "passed" not in row:
-            cells[-1] = row.get("error", "")
+        found = ", ".join(f"{row[kind]} {kind}" for kind in ("passed", "failed", "skipped") if row.get(kind))
+        tests = f"{row['tests']}: {found}" if found else row.get("error", "none")
+        cells = [*(row[name] for name in COLUMNS), row["build"], row.get("check", ""), tests]
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in [*cells, row["date"]]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -208,7 +210,7 @@ def main() -> int:
     parser.add_argument("--torches", nargs="*", default=[], metavar="VERSION")
     parser.add_argument("--compilers", nargs="*", default=["g++"], metavar="CXX")
     parser.add_argument("--standards", nargs="*", default=["c++20"])
-    parser.add_argument("--full", action="store_true", help="all that `make test` runs, not only a part of it")
+    parser.add_argument("--tests", choices=("none", "quick", "all"), default="quick", help="all: what `make test` runs")
     parser.add_argument("--table", action="store_true", help="only write the table again")
     arguments = parser.parse_args()
     if arguments.table:
@@ -226,7 +228,7 @@ def main() -> int:
     for python in pythons or [sys.executable]:
         for compiler in arguments.compilers:
             for standard in arguments.standards:
-                row = examine(python, compiler, standard, arguments.full)
+                row = examine(python, compiler, standard, arguments.tests)
                 write(merged(read(), row))
                 good = good and is_good(row)
                 print(table([row]).splitlines()[-1], flush=True)

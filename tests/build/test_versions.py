@@ -41,7 +41,7 @@ def test_the_table_says_what_was_built_and_which_tests_ran() -> None:
     lines = versions.table(rows).splitlines()
     assert lines[2:] == [
         "| 2.13.0 | 3.11.7 | GCC 12.2.0 | c++20 | ok | ok | quick: 7 passed, 2 failed, 1 skipped | 2026-11-28 |",
-        "| 2.14.1 | 3.11.7 | GCC 12.2.0 | c++20 | a.cpp:1: error: a \\| b |  |  | 2026-11-28 |",
+        "| 2.14.1 | 3.11.7 | GCC 12.2.0 | c++20 | a.cpp:1: error: a \\| b |  | none | 2026-11-28 |",
         "| 2.15.0 | 3.11.7 | GCC 12.2.0 | c++20 | ok | ok | died | 2026-11-28 |",
     ]
     assert all(line.replace("\\|", "").count("|") == lines[0].count("|") for line in lines)
@@ -49,6 +49,7 @@ def test_the_table_says_what_was_built_and_which_tests_ran() -> None:
 
 def test_only_what_was_built_and_passed_is_good() -> None:
     assert versions.is_good(row("2.13.0"))
+    assert versions.is_good(row("2.13.0", tests="none", passed=0))
     for bad in ({"build": "error"}, {"check": "error"}, {"passed": 0}, {"error": "2 failed"}):
         assert not versions.is_good(row("2.13.0", **bad))
 
