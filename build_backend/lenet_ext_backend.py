@@ -11,6 +11,8 @@ import importlib.util
 import site
 import sys
 
+from requirements import TORCH, require_setuptools
+
 
 def _target_site_packages() -> list[str]:
     paths = site.getsitepackages()
@@ -21,12 +23,14 @@ def _target_site_packages() -> list[str]:
 
 sys.path += [path for path in _target_site_packages() if path not in sys.path]
 
+require_setuptools()  # in its own words: an older one lacks hooks, and no setuptools at all looks like no backend
+
 # Only now: importing setuptools appends the packages it bundles, and torch must not get an older one of those.
 from setuptools import build_meta  # noqa: E402
 
 
 def _with_torch(requirements: list[str]) -> list[str]:
-    return requirements if importlib.util.find_spec("torch") else [*requirements, "torch>=2.11"]
+    return requirements if importlib.util.find_spec("torch") else [*requirements, TORCH]
 
 
 def get_requires_for_build_wheel(config_settings=None):

@@ -46,9 +46,10 @@ def run_setting(setting: dict[str, str]) -> tuple[int, tuple[str, ...]]:
             timeout=_LIMIT_S,
             check=False,
         )
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         if done.returncode == 0:
-            return int(lines[-1]), ()
+            return int(done.stdout.split()[-1]), ()
+        # What went to the other stream may be anybody's warnings, unless there is nothing else.
+        lines = [line for line in (done.stdout.strip() or done.stderr).splitlines() if line.strip()]
         failures = tuple(lines[-5:]) or (f"exit code {done.returncode}",)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         failures = (str(error),)

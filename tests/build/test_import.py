@@ -81,6 +81,24 @@ print(json.dumps(facts))
     assert not (extras | ours) & set(found["modules"])
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_no_second_openmp_runtime_is_loaded(tmp_path: Path) -> None:
+    """Two in one process know nothing of each other's threads."""
+    if lenet_ext.build_info()["compiler"].startswith("clang"):
+        pytest.skip("Clang's code needs LLVM's runtime, which torch has not")
+    code = """
+import re, torch
+def runtimes():
+    torch.ones(1 << 20).sum()
+    return set(re.findall(r"/\\S*lib(?:gomp|omp|iomp)\\S*", open("/proc/self/maps").read()))
+before = runtimes()
+import lenet_ext
+lenet_ext.Net()(torch.ones(64, 1, 32, 32))
+print(len(before) > 0, runtimes() - before)
+"""
+    assert run_python(code, tmp_path).stdout == "True set()\n"
+
+
 def test_exported_names() -> None:
     names = {"Net", "ReferenceNet", "__version__", "autograd", "build_info", "functional", "fuse", "nn", "unfuse"}
     assert names <= set(lenet_ext.__all__)

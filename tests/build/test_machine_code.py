@@ -100,6 +100,8 @@ def test_the_kernels_are_those_of_the_table():
     tools = machine_code.find_tools()
     if isinstance(tools, str):
         pytest.skip(tools)
+    if not machine_code.TABLE.is_file():
+        pytest.skip("a source distribution comes without the table")
     table = json.loads(machine_code.TABLE.read_text())
     if tools.version != table["nvcc"]:
         pytest.skip(f"the table is of nvcc {table['nvcc']}, here is {tools.version}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -123,13 +124,27 @@ def sdist(tree: Path) -> Path:
     return folder / value(hook(tree, f"build_sdist({str(folder)!r})", WITHOUT_TORCH))
 
 
-def test_the_sdist_holds_the_whole_tree(tree: Path, sdist: Path) -> None:
+def was_measured(name: str) -> bool:
+    """Results, which the repository has and a source distribution does not."""
+    table = name.startswith(("benchmarks/", "tools/")) and name.endswith(".json")
+    return table or name.startswith("benchmarks/results/")
+
+
+def test_the_sdist_holds_the_whole_tree_without_results(tree: Path, sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         members = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
     generated = {name for name in members if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
-    shipped = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()} & set(shipped_files())
+    tracked = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()} & set(shipped_files())
+    shipped = {name for name in tracked if not was_measured(name)}
     assert {"csrc/library.cpp", "csrc/cpu/simd.h", "build_backend/extension.py", "tests/conftest.py"} <= shipped
+    assert {"lenet_ext/pretrained/mnist.safetensors", "lenet_ext/pretrained/mnist.json"} <= shipped
     assert members - generated == shipped
+
+
+def test_the_sdist_is_small(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        largest = sorted(((member.size, member.name) for member in archive), reverse=True)[:5]
+    assert sdist.stat().st_size < 1_000_000, f"the largest files are {largest}"
 
 
 def test_the_metadata_of_the_sdist_can_be_read_without_torch(sdist: Path) -> None:
@@ -169,10 +184,25 @@ def test_prepared_metadata_names_the_torch_that_is_there(
 
 
 NO_TORCH = "torch is not installed here; run: pip install torch, and then: pip install ."
-NO_NVCC = "LENET_EXT_CUDA=1 needs nvcc, which is neither in CUDA_HOME nor on the PATH; set CUDA_HOME"
-NO_COMPILER = "the C++ compiler '/nonexistent' was not found; install g++ or clang++, or set CXX to one"
-
+CUDA_COMMAND = "run: CUDA_HOME=/path/to/cuda pip install . (for the CPU alone: LENET_EXT_CUDA=0 pip install .)"
+NO_NVCC = f"LENET_EXT_CUDA=1 was set, but no nvcc was found, neither in CUDA_HOME nor on the PATH; {CUDA_COMMAND}"
+NO_COMPILER = "the C++ compiler '/nonexistent' was not found; run: unset CXX"
 NO_SANITIZER = "LENET_EXT_SANITIZE must be address, got 'memory'"
+OLD_SETUPTOOLS = "setuptools 77 or newer is needed, found 60.0.0; run: pip install --upgrade 'setuptools>=77'"
+NO_SETUPTOOLS = "setuptools is not installed here; run: pip install 'setuptools>=77'"
+
+# What an old setuptools, or none, looks like from within.
+SETUPTOOLS_OF = """
+import importlib.metadata
+version = importlib.metadata.version
+def answer(name):
+    if name != "setuptools":
+        return version(name)
+    {}
+importlib.metadata.version = answer
+"""
+WITH_OLD_SETUPTOOLS = SETUPTOOLS_OF.format("return '60.0.0'")
+WITHOUT_SETUPTOOLS = SETUPTOOLS_OF.format("raise importlib.metadata.PackageNotFoundError(name)")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +212,8 @@ NO_SANITIZER = "LENET_EXT_SANITIZE must be address, got 'memory'"
         pytest.param("", {"LENET_EXT_CUDA": "1", "PATH": "/nonexistent"}, NO_NVCC, id="no nvcc"),
         pytest.param("", {"LENET_EXT_CUDA": "0", "CXX": "/nonexistent"}, NO_COMPILER, id="no compiler"),
         pytest.param("", {"LENET_EXT_CUDA": "0", "LENET_EXT_SANITIZE": "memory"}, NO_SANITIZER, id="no sanitizer"),
+        pytest.param(WITH_OLD_SETUPTOOLS, {}, OLD_SETUPTOOLS, id="old setuptools"),
+        pytest.param(WITHOUT_SETUPTOOLS, {}, NO_SETUPTOOLS, id="no setuptools"),
     ],
 )
 def test_what_cannot_be_built_is_told_in_one_sentence_before_compiling(
@@ -211,19 +243,22 @@ removed.parent.mkdir(parents=True, exist_ok=True)
 removed.touch()
 build.run()
 build_ext = build.get_finalized_command("build_ext")
-print(removed.exists(), build_ext.force, build_ext.build_temp)
+print(removed.exists(), build_ext.force, build_ext.build_temp, build_ext.kernels, sep="\t")
 """
 
-    def answer(torch_version: str) -> list[str]:
+    def answer(torch_version: str, **variables: str) -> list[str]:
         command = [sys.executable, "-c", code, str(tmp_path), torch_version]
-        where = environment(tree, LENET_EXT_CUDA="0")
+        where = environment(tree, LENET_EXT_CUDA="0", **variables)
         done = subprocess.run(command, cwd=tree, env=where, capture_output=True, text=True, check=False)
-        return value(done).split(maxsplit=2)
+        return value(done).split("\t")
 
     first, again, other = answer("2.12.0"), answer("2.12.0"), answer("2.13.0")
     assert first[:2] == ["False", "True"]
     assert first == again
     assert first[2] != other[2]
+    assert first[3] == other[3], "kernels know of no torch"
+    flags = answer("2.12.0", CXXFLAGS="-DX")
+    assert not {first[2], first[3]} & {flags[2], flags[3]}
 
 
 @pytest.fixture
@@ -268,6 +303,9 @@ def test_cuda_is_left_out_with_a_reason(toolkit, tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("LENET_EXT_CUDA")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("PATH", "")
+    elsewhere = f"no nvcc was found: CUDA_HOME={tmp_path}/elsewhere has no bin/nvcc, and the PATH has none"
+    assert toolkit.find_cuda_toolkit() == elsewhere
+    monkeypatch.delenv("CUDA_HOME")
     assert toolkit.find_cuda_toolkit() == "no nvcc was found, neither in CUDA_HOME nor on the PATH"
 
 
@@ -275,7 +313,9 @@ def test_cuda_that_is_insisted_on_is_not_left_out(toolkit, monkeypatch: pytest.M
     monkeypatch.setenv("CUDA_HOME", "/nonexistent")
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("FORCE_CUDA", "1")  # what other packages call it
-    with pytest.raises(SystemExit, match=NO_NVCC):
+    with pytest.raises(
+        SystemExit, match=re.escape("CUDA_HOME=/nonexistent has no bin/nvcc, and the PATH has none; run: ")
+    ):
         toolkit.find_cuda_toolkit()
     monkeypatch.setenv("LENET_EXT_CUDA", "0")  # the name of our own goes first
     assert toolkit.find_cuda_toolkit() == "LENET_EXT_CUDA=0 was set"
@@ -303,8 +343,153 @@ def test_another_major_version_of_cuda_than_torchs_is_refused(toolkit, monkeypat
     monkeypatch.setattr(torch.version, "cuda", "13.2")
     assert toolkit.find_cuda_toolkit().version == "13.0"
     monkeypatch.setattr(torch.version, "cuda", "12.6")
-    with pytest.raises(SystemExit, match=r"nvcc is CUDA 13\.0, but torch was built with CUDA 12\.6; set CUDA_HOME"):
+    sentence = "nvcc is CUDA 13.0, but torch was built with CUDA 12.6; run: CUDA_HOME=/path/to/cuda-12 pip install ."
+    with pytest.raises(SystemExit, match=re.escape(sentence)):
         toolkit.find_cuda_toolkit()
+
+
+@pytest.fixture
+def compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`compiler` of the build backend, and a folder in front of the PATH for compilers that cannot do everything."""
+    monkeypatch.syspath_prepend(str(SOURCE_TREE / "build_backend"))
+    for variable in ("CXX", "CXXFLAGS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    import compiler
+    import requirements
+
+    monkeypatch.setattr(requirements, "_MANAGERS", {"sh": ("sh install", {"compiler": "cxx", "openmp": "omp-dev"})})
+    monkeypatch.setattr(requirements.os, "geteuid", lambda: 0)
+    return compiler
+
+
+def write_compiler(path: Path, refused: str, message: str, version: str = "") -> None:
+    """One that knows everything but `refused`, and makes empty programs."""
+    path.write_text(
+        f'#!/bin/sh\ncase "$*" in\n  *{refused}*) echo "warning: w" >&2; echo "{message}" >&2; exit 1 ;;\n'
+        f'  --version) echo "{version}" ;;\nesac\n'
+    )
+    path.chmod(0o755)
+
+
+def test_a_compiler_without_openmp_is_named_with_the_package_that_has_it(compilers, tmp_path: Path) -> None:
+    write_compiler(tmp_path / "c++", "-fopenmp", "fatal error: omp.h not found", "c++ (GCC) 12.2.0")
+    with pytest.raises(SystemExit, match=re.escape("'c++' has no OpenMP; run: sh install cxx")):
+        compilers.find_compiler()
+    write_compiler(tmp_path / "c++", "-fopenmp", "fatal error: omp.h not found", "Debian clang version 14.0.6")
+    with pytest.raises(SystemExit, match=re.escape("'c++' has no OpenMP; run: sh install omp-dev")):
+        compilers.find_compiler()
+
+
+def test_a_compiler_that_does_not_work_is_told_with_its_first_error(
+    compilers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_compiler(tmp_path / "c++", "program.cpp", "ld: error: no crt1.o")
+    sentence = "'c++' does not work (ld: error: no crt1.o); run: sh install cxx"
+    with pytest.raises(SystemExit, match=re.escape(sentence)):
+        compilers.find_compiler()
+    write_compiler(tmp_path / "c++", "-fnonsense", "error: unknown -fnonsense")
+    assert compilers.find_compiler() == ["c++"]
+    monkeypatch.setenv("CXXFLAGS", "-O1 -fnonsense")
+    sentence = "'c++' does not take CXXFLAGS (error: unknown -fnonsense); run: unset CXXFLAGS"
+    with pytest.raises(SystemExit, match=re.escape(sentence)):
+        compilers.find_compiler()
+
+
+def test_a_missing_compiler_is_told_with_the_command_that_installs_one(
+    compilers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(SystemExit, match=re.escape("the C++ compiler 'c++' was not found; run: sh install cxx")):
+        compilers.find_compiler()
+
+
+def test_missing_headers_of_python_are_told_before_compiling(
+    compilers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_compiler(tmp_path / "c++", "-fnonsense", "")
+    monkeypatch.setattr(compilers.sysconfig, "get_path", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(compilers, "install_command", "sh install {}".format)
+    with pytest.raises(SystemExit, match=f"Python's headers are not in {tmp_path}/include; run: sh install python"):
+        compilers.find_compiler()
+
+
+@pytest.mark.parametrize(
+    ("there", "root", "command"),
+    [
+        ("apt-get", True, "apt-get install libomp-14-dev"),
+        ("apt-get", False, "sudo apt-get install libomp-14-dev"),
+        ("dnf", False, "sudo dnf install libomp-devel"),
+        (None, False, "conda install -c conda-forge llvm-openmp"),
+    ],
+)
+def test_commands_are_those_of_the_package_manager_that_is_there(
+    there: str | None, root: bool, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SOURCE_TREE / "build_backend"))
+    import requirements
+
+    monkeypatch.setattr(requirements.shutil, "which", lambda name, path: name if name == there else None)
+    monkeypatch.setattr(requirements.os, "geteuid", lambda: 0 if root else 1000)
+    assert requirements.install_command("openmp", "14") == command
+
+
+def arguments(extension_module, name: str) -> list[str]:
+    """What the compiler gets for the host side."""
+    (extension,) = extension_module.extension_and_command(SOURCE_TREE, "0")["ext_modules"]
+    return extension.extra_compile_args[name]
+
+
+def test_cxxflags_reach_every_source_and_may_name_the_standard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SOURCE_TREE / "build_backend"))
+    monkeypatch.setenv("LENET_EXT_CUDA", "0")
+    monkeypatch.setenv("CXXFLAGS", "-std=c++20 -O1 '-DTWO WORDS'")
+    import extension
+    from cpu_kernels import STANDARD, cpu_objects
+
+    users = ["-std=c++20", "-O1", "-DTWO WORDS"]
+    host = arguments(extension, "cxx")
+    assert host[:3] == users
+    assert host.index("-O2") > 2, "the level of optimization is the build's own"
+    given = []
+    monkeypatch.setattr(extension, "cpu_objects", lambda compiler, *_: given.append(compiler) or [])
+    monkeypatch.setattr(extension, "compile_objects", lambda *_: None)
+    monkeypatch.setattr(extension, "has_private_runtime", lambda library: False)
+    monkeypatch.setattr(extension.cpp_extension.BuildExtension, "build_extensions", lambda self: None)
+    from setuptools import Distribution
+
+    made = extension.extension_and_command(SOURCE_TREE, "0")
+    command = Distribution({"name": "lenet_ext", **made}).get_command_obj("build_ext")
+    command.ensure_finalized()
+    command.build_temp = str(tmp_path)
+    command.extensions = made["ext_modules"]
+    command.build_extensions()
+    assert given[0][-4:] == [STANDARD, *users]
+    objects = cpu_objects(given[0], ["default"], SOURCE_TREE / "csrc" / "cpu", tmp_path, [])
+    assert all(job.command.index("-std=c++20") > job.command.index(STANDARD) for job in objects)
+
+
+def test_torchs_own_pybind11_goes_before_the_declared_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SOURCE_TREE / "build_backend"))
+    monkeypatch.setenv("LENET_EXT_CUDA", "0")
+    import extension
+
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "pybind11.py").write_text(f"def get_include():\n    return {str(tmp_path)!r}\n")
+    monkeypatch.delitem(sys.modules, "pybind11", raising=False)
+    folders = [flag for flag in arguments(extension, "cxx") if flag.endswith(("include", str(tmp_path)))]
+    assert folders[-1] == str(tmp_path)
+    assert any(Path(folder, "torch", "library.h").is_file() for folder in folders[:-1])
+    monkeypatch.delitem(sys.modules, "pybind11")
+
+    # A torch without a copy, as distributions build it.
+    monkeypatch.setattr(extension.cpp_extension, "include_paths", list)
+    assert extension._pybind11() == [str(tmp_path)]
+    monkeypatch.delitem(sys.modules, "pybind11")
+    monkeypatch.setattr(extension.importlib.util, "find_spec", lambda name: None)
+    sentence = "pybind11 is not installed here, and this torch has no copy of it; run: pip install 'pybind11>=3'"
+    with pytest.raises(SystemExit, match=re.escape(sentence)):
+        extension._pybind11()
 
 
 def test_the_number_of_parallel_jobs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 
 import lenet_ext
 from lenet_ext.cli import main, train
+from lenet_ext.selftest import variants
 from lenet_ext.training import datasets
 
 COMMANDS = ("train", "eval", "predict", "export", "bench", "check", "demo", "info", "completion")
@@ -618,6 +619,26 @@ def test_check_finds_wrong_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     captured = capsys.readouterr()
     assert "failed: linear and linear_relu, exact: linear_relu LeNet fc1, float64: output" in captured.out
     assert_one_line_error(1, captured.err, 1)
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        ("echo 12; echo a warning of torch >&2", (12, ())),
+        ("echo linear: differs; echo a warning of torch >&2; exit 1", (1, ("linear: differs",))),
+        ("echo Segmentation fault >&2; exit 139", (1, ("Segmentation fault",))),
+        ("exit 3", (1, ("exit code 3",))),
+    ],
+)
+def test_check_reads_its_processes_answers_and_not_their_warnings(
+    script: str, found: tuple[int, tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no NumPy torch warns of it."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    assert variants.run_setting({}) == found
 
 
 def test_bench(tmp_path: Path) -> None:
