@@ -151,9 +151,7 @@ def dump(content: dict[str, Any]) -> str:
     for key, value in content.items():
         if isinstance(value, list) and key != "columns":
             # Without spaces, for there are a thousand of them.
-            cells = ",\n".join(
-                json.dumps(_rounded(cell), allow_nan=False, separators=(",", ":")) for cell in value
-            )
+            cells = ",\n".join(json.dumps(_rounded(cell), allow_nan=False, separators=(",", ":")) for cell in value)
             lines.append(f'"{key}": [\n{cells}\n ]')
         elif key == "runs":
             runs = ",\n".join(f'  "{group}": {json.dumps(run)}' for group, run in value.items())

@@ -17,8 +17,9 @@ Outputs are compared before anything is timed. Providers take turns in one proce
 within the same rounds.
 
 A full run has seven groups of up to ten minutes each: net, layers, general (large convolutions), networks (small ones
-as people write them, before and after fuse), overhead (tiny problems), memory (peak of a training step), neighbour (another process keeps one core busy). --only picks some,
-and --json puts the pieces together in one file. --quick takes less than a minute.
+as people write them, before and after fuse), overhead (tiny problems), memory (peak of a training step), neighbour
+(another process keeps one core busy). --only picks some, and --json puts the pieces together in one file. --quick takes
+less than a minute.
 """
 _SECTIONS = ("memory", "neighbour")
 
@@ -31,7 +32,10 @@ def add_parser(commands: Any) -> None:
     )
     names = list_of(str)
     parser.add_argument(
-        "--only", type=names, metavar="A,B", help="groups: net,layers,general,networks,overhead,memory,neighbour (default: all)"
+        "--only",
+        type=names,
+        metavar="A,B",
+        help="groups: net,layers,general,networks,overhead,memory,neighbour (default: all)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="add all results to a file, after each workload")
     parser.add_argument("--resume", action="store_true", help="leave out what the file of --json has already")
