@@ -203,8 +203,9 @@ def _rounding(device: torch.device, dtype: torch.dtype) -> None:
         theirs = (stock(*tensors).double() - exact).abs().max()
         found = ours(*(tensor.to(device) for tensor in tensors)).double().cpu()
         error = (found - exact).abs().max()
-        # A few units in the last place, where stock happens to be exact or is itself in float64.
-        if not error <= 2 * theirs + 4 * torch.finfo(dtype).eps * exact.abs().max():
+        # A few units in the last place, where stock happens to be exact; more in float64, where it is the yardstick.
+        few = 32 if dtype == torch.float64 else 4
+        if not error <= 2 * theirs + few * torch.finfo(dtype).eps * exact.abs().max():
             raise MismatchError(f"error {error:.2e}, stock {theirs:.2e}")
 
 

@@ -124,18 +124,19 @@ def sdist(tree: Path) -> Path:
     return folder / value(hook(tree, f"build_sdist({str(folder)!r})", WITHOUT_TORCH))
 
 
-def was_measured(name: str) -> bool:
-    """Results, which the repository has and a source distribution does not."""
-    table = name.startswith(("benchmarks/", "tools/")) and name.endswith(".json")
-    return table or name.startswith("benchmarks/results/")
+def stays_behind(name: str) -> bool:
+    """What the repository has and a source distribution does not."""
+    folders = ("benchmarks/", "docs/", "tests/bench/", "tests/docs/")
+    is_a_result = name.startswith("tools/") and name.endswith(".json")
+    return name.startswith(folders) or is_a_result or name in ("mkdocs.yml", "tests/build/test_machine_code.py")
 
 
-def test_the_sdist_holds_the_whole_tree_without_results(tree: Path, sdist: Path) -> None:
+def test_the_sdist_holds_what_it_takes_to_build_and_to_test(tree: Path, sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         members = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
     generated = {name for name in members if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
     tracked = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()} & set(shipped_files())
-    shipped = {name for name in tracked if not was_measured(name)}
+    shipped = {name for name in tracked if not stays_behind(name)}
     assert {"csrc/library.cpp", "csrc/cpu/simd.h", "build_backend/extension.py", "tests/conftest.py"} <= shipped
     assert {"lenet_ext/pretrained/mnist.safetensors", "lenet_ext/pretrained/mnist.json"} <= shipped
     assert members - generated == shipped
