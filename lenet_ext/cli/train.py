@@ -96,7 +96,7 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         default=None,
         help="turn each training picture by a random angle of up to 10 degrees, and move it by fractions of a pixel, "
-        "anew in each epoch: a higher accuracy in long runs",
+        "anew in each epoch: a little more accuracy in runs of dozens of epochs",
     )
     add_device(parser)
     add_threads(parser)
