@@ -110,11 +110,12 @@ def plot_curves(path: str | Path, history: list[dict[str, Any]], title: str) -> 
     if history:
         losses.set_yscale("log")
         losses.legend(frameon=False)
+        accuracy.margins(y=0.12)
         accuracy.annotate(
             f"{percent[-1]:.2f}%",
             (epochs[-1], percent[-1]),
             textcoords="offset points",
-            xytext=(0, -14),
+            xytext=(0, 6),  # above the line, which rises
             ha="right",
             color=VERMILION,
         )
