@@ -19,6 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import lenet_ext
 from lenet_ext import functional
+from lenet_ext.bench import CASES, Plan, run_benchmarks
+from lenet_ext.bench.timing import percentile
 from lenet_ext.training import datasets
 
 # The tests run everything here on the CPU, where there are neither events nor graphs, at sizes of their own.
@@ -28,6 +30,7 @@ LAYER_BATCHES = [64, 4096, 65536]
 SLOW_BATCHES = [64, 4096]  # of providers that take long to get ready
 SWEEP_BATCHES, SWEEP_CHANNELS, SWEEP_SIZES = [1, 64], [1, 3, 8, 32, 128], [8, 16, 32, 64]
 COPY_BYTES, MATRIX_SIZE = 2**30, 8192
+KERNELBENCH = Plan.group("kernelbench")
 PARITY_IMAGES, PARITY_STEPS = 2048, 200
 MNIST_SEEDS, MNIST_BATCH, MNIST_EPOCHS, MNIST_TARGET = 20, 128, 15, 0.99
 
@@ -233,6 +236,17 @@ def measure_compiled(save: Callable[[Any], Any]) -> None:
                 save(rows)
 
 
+def measure_kernelbench(save: Callable[[Any], Any]) -> None:
+    """By the rules of KernelBench, with `lenet-ext bench`."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in run_benchmarks(KERNELBENCH, torch.device(DEVICE)).rows:
+        times = row.samples.times_us
+        us = {"median": row.samples.median_us, "p10": percentile(times, 0.1), "p90": percentile(times, 0.9)}
+        of_case = rows.setdefault(row.case, {"case": row.case, "precision": CASES[row.case].rules.precision, "us": {}})
+        of_case["us"][row.provider] = us
+    save(list(rows.values()))
+
+
 def measure_jax(save: Callable[[Any], Any]) -> None:
     """The same net, jit-compiled by JAX; wall clock, because it has streams of its own."""
     import jax
@@ -394,6 +408,7 @@ MEASUREMENTS: dict[str, Callable[..., None]] = {
     "layers": measure_layers,
     "sweep": measure_sweep,
     "compiled": measure_compiled,
+    "kernelbench": measure_kernelbench,
     "jax": measure_jax,
     "ceilings": measure_ceilings,
     "parity": measure_parity,

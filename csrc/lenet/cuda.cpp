@@ -63,7 +63,7 @@ struct ForwardProblem {
   cuda::DType dtype;
   int64_t batch, channels, classes;
   bool training;
-  bool tf32;  // float32 may be rounded to it
+  bool tf32_convolutions, tf32_products;  // float32 may be rounded to TF32 in them
 };
 
 // The cost rule of the forward pass. Forced to be direct, it is the kernels of the precision asked for, however slow.
@@ -78,20 +78,26 @@ struct ForwardProblem {
 //   bfloat16, whole network              25      26      27      35     101     765
 //   bfloat16, layers                     26      28      25      33     102     643
 //
-// So a permission to round to TF32 is not used where strict float32 is faster. float16 is taken to be like bfloat16,
-// and a forward pass with gradients like one without: neither was measured.
+// TF32 is both permissions together, for convolutions and for products; they are not used where strict float32 is
+// faster. float16 is taken to be like bfloat16, and a forward pass with gradients like one without: neither was
+// measured.
 constexpr int64_t kFewestImagesOfLayers = 8192;
 // By the same table the lines of strict float32 and of TF32's layers cross between 256 and 1024, at about 550 if they
 // are straight.
 constexpr int64_t kFewestImagesOfTf32Layers = 512;
 constexpr int64_t kFewestImagesOf16BitLayers = 1024;
+// By torch's own defaults convolutions alone may be rounded. Predicted, not measured: of TF32's layers the linear ones
+// become as slow as in float32, by some 2 us at 1024 images and 16 at 8192, so that the lines cross at about 1024 and
+// 4096 images take 100 us in place of 155. Twice that many, because nobody has looked.
+constexpr int64_t kFewestImagesOfTf32Convolutions = 2048;
 // Predicted, not measured: to prepare the weights twice takes these kernels some 10 us, an image 510 clocks of a
 // multiprocessor, by the count of their products (lenet_inference.cu): 20 to 25 us at 1024 images, 150 us at 65536.
 constexpr int64_t kFewestImagesOfInference = 1024;
 
 ForwardPath forward_path(const ForwardProblem& p) {
   const bool float32 = p.dtype == cuda::DType::kFloat32;
-  const bool tensor_cores = (!float32 || p.tf32) && cuda::has_lenet_tensor_core_forward(p.dtype, p.channels, p.classes);
+  const bool on_tensor_cores = cuda::has_lenet_tensor_core_forward(p.dtype, p.channels, p.classes);
+  const bool tensor_cores = on_tensor_cores && (!float32 || (p.tf32_convolutions && p.tf32_products));
   // Measured in float32: the 10 and 15 us of the table. In 16 bits predicted to take the same.
   const bool clusters = cuda::lenet_cluster_blocks(p.dtype, p.batch, p.channels, p.classes) != 0;
   if (!p.training && takes_direct(p.batch >= kFewestImagesOfInference) &&
@@ -103,7 +109,9 @@ ForwardPath forward_path(const ForwardProblem& p) {
     return ForwardPath::kTensorCores;
   }
   if (clusters && takes_direct(true)) return ForwardPath::kClusters;
-  const int64_t fewest_images_of_layers = tensor_cores ? kFewestImagesOfTf32Layers : kFewestImagesOfLayers;
+  const int64_t fewest_images_of_layers = tensor_cores                             ? kFewestImagesOfTf32Layers
+                                          : on_tensor_cores && p.tf32_convolutions ? kFewestImagesOfTf32Convolutions
+                                                                                   : kFewestImagesOfLayers;
   if (cuda::has_lenet_forward(p.dtype, p.channels, p.classes) && takes_direct(p.batch < fewest_images_of_layers)) {
     return ForwardPath::kStrict;
   }
@@ -127,8 +135,8 @@ LenetLayers lenet_forward(const char* op, const Tensor& input, TensorList parame
   const CudaScope scope(input);
   const int64_t batch = input.size(0), classes = parameters[8].size(0);
   const cuda::DType dtype = cuda_dtype(op, input);
-  const bool tf32 = dtype == cuda::DType::kFloat32 && allows_tf32_convolutions() && allows_tf32_products();
-  const ForwardPath path = forward_path({dtype, batch, input.size(1), classes, training, tf32});
+  const ForwardPath path = forward_path(
+      {dtype, batch, input.size(1), classes, training, allows_tf32_convolutions(), allows_tf32_products()});
   if (path == ForwardPath::kLayers) return lenet_by_layers(kLayers, op, input.contiguous(), parameters, training);
 
   const Tensor images = path == ForwardPath::kInference ? contiguous_and_aligned(input) : input.contiguous();

@@ -17,7 +17,7 @@ from lenet_ext.bench.small_networks import NETWORKS
 from lenet_ext.fusion.fuse import fuse
 from lenet_ext.net import Net, ReferenceNet
 
-__all__ = ["CASES", "GROUPS", "MODES", "Case", "FunctionCall", "Workload"]
+__all__ = ["CASES", "GROUPS", "MODES", "Case", "FunctionCall", "Rules", "Workload"]
 
 # forward: in inference mode. training: forward and backward, gradients of all parameters (and of the input, for a
 # layer that is not the first); without loss and optimizer, which are the same for everybody. step: forward, cross
@@ -70,6 +70,28 @@ def _stock_linear_relu(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Rules:
+    """What a case of somebody else's benchmark has to keep to, where that differs from ours (`agreement`, `timing`).
+
+    Args:
+        images: draws them, as ``torch.randn`` does.
+        tolerance: of an output, relative and absolute, each element for itself.
+        tf32_convolutions: whether everybody's convolutions may be rounded to TF32. Matrix products may not.
+        cold: the GPU's caches hold nothing of the workload when a call begins.
+    """
+
+    images: Callable[..., Tensor] = torch.randn
+    tolerance: float | None = None
+    tf32_convolutions: bool = False
+    cold: bool = False
+
+    @property
+    def precision(self) -> str:
+        """The least that the arithmetic may have."""
+        return "convolutions in TF32, products in float32" if self.tf32_convolutions else "float32"
+
+
+@dataclass(frozen=True)
 class Case:
     """One thing to compute.
 
@@ -82,6 +104,9 @@ class Case:
         group: which part of a run it belongs to, one of `GROUPS`.
         batch_sizes: the only ones that make sense, or None.
         for_inference: what `fused` may become where it is not trained.
+        modes: the only ones.
+        device_types: where it is measured.
+        rules: of a benchmark that is not ours.
     """
 
     name: str
@@ -93,6 +118,9 @@ class Case:
     group: str = "layers"
     batch_sizes: tuple[int, ...] | None = None
     for_inference: Callable[[nn.Module], nn.Module] | None = None
+    modes: tuple[str, ...] = MODES
+    device_types: tuple[str, ...] = ("cpu", "cuda")
+    rules: Rules = Rules()
 
 
 @dataclass(frozen=True)
@@ -120,7 +148,7 @@ class Workload:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = case.stock()
-        images = torch.randn(batch, *case.input_shape, generator=generator)
+        images = case.rules.images(batch, *case.input_shape, generator=generator)
         with torch.inference_mode():
             shape = module(images[:1]).shape[1:]
         grad_output = torch.randn(batch, *shape, generator=generator)
@@ -194,6 +222,25 @@ def _network(name: str) -> Case:
     )
 
 
+def _kernelbench(name: str, rules: Rules) -> Case:
+    """Level 3, problem 4 of KernelBench (A. Ouyang et al., "KernelBench: Can LLMs Write Efficient GPU Kernels?", 2025):
+    this network for 20 classes, forward, 4096 images with pixels from 0 to 1, float32 in and out.
+    """
+    return Case(
+        name,
+        f"KernelBench 3/4, {rules.precision}",
+        (1, 32, 32),
+        partial(ReferenceNet, num_classes=20),
+        partial(Net, num_classes=20),
+        input_grad=False,
+        group="kernelbench",
+        batch_sizes=(4096,),
+        modes=("forward",),
+        device_types=("cuda",),
+        rules=rules,
+    )
+
+
 # The tiny problems have a dozen multiplications: what is left of the time is the cost of the call.
 _IMAGE, _FILTER, _VECTOR, _MATRIX = (1, 2, 2), (1, 1, 1, 1), (2,), (2, 2)
 _LIST = (
@@ -253,6 +300,10 @@ _LIST = (
     _tiny(
         "module_linear_relu", "nn.LinearReLU", lambda: StockLinearReLU(2, 2), lambda: fused_nn.LinearReLU(2, 2), _VECTOR
     ),
+    # As KernelBench runs it, with torch's own defaults, under which stock rounds to TF32 in convolutions; and with the
+    # same arithmetic on both sides.
+    _kernelbench("kernelbench", Rules(torch.rand, 1e-4, tf32_convolutions=True, cold=True)),
+    _kernelbench("kernelbench_float32", Rules(torch.rand, 1e-4, cold=True)),
 )
 CASES = {case.name: case for case in _LIST}
 GROUPS = tuple(dict.fromkeys(case.group for case in _LIST))

@@ -85,6 +85,7 @@ class Plan:
                 effort=Effort(rounds=15, budget_s=3.0),
             ),
             "overhead": cls(cases, providers=DEFAULT_PROVIDERS[:2]),
+            "kernelbench": cls(cases, providers=(*DEFAULT_PROVIDERS, "compile_cl", "compile_max")),
         }
         return plans[name]
 
@@ -108,7 +109,7 @@ class Plan:
         for name in self.cases:
             sizes = CASES[name].batch_sizes
             for mode in self.modes:
-                if mode == "step" and CASES[name].group != "net":
+                if mode not in CASES[name].modes or (mode == "step" and CASES[name].group != "net"):
                     continue
                 for batch in self.batch_sizes if sizes is None else sizes:
                     if batch in self.batch_sizes and (name, mode, batch, threads) not in self.done:

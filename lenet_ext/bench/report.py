@@ -37,6 +37,8 @@ def print_results(content: dict[str, Any], console: Console) -> None:
             f"note: the load average was {max(loads):.1f} on {processors} processors before the first measurement; "
             "other processes may have taken part of the time, above all where several threads wait for each other"
         )
+    precisions = {row["case"]: row["precision"] for row in content["rows"] if row["group"] == "kernelbench"}
+    notes += [f"{case}: in and out float32; arithmetic: {precision}" for case, precision in precisions.items()]
     skipped = {name: reason for run in content["runs"].values() for name, reason in run["skipped"].items()}
     for name, reason in skipped.items():
         title = PROVIDERS[name].title if name in PROVIDERS else _SKIPPED_TITLES.get(name, name)

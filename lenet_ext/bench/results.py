@@ -93,6 +93,7 @@ def report_to_dict(report: Report) -> dict[str, Any]:
                 "provider": row.provider,
                 "device": report.device.type,
                 "dtype": "float32",
+                "precision": CASES[row.case].rules.precision,
                 "p20_us": percentile(times, 0.2),
                 "median_us": row.samples.median_us,
                 "p80_us": percentile(times, 0.8),

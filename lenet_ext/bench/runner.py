@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import torch
 
 from lenet_ext.bench.agreement import compare, stock_outputs
-from lenet_ext.bench.cases import CASES, Workload
+from lenet_ext.bench.cases import CASES, Rules, Workload
 from lenet_ext.bench.flops import flops_per_image
 from lenet_ext.bench.peak import PeakUnavailableError, peak_meter
 from lenet_ext.bench.plan import Plan
 from lenet_ext.bench.providers import FUSED_LAYOUTS, PROVIDERS, Program, Provider
-from lenet_ext.bench.timing import Samples, ratio, time_interleaved
+from lenet_ext.bench.timing import Samples, cold_time_us, ratio, time_interleaved
 
 __all__ = ["Comparison", "Report", "Row", "run_benchmarks"]
 
@@ -121,22 +121,26 @@ def run_benchmarks(
     """
     plan.check()
     report = Report(plan, device, load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
+    elsewhere = {name: CASES[name].device_types for name in plan.cases if device.type not in CASES[name].device_types}
+    report.skipped.update({name: f"measured on {' and '.join(types)} alone" for name, types in elsewhere.items()})
     providers = _available(report)
     before = torch.get_num_threads()
     try:
-        with _cudnn_settings():
-            for threads in plan.threads or (before,):
-                torch.set_num_threads(threads)
-                meters = _peak_meters(report, threads)
-                for case, mode, batch in plan.workloads(threads):
-                    if on_workload is not None:
-                        on_workload(f"{case} {mode} batch {batch}, threads: {threads}")
-                    # Everything is prepared anew for each number of threads: compiled code and the sessions of other
-                    # libraries have it built in.
-                    chosen = [p for p in providers if plan.includes(p, case, mode, batch, threads)]
+        for threads in plan.threads or (before,):
+            torch.set_num_threads(threads)
+            meters = _peak_meters(report, threads)
+            for case, mode, batch in plan.workloads(threads):
+                if case in elsewhere:
+                    continue
+                if on_workload is not None:
+                    on_workload(f"{case} {mode} batch {batch}, threads: {threads}")
+                # Everything is prepared anew for each number of threads: compiled code and the sessions of other
+                # libraries have it built in.
+                chosen = [p for p in providers if plan.includes(p, case, mode, batch, threads)]
+                with _cudnn_settings(CASES[case].rules):
                     _measure(report, Workload.make(CASES[case], mode, batch, device), chosen, threads, meters)
-                    if on_measured is not None:
-                        on_measured(report)
+                if on_measured is not None:
+                    on_measured(report)
     finally:
         torch.set_num_threads(before)
     return report
@@ -164,12 +168,12 @@ def _peak_meters(report: Report, threads: int) -> dict[str, Callable[[], float]]
 
 
 @contextlib.contextmanager
-def _cudnn_settings() -> Iterator[None]:
-    """Stock at its best in float32: cuDNN may try its algorithms, but must not round the inputs to TF32."""
+def _cudnn_settings(rules: Rules) -> Iterator[None]:
+    """Stock at its best: cuDNN may try its algorithms, but rounds the inputs to TF32 only where the rules say so."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=rules.tf32_convolutions):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
@@ -199,6 +203,7 @@ def _measure(
         report.plan.effort,
         meters=meters,
         pause_s=_PAUSE_S if work.device.type == "cpu" and threads > 1 else 0.0,
+        single_us=cold_time_us if work.case.rules.cold else None,
     )
     _record(report, work, threads, samples, samples.pop(_PEAK, None))
 

@@ -17,7 +17,9 @@ import torch
 
 from lenet_ext.environment.device import synchronize
 
-__all__ = ["Effort", "Samples", "percentile", "ratio", "time_interleaved"]
+__all__ = ["Effort", "Samples", "cold_time_us", "percentile", "ratio", "time_interleaved"]
+
+_COLD_BYTES = 2**28  # more than the last cache of any GPU holds
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def time_interleaved(
     *,
     meters: dict[str, Callable[[], float]] | None = None,
     pause_s: float = 0.0,
+    single_us: Callable[[Callable[[], object], torch.device], float] | None = None,
 ) -> dict[str, Samples]:
     """Times programs against each other.
 
@@ -91,6 +94,7 @@ def time_interleaved(
         meters: take their turn in each round as well, but tell microseconds by a clock of their own.
         pause_s: before each turn, not counted. Several of the libraries have thread pools whose threads keep spinning
             for a while after the work is done, on the cores of whoever comes next.
+        single_us: takes the time of one call at a turn, in place of several by the clock of this module.
 
     Returns:
         For each program and meter its samples, all with the same number of rounds.
@@ -101,7 +105,9 @@ def time_interleaved(
         3
     """
     meters = meters or {}
-    calls = {name: _calls_for(run, device, effort.sample_s) for name, run in programs.items()}
+    calls = dict.fromkeys(programs, 1)
+    if single_us is None:
+        calls = {name: _calls_for(run, device, effort.sample_s) for name, run in programs.items()}
     calls.update(dict.fromkeys(meters, 1))
     names = [*programs, *meters]
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -120,6 +126,9 @@ def time_interleaved(
                     time.sleep(pause_s)
                 if name in meters:
                     times[name].append(meters[name]())
+                    continue
+                if single_us is not None:
+                    times[name].append(single_us(programs[name], device))
                     continue
                 if calls[name] > 1:
                     # Its threads are asleep and its data is out of the caches, which is nobody's everyday. With one
@@ -145,3 +154,21 @@ def _time_us(run: Callable[[], object], calls: int, device: torch.device) -> flo
         run()
     synchronize(device)
     return (time.perf_counter_ns() - begin) / 1e3 / calls
+
+
+def cold_time_us(run: Callable[[], object], device: torch.device) -> float:
+    """Microseconds of one call on a GPU that has just overwritten its caches, by the GPU's own clock.
+
+    Args:
+        run: what to time.
+        device: the GPU; for another device there is no such clock.
+    """
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    synchronize(device)
+    # While these are written, the host is at the launches already: as little as can be of its time is counted.
+    torch.empty(_COLD_BYTES, dtype=torch.uint8, device=device).fill_(1)
+    begin.record()
+    run()
+    end.record()
+    synchronize(device)
+    return begin.elapsed_time(end) * 1e3

@@ -18,8 +18,8 @@ within the same rounds.
 
 A full run has seven groups of up to ten minutes each: net, layers, general (large convolutions), networks (small ones
 as people write them, before and after fuse), overhead (tiny problems), memory (peak of a training step), neighbour
-(another process keeps one core busy). --only picks some, and --json puts the pieces together in one file. --quick takes
-less than a minute.
+(another process keeps one core busy); on a GPU also kernelbench (level 3, problem 4, by KernelBench's rules). --only
+picks some, and --json puts the pieces together in one file. --quick takes less than a minute.
 """
 _SECTIONS = ("memory", "neighbour")
 
@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> None:
         "--only",
         type=names,
         metavar="A,B",
-        help="groups: net,layers,general,networks,overhead,memory,neighbour (default: all)",
+        help="groups: net,layers,general,networks,overhead,kernelbench,memory,neighbour (default: all)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="add all results to a file, after each workload")
     parser.add_argument("--resume", action="store_true", help="leave out what the file of --json has already")
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--resume needs --json: it continues the file")
     device = resolve_device(args.device or "auto")
     threads = _threads(args, device)
-    plans, sections = _plans(args, threads)
+    plans, sections = _plans(args, threads, device.type)
     try:
         stored = None if args.json is None else read_results(args.json)
         merge(stored, {**facts(device), "runs": {}, "rows": [], "comparisons": []})  # do they fit together?
@@ -141,7 +141,7 @@ def _threads(args: argparse.Namespace, device: Any) -> tuple[int, ...]:
     return (most,) if args.quick or device.type != "cpu" else tuple(dict.fromkeys((1, most)))
 
 
-def _plans(args: argparse.Namespace, threads: tuple[int, ...]) -> tuple[list[Any], list[str]]:
+def _plans(args: argparse.Namespace, threads: tuple[int, ...], device_type: str) -> tuple[list[Any], list[str]]:
     """What to time, one plan per group, and which of the other measurements to make."""
     from lenet_ext.bench import CASES, GROUPS, PROVIDERS, Plan
     from lenet_ext.bench.cases import MODES
@@ -171,7 +171,9 @@ def _plans(args: argparse.Namespace, threads: tuple[int, ...]) -> tuple[list[Any
             quick = replace(quick, cases=tuple(cases))
         plans = [replace(quick, **changes)]
     else:
-        groups = [group for group in GROUPS if args.only is None or group in args.only]
+        here = {case.group for case in CASES.values() if device_type in case.device_types}
+        asked = args.only or (GROUPS if args.cases else here)  # who asks for what is not measured here is told so
+        groups = [group for group in GROUPS if group in asked]
         plans = [replace(Plan.group(group), **changes) for group in groups]
         if cases is not None:
             plans = [replace(plan, cases=tuple(name for name in plan.cases if name in cases)) for plan in plans]

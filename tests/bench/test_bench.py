@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,10 @@ from lenet_ext.bench import (
     read_results,
     report_to_dict,
     run_benchmarks,
+    runner,
     write_csv,
 )
-from lenet_ext.bench.timing import Effort, Samples, percentile, ratio, time_interleaved
+from lenet_ext.bench.timing import Effort, Samples, cold_time_us, percentile, ratio, time_interleaved
 
 CPU = torch.device("cpu")
 SHORT = Effort(sample_s=0.0005, rounds=3, min_rounds=3, budget_s=0.1)
@@ -146,6 +148,54 @@ def test_compile_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch, tmp
     report = run_benchmarks(plan(providers=("fused", "eager", "compile")), CPU)
     assert "needs a C++ compiler, and none was found" in report.skipped["compile"]
     assert {row.provider for row in report.rows} == {"fused", "eager"}
+
+
+KERNELBENCH = [case for case in CASES.values() if case.group == "kernelbench"]
+
+
+def test_kernelbench_draws_its_own_images() -> None:
+    for case in KERNELBENCH:
+        work = Workload.make(case, "forward", 4, CPU)
+        assert 0 <= float(work.input.min()) < 0.01 < 0.99 < float(work.input.max()) < 1
+        assert work.grad_output.shape == (4, 20)
+
+
+def test_kernelbench_is_measured_on_a_gpu_alone() -> None:
+    report = run_benchmarks(Plan.group("kernelbench"), CPU)
+    assert report.rows == []
+    for case in KERNELBENCH:
+        assert report.skipped[case.name] == "measured on cuda alone"
+
+
+def test_kernelbench_has_its_own_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Precision and clock are those of the case, and each element is compared for itself."""
+    seen: list[bool] = []
+
+    def clock(run: Callable[[], object], device: torch.device) -> float:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        run()
+        return 7.0
+
+    monkeypatch.setattr(runner, "cold_time_us", clock)
+    monkeypatch.setitem(PROVIDERS, "wrong", WrongProvider(1.01))
+    for case in KERNELBENCH:
+        monkeypatch.setitem(CASES, case.name, dataclasses.replace(case, device_types=("cpu",), batch_sizes=(2,)))
+    before = torch.backends.cudnn.allow_tf32
+    short = plan(cases=[case.name for case in KERNELBENCH], modes=("forward", "training"))
+    rows = report_to_dict(run_benchmarks(short, CPU))["rows"]
+    assert torch.backends.cudnn.allow_tf32 == before
+    assert [(row["mode"], row["median_us"], row["calls_per_round"]) for row in rows] == [("forward", 7.0, 1)] * 4
+    assert [row["precision"] for row in rows[::2]] == [case.rules.precision for case in KERNELBENCH]
+    assert seen == [True] * 6 + [False] * 6
+    with pytest.raises(RuntimeError, match=r"kernelbench, forward, batch 2: wrong: output .*, tolerance 1e-04"):
+        run_benchmarks(plan(cases=("kernelbench",), providers=("eager", "wrong")), CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_clock_of_a_gpu_with_cold_caches() -> None:
+    device = torch.device("cuda")
+    matrix = torch.ones(2048, 2048, device=device)
+    assert 1 < cold_time_us(lambda: matrix @ matrix, device) < 1e6
 
 
 # --- runner -----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lenet_ext.bench import Plan
+from lenet_ext.bench.timing import Effort
 from lenet_ext.training import datasets
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -205,6 +207,16 @@ def test_targets():
             "layers float32": {"result": [{"case": "conv1 forward batch 65536", "us": times(1.0, 12.5)}]},
             "sweep": {"result": [{"case": "a", "us": times(1, 2)}, {"case": "b", "us": times(1, 0.97)}]},
             "net tf32": {"status": "skipped"},
+            "kernelbench": {
+                "result": [
+                    {
+                        "case": "kernelbench",
+                        "precision": "convolutions in TF32, products in float32",
+                        "us": {name: {"median": us} for name, us in [("fused", 100.0), ("compile", 700.0)]},
+                    },
+                    {"case": "kernelbench_float32", "precision": "float32", "us": {"fused": {"median": 155.0}}},
+                ]
+            },
             "mnist": {
                 "result": [
                     {"model": "ours", "seconds": 0.1, "reached": True},
@@ -225,6 +237,8 @@ def test_targets():
     assert found["conv1 forward: over stock"] == (12.5, "met, ambitious too")
     assert found["MNIST to 99%: milliseconds, median"] == (pytest.approx(145.0), "met")
     assert found["any shape of the sweep: over stock"] == (0.97, "missed")
+    assert found["KernelBench 3/4: over torch.compile"] == (7.0, "met, ambitious too")
+    assert found["KernelBench 3/4, float32: over torch.compile"] == (None, "not measured")
     gpu_check.print_tables(report)
 
 
@@ -259,6 +273,7 @@ def small(monkeypatch):
         "SWEEP_SIZES": [8],
         "COPY_BYTES": 2**12,
         "MATRIX_SIZE": 32,
+        "KERNELBENCH": Plan(("net",), ("forward",), (2,), ("fused", "eager"), effort=Effort(rounds=2, min_rounds=2)),
         "PARITY_IMAGES": 64,
         "PARITY_STEPS": 20,
         "MNIST_SEEDS": 2,
@@ -297,6 +312,8 @@ def test_measurements_run(small, name):
     measure(lambda result: saved.append(json.dumps(result)), *([ARGUMENTS[name]] if name in ARGUMENTS else []))
     result = json.loads(saved[-1])
     assert result
+    if name == "kernelbench":
+        assert [sorted(row["us"]) for row in result] == [["eager", "fused"]]
     if name in ("net", "layers", "sweep", "compiled"):
         assert all(row["us"]["ours graph"]["median"] > 0 for row in result)
     if name == "mnist":

@@ -38,9 +38,10 @@ extern "C" void cuda_on_cpu_set_shared_memory(int64_t bytes) {
 }
 // What lenet/cuda.cpp chooses for the forward pass of one channel and ten classes: 0 layers, 1 clusters, 2 strict,
 // 3 tensor cores, 4 inference.
-extern "C" int cuda_on_cpu_lenet_forward_path(bool bfloat16, bool tf32, bool training, int64_t batch) {
+extern "C" int cuda_on_cpu_lenet_forward_path(bool bfloat16, bool tf32_convolutions, bool tf32_products, bool training,
+                                              int64_t batch) {
   using namespace lenet_ext;
   const auto dtype = bfloat16 ? cuda::DType::kBFloat16 : cuda::DType::kFloat32;
-  return static_cast<int>(forward_path({dtype, batch, 1, 10, training, tf32}));
+  return static_cast<int>(forward_path({dtype, batch, 1, 10, training, tf32_convolutions, tf32_products}));
 }
 extern "C" int64_t cuda_on_cpu_launches() { return lx_shim::state().launches; }

@@ -304,7 +304,8 @@ def test_the_forward_pass_takes_what_was_fastest(control, ops, precision):
         if precision != "float32":
             times[TENSOR_CORES] = median[precision, batch, "ours graph"]
         for training in (False, True):
-            path = control.cuda_on_cpu_lenet_forward_path(precision == "bfloat16", precision == "tf32", training, batch)
+            tf32 = [precision == "tf32"] * 2
+            path = control.cuda_on_cpu_lenet_forward_path(precision == "bfloat16", *tf32, training, batch)
             if path == INFERENCE:  # not measured
                 assert precision == "bfloat16"
                 assert not training
@@ -314,7 +315,7 @@ def test_the_forward_pass_takes_what_was_fastest(control, ops, precision):
 
 
 def test_each_way_through_the_network_can_be_forced(control, ops):
-    cases = [(False, False, False), (False, True, False), (True, False, False), (True, False, True)]
+    cases = [(False, False, False, False), (False, True, True, False), (True, *[False] * 3), (True, False, False, True)]
     for batch, of_float32 in ((1, CLUSTERS), (65536, STRICT)):
 
         def paths(algorithm, batch=batch):
@@ -323,6 +324,17 @@ def test_each_way_through_the_network_can_be_forced(control, ops):
 
         assert paths(DIRECT) == [of_float32, TENSOR_CORES, INFERENCE, TENSOR_CORES]
         assert paths(VENDOR) == [LAYERS] * 4
+
+
+def test_convolutions_in_tf32_alone_are_layers_from_some_batch_on(control, ops):
+    """As torch allows it by default: each layer keeps to the flag of its own kind."""
+
+    def path(batch, convolutions, products=False):
+        return control.cuda_on_cpu_lenet_forward_path(False, convolutions, products, False, batch)
+
+    assert [path(batch, True) for batch in (64, 1024, 2048, 4096, 65536)] == [CLUSTERS, STRICT, *[LAYERS] * 3]
+    assert [path(batch, False) for batch in (64, 1024, 2048, 4096, 65536)] == [CLUSTERS, *[STRICT] * 3, LAYERS]
+    assert [path(batch, False, True) for batch in (2048, 4096)] == [STRICT] * 2
 
 
 def test_small_batches_are_strict_where_tf32_is_slower(control, ops):
