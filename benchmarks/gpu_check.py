@@ -229,10 +229,13 @@ def bench_steps(mnist_root: str | None) -> list[Step]:
     steps += [Step(f"net {precision}", 60, measurement("net", precision), needs) for precision in PRECISIONS]
     steps += [Step(f"layers {precision}", 40, measurement("layers", precision), needs) for precision in PRECISIONS]
     steps.append(Step("sweep", 45, measurement("sweep", "rule"), needs))
+    steps.append(Step("backward", 30, measurement("backward", "rule"), needs))
     steps.append(Step("mnist", 45, mnist(mnist_root), needs))
     for algorithm in ("direct", "vendor"):
         run = measurement("sweep", algorithm, LENET_EXT_ALGORITHM=algorithm)
         steps.append(Step(f"sweep {algorithm}", 45, run, needs))
+        run = measurement("backward", algorithm, LENET_EXT_ALGORITHM=algorithm)
+        steps.append(Step(f"backward {algorithm}", 30, run, needs))
     return [
         *steps,
         Step("driver build", 150, built_once("driver", build_driver)),
@@ -266,7 +269,7 @@ def environment() -> dict[str, Any]:
 def print_tables(report: dict[str, Any]) -> None:
     """Times in microseconds beside what was predicted, then the targets."""
     for name in report["steps"]:
-        shown = ("net", "layers", "compile", "kernelbench", "jax")
+        shown = ("net", "layers", "backward", "compile", "kernelbench", "jax")
         rows = rows_of(report, name) if name.split()[0] in shown else []
         if not rows:
             continue
@@ -276,7 +279,7 @@ def print_tables(report: dict[str, Any]) -> None:
         for row in rows:
             cells = [f"{row['us'][p]['median']:18.2f}" if p in row["us"] else f"{'-':>18}" for p in providers]
             predicted = None
-            if name.split()[0] in ("net", "kernelbench"):
+            if name.split()[0] in ("net", "backward", "kernelbench"):
                 predicted = PREDICTED_US.get((row.get("precision", ""), row["case"]))
             print(f"{row['case']:34}" + "".join(cells) + f"{predicted if predicted is not None else '-':>18}")
     print(f"\n{'target':44}{'measured':>12}{'committed':>12}{'ambitious':>12}")

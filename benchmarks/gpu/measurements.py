@@ -27,6 +27,7 @@ from lenet_ext.training import datasets
 DEVICE = "cuda"
 BATCHES = [1, 8, 64, 256, 1024, 8192, 65536]
 LAYER_BATCHES = [64, 4096, 65536]
+BACKWARD_BATCHES = [64, 1024, 2048, 2050, 4096, 65536]
 SLOW_BATCHES = [64, 4096]  # of providers that take long to get ready
 SWEEP_BATCHES, SWEEP_CHANNELS, SWEEP_SIZES = [1, 64], [1, 3, 8, 32, 128], [8, 16, 32, 64]
 COPY_BYTES, MATRIX_SIZE = 2**30, 8192
@@ -213,6 +214,27 @@ def measure_sweep(save: Callable[[Any], Any], algorithm: str) -> None:
                     case = f"{channels} channels at {size} batch {batch} {'backward' if training else 'forward'}"
                     rows.append({"case": case, "algorithm": algorithm, "us": timed(functions, rounds=9, limit=0.2)})
                     save(rows)
+
+
+def measure_backward(save: Callable[[Any], Any], algorithm: str) -> None:
+    """The whole network's backward pass in 16 bits, for its cost rule (csrc/lenet/cuda.cpp), a process for each
+    algorithm (LENET_EXT_ALGORITHM). By the rule, 2048 and 2050 images go two ways. Forced to be direct the linear
+    layers are, too, which they are by the rule up to 64 images.
+    """
+    dtype = set_precision("bfloat16")
+    rows: list[dict[str, Any]] = []
+    for batch in BACKWARD_BATCHES:
+        parameters = [parameter.detach() for parameter in lenet_ext.Net(device=DEVICE, dtype=dtype).parameters()]
+        x = torch.randn(batch, 1, 32, 32, device=DEVICE, dtype=dtype)
+        g = torch.randn(batch, 10, device=DEVICE, dtype=dtype)
+        kept = torch.ops.lenet_ext.lenet_with_activations(x, parameters)[1:]
+
+        def backward(g: Any = g, x: Any = x, parameters: Any = parameters, kept: Any = kept) -> Any:
+            return torch.ops.lenet_ext.lenet_backward(g, x, parameters, *kept, False)
+
+        us = timed({"ours graph": graphed(backward)}, limit=0.5)
+        rows.append({"case": f"backward batch {batch}", "precision": "bfloat16", "algorithm": algorithm, "us": us})
+        save(rows)
 
 
 def measure_compiled(save: Callable[[Any], Any]) -> None:
@@ -407,6 +429,7 @@ MEASUREMENTS: dict[str, Callable[..., None]] = {
     "net": measure_net,
     "layers": measure_layers,
     "sweep": measure_sweep,
+    "backward": measure_backward,
     "compiled": measure_compiled,
     "kernelbench": measure_kernelbench,
     "jax": measure_jax,

@@ -13,7 +13,7 @@ from typing import Any
 
 Report = dict[str, Any]
 
-# Microseconds of the whole net, ours: (precision, case) of the step "net", as a graph, and of the step "kernelbench".
+# Microseconds of the whole net, ours: (precision, case) of the steps "net", "backward" (graphs) and "kernelbench".
 PREDICTED_US = {
     ("float32", "forward batch 1"): 7,
     ("tf32", "forward batch 1"): 6,
@@ -30,6 +30,10 @@ PREDICTED_US = {
     ("float32", "step batch 64"): 21,
     ("float32", "step batch 1024"): 62,
     ("float32", "step batch 65536"): 3700,
+    # The linear layers as the H100 took for them (103 and 350), the convolutions by their count of instructions
+    # (csrc/lenet/cuda.cpp), at 2,000 clocks an image, half of them waiting.
+    ("bfloat16", "backward batch 4096"): 140,
+    ("bfloat16", "backward batch 65536"): 900,
     # On an H100, between its times for 1024 and for 8192 images as if they lay on a line (csrc/lenet/cuda.cpp): the
     # whole network in float32, and layers whose convolutions are in TF32.
     ("float32", "kernelbench_float32"): 155,
@@ -112,6 +116,7 @@ TARGETS = [
     Target("batch 64 training step: over stock", 4.5, 7, False, _ratio("net float32", "step batch 64")),
     Target("batch 65536, float32: million images/s", 40, 50, False, _millions_a_second("float32")),
     Target("batch 65536, TF32: million images/s", 80, 120, False, _millions_a_second("tf32")),
+    Target("batch 65536 backward, bfloat16: microseconds", 1500, 900, True, _time("backward", "backward batch 65536")),
     Target("batch 65536, bfloat16: million images/s", 150, 250, False, _millions_a_second("bfloat16")),
     Target("conv1 forward: over stock", 5, 12, False, _ratio("layers float32", "conv1 forward batch 65536")),
     Target("conv1 forward, TF32: over stock", 5, 12, False, _ratio("layers tf32", "conv1 forward batch 65536")),

@@ -108,6 +108,21 @@ LX_DEVICE f16 narrow<f16>(float x) {
 #endif
 }
 
+// The bytes of `low` (0 to 3) and of `high` (4 to 7) that the four lower hexadecimal digits of `selector` name, the
+// lowest digit first.
+LX_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+#ifdef __CUDA_ARCH__
+  return __byte_perm(low, high, selector);
+#else
+  const uint64_t bytes = low | static_cast<uint64_t>(high) << 32;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7u) & 0xffu) << 8 * i;
+  }
+  return result;
+#endif
+}
+
 // -------------------------------------------------------------------------------------- shared memory, packs
 
 template <typename T>

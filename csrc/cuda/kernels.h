@@ -168,6 +168,27 @@ int64_t lenet_backward_slice_images(int64_t batch);
 int64_t lenet_backward_workspace(int64_t batch, int64_t in_channels, int64_t slice_images);
 LaunchResult launch_lenet_backward(DType dtype, const LenetBackwardOf<void>& call, cudaStream_t stream);
 
+// The gradients of both convolutions on the tensor cores in float16 and bfloat16, for large batches of one channel, in
+// two launches. All tensors are contiguous, `input`, `pooled1` and `indices1` 16-byte aligned.
+template <typename T>
+struct LenetConvolutionsBackwardOf {
+  int64_t batch;
+  int64_t slice_images;     // of a block, even: as the function below says, the tests use others
+  const T* input;           // [batch, 1, 32, 32]
+  const T* weight2;         // [16, 6, 5, 5]
+  const T* pooled1;         // [batch, 6, 14, 14]
+  const uint8_t* indices1;  // of its shape
+  const T* grad_pooled2;    // [batch, 16, 5, 5]
+  const uint8_t* indices2;
+  T* gradients[4];  // of weight and bias of conv1 and conv2
+  void* workspace;  // of lenet_tensor_core_backward_workspace() bytes, 16-byte aligned; its contents are overwritten
+};
+bool has_lenet_tensor_core_backward(DType dtype, int64_t channels);
+int64_t lenet_tensor_core_backward_slice_images(int64_t batch);
+int64_t lenet_tensor_core_backward_workspace(int64_t batch, int64_t slice_images);
+LaunchResult launch_lenet_tensor_core_backward(DType dtype, const LenetConvolutionsBackwardOf<void>& call,
+                                               cudaStream_t stream);
+
 // A training step in two launches, in float32: forward pass, loss and what of the backward pass goes image by image;
 // then the sums over the batch and the optimizer's update.
 enum class Loss { kCrossEntropy, kMeanSquaredError };

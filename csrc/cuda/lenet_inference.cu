@@ -18,6 +18,7 @@
 // takes them from four registers in a row, and to compose them of words that another operand has as well takes four
 // moves.
 #include "async_copy.cuh"
+#include "lenet_pixels.cuh"
 #include "lenet_tensor_core_tiles.cuh"
 
 namespace lenet_ext::cuda {
@@ -32,19 +33,9 @@ constexpr int kFeatures = Conv2::kPooled, kHidden1 = 120, kHidden2 = 84;
 constexpr unsigned kThreads = kTensorCoreThreads;
 constexpr int kWarps = kTensorCoreWarps;
 constexpr int kImages = 16;  // of a pass: two for each warp of conv1
-constexpr int kImageBytes = Conv1::kImage * 2, kPixelBytes = 16;
-
-// conv1's output in shared memory: a pixel's 16 bytes hold the channels 0 1 2 - 3 4 5 -, with zeros between them. Where
-// a pixel lies, in pixels: pairs of rows are 5 modulo 8 apart, images 1 modulo 8, so that any 8 windows of conv2 in a
-// row, which are two rows or columns apart, lie in different banks, even over the ends of rows and images; odd columns
-// begin at 4 modulo 8, so that what a warp of conv1 stores at once does, too. One pixel that belongs to no image stays
-// zero.
-constexpr int kRowPair = 37, kOddRow = 8, kOddColumn = 20, kImagePixels = 265, kZeroPixel = 16;
-static_assert(kRowPair % 8 == 5 && kImagePixels % 8 == 1 && kOddColumn % 8 == 4);
-LX_DEVICE constexpr int pixel_at(int row, int column) {
-  return row / 2 * kRowPair + row % 2 * kOddRow + column % 2 * kOddColumn + column / 2;
-}
-static_assert(pixel_at(Conv2::kSize - 1, Conv2::kSize - 1) + 1 < kImagePixels);
+// conv1's output is in shared memory as lenet_pixels.cuh says, with zeros in its empty slots; the pixel that belongs to
+// no place stays zero.
+constexpr int kImageBytes = Conv1::kImage * 2;
 
 // conv1 as a banded matrix, as convolve1 has it (lenet_tensor_core_tiles.cuh), with the columns in another order:
 // column n of tile 3 dy + c has channel 3 (n / 4) + c at the position (dy, n % 4) of the patch. The columns 2 t and 2 t
@@ -122,7 +113,7 @@ __device__ __forceinline__ void convolve1_without_zeros(const T* pixels, const T
       largest = lx::max_or_nan(largest, sum);
     }
     const float value = largest + lx::widen(bias[channel]);
-    pooled[pixel_at(y, x) * 8 + channel / 3 * 4 + channel % 3] = lx::narrow<T>(value <= 0 ? 0 : value);
+    pooled[pixel_at(y, x) * 8 + slot_of(channel)] = lx::narrow<T>(value <= 0 ? 0 : value);
   }
 }
 
@@ -248,7 +239,7 @@ __device__ __forceinline__ void inference_conv2(const unsigned char* pooled, con
 #pragma unroll
     for (int dx = 0; dx < 2; ++dx) {
       uint32_t a[4];
-      load(a, second == 0 ? corner + alone + pixel_at(0, 4 + dx) * kPixelBytes : pooled + kZeroPixel * kPixelBytes);
+      load(a, second == 0 ? corner + alone + pixel_at(0, 4 + dx) * kPixelBytes : pooled + kUnusedPixel * kPixelBytes);
       add(12, dx, a);
     }
     float v[4];

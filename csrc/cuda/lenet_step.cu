@@ -16,20 +16,22 @@ struct StepWorkspace {
   float *grad_logits, *features, *hidden1, *hidden2;  // [batch, ...]
   float* losses;                                      // [batch], each already divided; then the divisor
   float* right;                                       // [batch], 1 or 0
-  float* corrections;                                 // [10] BiasCorrection
+  BiasCorrection* corrections;                        // [10], of the parameters
   int64_t bytes;
   BackwardWorkspace backward;
 
   StepWorkspace(void* begin, int64_t batch, int64_t in_channels, int64_t classes, int64_t slices)
       : bytes(0), backward(nullptr, batch, in_channels, slices) {
-    const int64_t counts[] = {
-        batch * classes, batch * kFeatures, batch * kHidden1, batch * kHidden2, batch + 1, batch, 20};
-    float** const parts[] = {&grad_logits, &features, &hidden1, &hidden2, &losses, &right, &corrections};
-    unsigned char* at = static_cast<unsigned char*>(begin);
-    for (int i = 0; i < 7; bytes += lx::taken<float>(counts[i]), ++i) {
-      *parts[i] = reinterpret_cast<float*>(at + (at == nullptr ? 0 : bytes));
-    }
-    if (at != nullptr) backward = BackwardWorkspace(at + bytes, batch, in_channels, slices);
+    unsigned char* const memory = static_cast<unsigned char*>(begin);  // null where only the size is asked for
+    auto take = [&](auto*& part, int64_t count) {
+      using Part = std::remove_reference_t<decltype(*part)>;
+      part = memory == nullptr ? nullptr : reinterpret_cast<Part*>(memory + bytes);
+      bytes += lx::taken<Part>(count);
+    };
+    take(grad_logits, batch * classes), take(features, batch * kFeatures);
+    take(hidden1, batch * kHidden1), take(hidden2, batch * kHidden2);
+    take(losses, batch + 1), take(right, batch), take(corrections, 10);
+    if (memory != nullptr) backward = BackwardWorkspace(memory + bytes, batch, in_channels, slices);
     bytes += backward.bytes;
   }
 };
@@ -96,8 +98,7 @@ __global__ void __launch_bounds__(kThreads, 1) lenet_step_data_kernel(LenetStep 
   if (blockIdx.x == 0 && thread == 0) w.losses[call.batch] = divisor;
   if (blockIdx.x == 0 && thread < 10 && call.optimizer != Optimizer::kSgd) {
     const UpdateOf& update = call.updates[thread];
-    reinterpret_cast<BiasCorrection*>(w.corrections)[thread] =
-        bias_correction(update, update.step != nullptr ? (*update.step += 1) : update.steps);
+    w.corrections[thread] = bias_correction(update, update.step != nullptr ? (*update.step += 1) : update.steps);
   }
 
   const int64_t slice_begin = blockIdx.x * call.slice_images;
@@ -188,9 +189,8 @@ __global__ void __launch_bounds__(kThreads, 2)
                  if (call.optimizer == Optimizer::kSgd) {
                    sgd(call.updates[parameter], call.parameters[parameter], at, gradient);
                  } else {
-                   adam(call.updates[parameter], call.optimizer == Optimizer::kAdamW,
-                        reinterpret_cast<const BiasCorrection*>(w.corrections)[parameter], call.parameters[parameter],
-                        at, gradient);
+                   adam(call.updates[parameter], call.optimizer == Optimizer::kAdamW, w.corrections[parameter],
+                        call.parameters[parameter], at, gradient);
                  }
                });
 }

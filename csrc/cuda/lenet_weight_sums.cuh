@@ -33,6 +33,19 @@ struct ConvolutionSums {
   LX_DEVICE int blocks() const { return lx::divide_up(sums, kSumsOfBlock); }
 };
 
+// The block adds 32 of them up, and hands each to store(parameter, position, sum), in one thread. `shared`: a sum for
+// each thread.
+template <typename Store>
+__device__ __forceinline__ void convolution_sums(const ConvolutionSums& job, int64_t slices, int block,
+                                                 unsigned char* shared, const Store& store) {
+  float* const values = lx::take<float>(shared, kGradThreads);
+  sum_slices(job.partials, slices, job.sums, block * kSumsOfBlock, values, [&](int64_t at, float sum) {
+    const int channel = static_cast<int>(at) / (job.taps + 1), tap = static_cast<int>(at) % (job.taps + 1);
+    const bool bias = tap == job.taps;
+    store(job.weight + bias, bias ? channel : channel * job.taps + tap, sum);
+  });
+}
+
 constexpr int64_t weight_shared_bytes() {
   const int64_t tiles = lx::taken<float>(kSumDepth * kSumRows) + lx::taken<float>(kSumDepth * kSumColumns);
   const int64_t sums = lx::taken<float>(kSumWarps * kSumRows * kSumColumns) + lx::taken<float>(kSumWarps * kSumRows);
@@ -171,14 +184,8 @@ struct WeightSums {
     } else if (block < end2) {
       linear_sums(last, batch, block - end1, shared, store);
     } else {
-      const ConvolutionSums& job = block < end3 ? convolution[0] : convolution[1];
-      const int first = (block - (block < end3 ? end2 : end3)) * kSumsOfBlock;
-      sum_slices(
-          job.partials, slices, job.sums, first, lx::take<float>(shared, kGradThreads), [&](int64_t at, float sum) {
-            const int channel = static_cast<int>(at) / (job.taps + 1), tap = static_cast<int>(at) % (job.taps + 1);
-            const bool bias = tap == job.taps;
-            store(job.weight + bias, bias ? channel : channel * job.taps + tap, sum);
-          });
+      const bool second = block < end3;
+      convolution_sums(second ? convolution[0] : convolution[1], slices, block - (second ? end2 : end3), shared, store);
     }
   }
 };

@@ -122,7 +122,23 @@ LX_DEVICE uint32_t word_of(T low, T high) {
   return low.bits | static_cast<uint32_t>(high.bits) << 16;
 }
 
-// The same of two sums: ReLU, which lets NaN pass, and rounding in one instruction.
+// The same of two sums, rounded.
+template <typename T>
+LX_DEVICE uint32_t rounded_word(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t word;
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+#else
+  return word_of(narrow<T>(low), narrow<T>(high));
+#endif
+}
+
+// And with ReLU, which lets NaN pass, in the same instruction.
 template <typename T>
 LX_DEVICE uint32_t activated_word(float low, float high) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -151,6 +167,31 @@ __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const uint32
   }
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+#elif defined(__CUDA_ARCH__)
+  __trap();
+#endif
+}
+
+// The same of matrices of 8 rows of 8 values of 16 bits, transposed: lane l gets the values in column l / 4 of the rows
+// 2 (l % 4) and 2 (l % 4) + 1 of each.
+__device__ __forceinline__ void load_transposed(uint32_t (&words)[4], const unsigned char* row) {
+#ifdef LX_HOST_SHIM
+  const lx_shim::Lanes<const unsigned char*> rows = lx_shim::exchange_all(row, __FILE__, __LINE__);
+  const int column = threadIdx.x % 32 / 4, first = threadIdx.x % 4 * 2;
+  for (int i = 0; i < 4; ++i) {
+    uint16_t halves[2];
+    for (int k = 0; k < 2; ++k) {
+      const unsigned char* from = rows[8 * i + first + k];
+      lx_shim::require(reinterpret_cast<uintptr_t>(from) % 16 == 0, "a matrix row in shared memory is misaligned");
+      memcpy(&halves[k], from + 2 * column, 2);
+    }
+    words[i] = halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+  }
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
                : "memory");

@@ -1,7 +1,8 @@
 // The whole network on CUDA. Compiled only where nvcc is found. For up to 128 classes there are kernels for the forward
 // pass as a whole, in float32 for one channel and for three and, where the GPU has tensor cores for them, in float16
 // and bfloat16 for one; the backward pass of all but large batches is two launches in each of them, for one channel and
-// for three. Otherwise the layers go one after the other, without the cost of five operators and five Functions.
+// for three, and that of large batches has the gradients of both convolutions in two launches in float16 and bfloat16.
+// Otherwise the layers go one after the other, without the cost of five operators and five Functions.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -160,10 +161,54 @@ LenetLayers lenet_forward(const char* op, const Tensor& input, TensorList parame
 // weights are half as large and the GEMMs faster; the bound is the same until somebody measures.
 constexpr int64_t kMostImagesOfTwoLaunches = 2048;
 
-bool takes_two_launches(const char* op, const Tensor& input, int64_t classes) {
-  const int64_t batch = input.size(0);
-  return batch > 0 && cuda::has_lenet_backward(cuda_dtype(op, input), input.size(1), classes) &&
-         takes_direct(batch <= kMostImagesOfTwoLaunches);
+// What computes the backward pass.
+enum class BackwardPath {
+  kLayers,       // one after the other
+  kTwoLaunches,  // the whole network, in float32 arithmetic
+  kTensorCores,  // the linear layers one after the other, both convolutions in two launches on the tensor cores
+};
+
+// The cost rule for large batches in 16 bits, predicted and not yet measured: by their counts of instructions the
+// convolutions take some 1,100 clocks of a multiprocessor an image, 2,000 if every load is waited for, where the
+// layers' kernels took 12,600 on an H100. For 4096 images that is 35 us in place of 230, for which no other bound is
+// needed than that of the two launches: below it, what is saved is in doubt, and they stay until somebody measures.
+// Training has no use for the gradient of the images; who wants it has the other ways.
+BackwardPath backward_path(cuda::DType dtype, int64_t batch, int64_t channels, int64_t classes, bool input_gradient) {
+  if (batch == 0) return BackwardPath::kLayers;
+  if (!input_gradient && cuda::has_lenet_tensor_core_backward(dtype, channels) &&
+      takes_direct(batch > kMostImagesOfTwoLaunches)) {
+    return BackwardPath::kTensorCores;
+  }
+  if (cuda::has_lenet_backward(dtype, channels, classes) && takes_direct(batch <= kMostImagesOfTwoLaunches)) {
+    return BackwardPath::kTwoLaunches;
+  }
+  return BackwardPath::kLayers;
+}
+
+LenetGradients backward_on_tensor_cores(const CudaScope& scope, const char* op, const Tensor& grad_output,
+                                        const Tensor& input, TensorList parameters, const LenetLayers& a) {
+  auto [fc1, fc2, fc3] = lenet_linear_backward_by_layers(kLayers, op, grad_output, parameters, a);
+  const Tensor images = contiguous_and_aligned(input), weight2 = parameters[2].contiguous();
+  const Tensor pooled1 = contiguous_and_aligned(a.pooled1), indices1 = contiguous_and_aligned(a.indices1);
+  const Tensor grad_pooled2 = fc1.input.contiguous();
+  LenetGradients gradients;
+  cuda::LenetConvolutionsBackwardOf<void> call{};
+  for (int i = 0; i < 4; ++i) {
+    gradients.parameters.push_back(at::empty(parameters[i].sizes(), input.options()));
+    call.gradients[i] = gradients.parameters[i].mutable_data_ptr();
+  }
+  call.batch = input.size(0), call.slice_images = cuda::lenet_tensor_core_backward_slice_images(call.batch);
+  call.input = images.const_data_ptr(), call.weight2 = weight2.const_data_ptr();
+  call.pooled1 = pooled1.const_data_ptr(), call.indices1 = indices1.const_data_ptr<uint8_t>();
+  call.grad_pooled2 = grad_pooled2.const_data_ptr(), call.indices2 = a.indices2.const_data_ptr<uint8_t>();
+  const int64_t bytes = cuda::lenet_tensor_core_backward_workspace(call.batch, call.slice_images);
+  const Tensor workspace = at::empty({bytes}, input.options().dtype(at::kByte));
+  call.workspace = workspace.mutable_data_ptr();
+  check_launch(op, cuda::launch_lenet_tensor_core_backward(cuda_dtype(op, input), call, scope.stream), input);
+  for (LayerGradients* layer : {&fc1, &fc2, &fc3}) {
+    gradients.parameters.push_back(std::move(layer->weight)), gradients.parameters.push_back(std::move(layer->bias));
+  }
+  return gradients;
 }
 
 LenetGradients lenet_backward(const char* op, const Tensor& grad_output, const Tensor& input, TensorList parameters,
@@ -173,7 +218,11 @@ LenetGradients lenet_backward(const char* op, const Tensor& grad_output, const T
   LenetLayers a = layers;
   a.pooled2 = contiguous_and_aligned(a.pooled2);
   a.hidden1 = contiguous_and_aligned(a.hidden1), a.hidden2 = contiguous_and_aligned(a.hidden2);
-  if (!takes_two_launches(op, input, classes)) {
+  const BackwardPath path = backward_path(cuda_dtype(op, input), batch, input.size(1), classes, input_gradient);
+  if (path == BackwardPath::kTensorCores) {
+    return backward_on_tensor_cores(scope, op, grad_output, input, parameters, a);
+  }
+  if (path == BackwardPath::kLayers) {
     return lenet_backward_by_layers(kLayers, op, grad_output, input, parameters, a, input_gradient);
   }
 

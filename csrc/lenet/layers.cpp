@@ -16,17 +16,24 @@ LenetLayers lenet_by_layers(const LayerOperators& device, const char* op, const 
   return a;
 }
 
+LinearGradients lenet_linear_backward_by_layers(const LayerOperators& device, const char* op, const Tensor& grad_output,
+                                                at::TensorList p, const LenetLayers& a) {
+  constexpr GradientMask all = {true, true, true};
+  const Tensor features = a.pooled2.view({a.pooled2.size(0), kLenetFeatures});
+  LinearGradients of;
+  of.fc3 = device.linear_backward(op, grad_output, Tensor(), a.hidden2, p[8], all);
+  of.fc2 = device.linear_backward(op, of.fc3.input, a.hidden2, a.hidden1, p[6], all);
+  of.fc1 = device.linear_backward(op, of.fc2.input, a.hidden1, features, p[4], all);
+  return of;
+}
+
 LenetGradients lenet_backward_by_layers(const LayerOperators& device, const char* op, const Tensor& grad_output,
                                         const Tensor& input, at::TensorList p, const LenetLayers& a,
                                         bool input_gradient) {
-  constexpr GradientMask all = {true, true, true};
   const ConvPoolOptions o = lenet_convolution();
-  const Tensor features = a.pooled2.view({a.pooled2.size(0), kLenetFeatures});
-  const LayerGradients fc3 = device.linear_backward(op, grad_output, Tensor(), a.hidden2, p[8], all);
-  const LayerGradients fc2 = device.linear_backward(op, fc3.input, a.hidden2, a.hidden1, p[6], all);
-  const LayerGradients fc1 = device.linear_backward(op, fc2.input, a.hidden1, features, p[4], all);
+  const auto [fc1, fc2, fc3] = lenet_linear_backward_by_layers(device, op, grad_output, p, a);
   const LayerGradients conv2 = device.conv_backward(op, fc1.input.view(a.pooled2.sizes()), a.indices2, a.pooled1, p[2],
-                                                    a.pooled1.sizes(), p[2].sizes(), o, all);
+                                                    a.pooled1.sizes(), p[2].sizes(), o, {true, true, true});
   const LayerGradients conv1 = device.conv_backward(op, conv2.input, a.indices1, input, p[0], input.sizes(),
                                                     p[0].sizes(), o, {input_gradient, true, true});
   return {conv1.input,

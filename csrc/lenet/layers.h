@@ -31,6 +31,14 @@ struct LenetGradients {
   std::vector<at::Tensor> parameters;
 };
 
+// The gradients of the three linear layers, of which fc1's input are the features.
+struct LinearGradients {
+  LayerGradients fc1, fc2, fc3;
+};
+LinearGradients lenet_linear_backward_by_layers(const LayerOperators& device, const char* op,
+                                                const at::Tensor& grad_output, at::TensorList parameters,
+                                                const LenetLayers& layers);
+
 LenetGradients lenet_backward_by_layers(const LayerOperators& device, const char* op, const at::Tensor& grad_output,
                                         const at::Tensor& input, at::TensorList parameters, const LenetLayers& layers,
                                         bool input_gradient);

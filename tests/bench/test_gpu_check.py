@@ -267,6 +267,7 @@ def small(monkeypatch):
         "DEVICE": "cpu",
         "BATCHES": [2],
         "LAYER_BATCHES": [2],
+        "BACKWARD_BATCHES": [2],
         "SLOW_BATCHES": [2],
         "SWEEP_BATCHES": [1],
         "SWEEP_CHANNELS": [1, 3],
@@ -300,7 +301,7 @@ def small(monkeypatch):
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = flags
 
 
-ARGUMENTS = {"net": "tf32", "layers": "bfloat16", "sweep": "rule", "mnist": "somewhere"}
+ARGUMENTS = {"net": "tf32", "layers": "bfloat16", "sweep": "rule", "backward": "rule", "mnist": "somewhere"}
 
 
 @pytest.mark.parametrize("name", measurements.MEASUREMENTS)
@@ -314,7 +315,7 @@ def test_measurements_run(small, name):
     assert result
     if name == "kernelbench":
         assert [sorted(row["us"]) for row in result] == [["eager", "fused"]]
-    if name in ("net", "layers", "sweep", "compiled"):
+    if name in ("net", "layers", "sweep", "backward", "compiled"):
         assert all(row["us"]["ours graph"]["median"] > 0 for row in result)
     if name == "mnist":
         assert [(run["model"], run["seed"]) for run in result] == [("ours", 0), ("stock", 0), ("ours", 1), ("stock", 1)]

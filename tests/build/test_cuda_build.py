@@ -25,6 +25,7 @@ HOT = {
     "lenet_tensor_core_kernel": 128,
     "lenet_tensor_core_conv1_kernel": 128,
     "lenet_tensor_core_conv2_kernel": 128,
+    "lenet_tensor_core_backward_kernel": 255,  # of 128 threads
     "lenet_inference_convolutions_kernel": 128,
     "lenet_inference_linears_kernel": 128,
     "lenet_conv_forward_kernel": 128,

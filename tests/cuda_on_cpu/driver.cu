@@ -76,6 +76,14 @@ int main(int argc, char** argv) {
     test_lenet_backward(dtype, 17, 128, 9, true);  // passes of 4, 4 and 1 images
     test_lenet_backward(dtype, 3, 127, 3, true);   // a pass that is not full
   }
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+    if (!has_lenet_tensor_core_backward(dtype, 1)) break;  // on this GPU
+    expect(launch_lenet_tensor_core_backward(dtype, {}, {}).error == cudaSuccess, "no image");
+    test_lenet_tensor_core_backward(dtype, 1, 2);
+    test_lenet_tensor_core_backward(dtype, 4, 2);
+    test_lenet_tensor_core_backward(dtype, 9, 4);  // two passes; a slice of one image
+    test_lenet_tensor_core_backward(dtype, 7, 8);  // four passes, the last with one image
+  }
   test_lenet_step({1, 1, 10, 1, Loss::kCrossEntropy, Optimizer::kSgd, false});
   test_lenet_step({5, 1, 128, 2, Loss::kCrossEntropy, Optimizer::kSgd, true});
   test_lenet_step({7, 3, 33, 4, Loss::kCrossEntropy, Optimizer::kAdam, true});

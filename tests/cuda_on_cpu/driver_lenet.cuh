@@ -252,6 +252,50 @@ void test_lenet_backward(DType dtype, int64_t batch, int64_t classes, int64_t sl
       });
 }
 
+// The same of the convolutions alone, on the tensor cores. The gradient between them is rounded.
+void test_lenet_tensor_core_backward(DType dtype, int64_t batch, int64_t slice_images) {
+  const std::string name = "lenet tensor core backward dtype " + std::to_string(static_cast<int>(dtype)) + " batch " +
+                           std::to_string(batch) + " in slices of " + std::to_string(slice_images);
+  const std::vector<double> images = random_values(dtype, batch * 1024), pooled1 = random_values(dtype, batch * 1176);
+  const std::vector<double> gradient = random_values(dtype, batch * 400), weight2 = random_values(dtype, 2400, 0.1);
+  const std::vector<uint8_t> codes1 = random_codes(batch * 1176), codes2 = random_codes(batch * 400);
+  Buffer input(dtype, batch * 1024), kept(dtype, batch * 1176), weight(dtype, 2400), grad(dtype, batch * 400);
+  input.set(images), kept.set(pooled1), weight.set(weight2), grad.set(gradient);
+  Bytes indices1(batch * 1176), indices2(batch * 400);
+  indices1.set(codes1), indices2.set(codes2);
+  const ConvGradients second({plain(batch, 6, 14, 16, 5), pooled1, weight2, {}}, codes2, gradient);
+  Buffer between(dtype, batch * 1176);
+  between.set(second.grad_input);
+  const ConvGradients first({plain(batch, 1, 32, 6, 5), images, std::vector<double>(150), {}}, codes1, between.get());
+  const std::vector<double> expected[] = {first.grad_weight, first.grad_bias, second.grad_weight, second.grad_bias};
+
+  std::vector<std::unique_ptr<Buffer>> gradients;
+  LenetConvolutionsBackwardOf<void> call{};
+  for (int i = 0; i < 4; ++i) {
+    gradients.push_back(std::make_unique<Buffer>(dtype, expected[i].size()));
+    call.gradients[i] = gradients[i]->data();
+  }
+  call.batch = batch, call.slice_images = slice_images;
+  call.input = input.data(), call.weight2 = weight.data();
+  call.pooled1 = kept.data(), call.indices1 = indices1.data;
+  call.grad_pooled2 = grad.data(), call.indices2 = indices2.data;
+  Buffer workspace(DType::kFloat32, lenet_tensor_core_backward_workspace(batch, slice_images) / 4);
+  call.workspace = workspace.data();
+  run(
+      name,
+      [&] {
+        workspace.reset();
+        for (auto& each : gradients) each->reset();
+        return launch_lenet_tensor_core_backward(dtype, call, {});
+      },
+      [&] {
+        const double scale = 2 * std::sqrt(static_cast<double>(batch));
+        for (int i = 0; i < 4; ++i) {
+          compare(name + " gradient " + std::to_string(i), dtype, gradients[i]->get(), expected[i], scale);
+        }
+      });
+}
+
 struct StepCase {
   int64_t batch, in_channels, classes, slice_images;
   Loss loss;

@@ -44,4 +44,10 @@ extern "C" int cuda_on_cpu_lenet_forward_path(bool bfloat16, bool tf32_convoluti
   const auto dtype = bfloat16 ? cuda::DType::kBFloat16 : cuda::DType::kFloat32;
   return static_cast<int>(forward_path({dtype, batch, 1, 10, training, tf32_convolutions, tf32_products}));
 }
+// And for the backward pass: 0 layers, 1 two launches, 2 the convolutions on tensor cores.
+extern "C" int cuda_on_cpu_lenet_backward_path(bool bfloat16, bool input_gradient, int64_t batch) {
+  using namespace lenet_ext;
+  const auto dtype = bfloat16 ? cuda::DType::kBFloat16 : cuda::DType::kFloat32;
+  return static_cast<int>(backward_path(dtype, batch, 1, 10, input_gradient));
+}
 extern "C" int64_t cuda_on_cpu_launches() { return lx_shim::state().launches; }

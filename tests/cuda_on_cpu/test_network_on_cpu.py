@@ -595,12 +595,80 @@ def test_the_whole_networks_backward_passes_nan_on(ops, control, dtype):
         x, g = torch.randn(9, 1, 32, 32, dtype=dtype), torch.randn(9, 10, dtype=dtype)
         (x[6, 0, 15] if where == "input" else g[6, 3:4]).fill_(float("nan"))
         activations = ops.lenet_with_activations(x, parameters)[1:]
-        control.cuda_on_cpu_configure(-1, 0, 0)
-        got = gradients(ops, g, x, parameters, activations)
         control.cuda_on_cpu_configure(VENDOR, 0, 0)
-        for one, other in zip(got, gradients(ops, g, x, parameters, activations), strict=True):
-            assert torch.equal(one.isnan(), other.isnan())
-        assert bool(got[0].isnan().any())
+        expected = gradients(ops, g, x, parameters, activations)
+        for algorithm in (-1, DIRECT):
+            control.cuda_on_cpu_configure(algorithm, 0, 0)
+            got = gradients(ops, g, x, parameters, activations)
+            for one, other in zip(got, expected, strict=True):
+                assert torch.equal(one.isnan(), other.isnan())
+            assert bool(got[0].isnan().any())
+
+
+TWO_LAUNCHES, CONVOLUTIONS_ON_TENSOR_CORES = 1, 2
+
+
+def test_each_way_through_the_backward_pass_can_be_forced(control, ops):
+    def paths(algorithm, *of):
+        control.cuda_on_cpu_configure(algorithm, 0, 0)
+        return [control.cuda_on_cpu_lenet_backward_path(*of, batch) for batch in (0, 1, 2048, 2049, 65536)]
+
+    float32, sixteen_bits, input_gradient = (False, False), (True, False), (True, True)
+    small = [LAYERS, TWO_LAUNCHES, TWO_LAUNCHES]
+    assert paths(-1, *float32) == [*small, LAYERS, LAYERS]
+    assert paths(-1, *sixteen_bits) == [*small, *[CONVOLUTIONS_ON_TENSOR_CORES] * 2]
+    assert paths(-1, *input_gradient) == [*small, LAYERS, LAYERS]
+    assert paths(DIRECT, *float32) == [LAYERS, *[TWO_LAUNCHES] * 4]
+    assert paths(DIRECT, *sixteen_bits) == [LAYERS, *[CONVOLUTIONS_ON_TENSOR_CORES] * 4]
+    assert paths(DIRECT, *input_gradient) == [LAYERS, *[TWO_LAUNCHES] * 4]
+    assert paths(VENDOR, *sixteen_bits) == [LAYERS] * 5
+    with without_tensor_cores(control):
+        assert paths(-1, *sixteen_bits) == [*small, LAYERS, LAYERS]
+    with shared_memory(control, 64):
+        assert paths(-1, *sixteen_bits) == [*small, LAYERS, LAYERS]
+
+
+# 513 images: slices of four.
+@pytest.mark.parametrize("batch", [1, 2, 3, 17, extended(513)])
+@pytest.mark.parametrize("precision", SIXTEEN_BITS)
+def test_the_convolutions_gradients_on_the_tensor_cores(ops, control, batch, precision):
+    """Two launches beside those of the linear layers; operands may be slices at any address."""
+    dtype = dtype_of(precision)
+    _, parameters = reference_net(1, 10, dtype)
+    x, g = torch.randn(batch, 1, 32, 32, dtype=dtype), torch.randn(batch, 10, dtype=dtype)
+    activations = ops.lenet_with_activations(x, parameters)[1:]
+    control.cuda_on_cpu_configure(DIRECT, 0, 0)
+    before = control.cuda_on_cpu_launches()
+    got = under_schedules(control, DIRECT, lambda: gradients(ops, g, x, parameters, activations))
+    assert control.cuda_on_cpu_launches() - before == len(SCHEDULES) * (2 + 3 * 2)
+    operands = moved(x), [moved(p) for p in parameters], [moved(a) for a in activations]
+    for one, other in zip(gradients(ops, moved(g), *operands), got, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(got[:-1], exact_gradients(g, x, parameters, activations), strict=True):
+        assert float((one.double() - other).norm()) <= 2 * TOLERANCES[precision] * float(other.norm())
+
+
+# Corners, whose taps no other pixel shares, and the middle; in the second image of a pass, and in one that is alone.
+@pytest.mark.parametrize("image", [1, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_the_convolutions_gradients_keep_non_finite_values_where_they_belong(ops, control, value, image):
+    """They reach the taps that see them, and no other: what a product is filled up with is zero times zero."""
+    _, parameters = reference_net(1, 10, torch.bfloat16)
+    x, g = torch.randn(3, 1, 32, 32).bfloat16(), torch.randn(3, 10).bfloat16()
+    clean = ops.lenet_with_activations(x, parameters)[1:]
+    of_images, of_pooled = [(0, 0), (0, 31), (9, 14), (31, 31)], [(0, 0), (0, 13), (7, 5), (13, 13)]
+    for of_input, places in ((True, of_images), (False, of_pooled)):
+        for place in places:
+            images, pooled1 = x.clone(), clean[0].clone()
+            (images if of_input else pooled1)[(image, -1, *place)] = value
+            results = []
+            for algorithm in (DIRECT, -1):
+                control.cuda_on_cpu_configure(algorithm, 0, 0)
+                results.append(gradients(ops, g, images, parameters, [pooled1, *clean[1:]]))
+            for one, other in zip(*results, strict=True):
+                for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+                    assert torch.equal(kind(one), kind(other))
+            assert not bool(results[0][0 if of_input else 2].isfinite().all())
 
 
 def test_the_whole_networks_backward_checks_its_activations(ops):

@@ -1,0 +1,126 @@
+// The gradients of both convolutions of LeNet in float16 and bfloat16 for large batches, on the tensor cores, in two
+// launches, from the gradient of the second one's pooled output: first slice by slice of the batch, then the sums over
+// the slices. Sums are accumulated in float32, and their order depends on the batch alone. The gradient between the
+// convolutions is rounded to the storage type, as it is where the layers pass it through memory.
+//
+// Counted in the machine code for sm_90 (benchmarks/gpu/machine_code_sm_90.json): an image is 662 products, 1,070
+// clocks of a multiprocessor if it begins 0.62 of them a clock, as others have measured on an H100, and fewer clocks of
+// other instructions; the layers' kernels take 12,600 (measured). No GPU has run these kernels yet.
+#include "lenet_tensor_core_gradients.cuh"
+#include "lenet_weight_sums.cuh"
+
+namespace lenet_ext::cuda {
+namespace {
+
+// block -> one slice of the batch, two images at a time. What the next two need is loaded only when these are done: the
+// other block of the multiprocessor computes meanwhile. Shared memory: 89 KB, two blocks a multiprocessor.
+template <typename T>
+__global__ void __launch_bounds__(kGradientThreads, 2)
+    lenet_tensor_core_backward_kernel(LenetConvolutionsBackwardOf<T> call, float* __restrict__ partials1,
+                                      float* __restrict__ partials2) {
+  LX_SMEM(shared);
+  const GradientPass pass(shared);
+  pass.prepare();
+  const PooledGradient<T> pooled_gradient(call.weight2);
+  Conv2WeightSums sums2;
+  Conv1WeightSums sums1;
+  const int64_t slice_begin = blockIdx.x * call.slice_images;
+  const int64_t slice_end = slice_begin + call.slice_images < call.batch ? slice_begin + call.slice_images : call.batch;
+#pragma unroll 1
+  for (int64_t first = slice_begin; first < slice_end; first += kGradientImages) {
+    const int present = slice_end - first < kGradientImages ? 1 : kGradientImages;
+    __syncthreads();  // the last pass is done with the shared memory
+    load_pixels(pass, call.input + first * Conv1::kImage, present);
+    load_pooled(pass, call.pooled1 + first * Conv1::kPooled, call.indices1 + first * Conv1::kPooled, present);
+    load_gradients(pass, call.grad_pooled2 + first * Conv2::kPooled, call.indices2 + first * Conv2::kPooled, present);
+    __syncthreads();
+    sums2.template add<T>(pass);
+    pooled_gradient.compute(pass);
+    __syncthreads();
+    sums1.template add<T>(pass);
+  }
+  static_assert(Conv1WeightSums::kBandFloats * 4 <= kGridBytes);
+  float* const partial1 = partials1 + int64_t{blockIdx.x} * kSums1<Conv1>;
+  float* const partial2 = partials2 + int64_t{blockIdx.x} * kSums2;
+  sums2.finish([&](int at, float sum) { partial2[at] = sum; });
+  sums1.finish(reinterpret_cast<float*>(pass.grid), [&](int at, float sum) { partial1[at] = sum; });
+}
+
+// The gradients of the convolutions' four parameters, where they belong.
+template <typename T>
+struct ConvolutionGradients {
+  T* of[4];
+  LX_DEVICE void operator()(int parameter, int64_t at, float value) const { of[parameter][at] = lx::narrow<T>(value); }
+};
+
+// block -> 32 sums of one of the convolutions. Shared memory: a sum for each thread. What a block's number chooses from
+// is read where the launch has put it.
+template <typename T>
+__global__ void __launch_bounds__(kGradThreads)
+    lenet_convolution_sums_kernel(const __grid_constant__ ConvolutionSums conv2,
+                                  const __grid_constant__ ConvolutionSums conv1, int64_t slices,
+                                  const __grid_constant__ ConvolutionGradients<T> gradients) {
+  LX_SMEM(shared);
+  const int block = static_cast<int>(blockIdx.x), of_conv2 = conv2.blocks();
+  const bool second = block < of_conv2;
+  convolution_sums(second ? conv2 : conv1, slices, second ? block : block - of_conv2, shared, gradients);
+}
+
+struct PartialSums {
+  float *conv1, *conv2;  // [slices, 156] and [slices, 2416]
+  int64_t bytes;
+
+  PartialSums(void* begin, int64_t slices) {
+    bytes = lx::taken<float>(slices * kSums1<Conv1>);
+    conv1 = static_cast<float*>(begin);
+    conv2 = begin == nullptr ? nullptr : reinterpret_cast<float*>(static_cast<unsigned char*>(begin) + bytes);
+    bytes += lx::taken<float>(slices * kSums2);
+  }
+};
+
+template <typename T>
+LaunchResult backward(const LenetConvolutionsBackwardOf<void>& call, cudaStream_t stream) {
+  LaunchResult result;
+  if (call.batch == 0) return result;
+  const int64_t slices = lx::divide_up(call.batch, call.slice_images);
+  const PartialSums partials(call.workspace, slices);
+  LenetConvolutionsBackwardOf<T> of{};
+  of.batch = call.batch, of.slice_images = call.slice_images;
+  of.input = static_cast<const T*>(call.input), of.weight2 = static_cast<const T*>(call.weight2);
+  of.pooled1 = static_cast<const T*>(call.pooled1), of.indices1 = call.indices1;
+  of.grad_pooled2 = static_cast<const T*>(call.grad_pooled2), of.indices2 = call.indices2;
+  ConvolutionGradients<T> gradients;
+  for (int i = 0; i < 4; ++i) gradients.of[i] = static_cast<T*>(call.gradients[i]);
+  lx::launch(result, "lenet_tensor_core_backward_kernel", lenet_tensor_core_backward_kernel<T>,
+             static_cast<unsigned>(slices), kGradientThreads, GradientPass::shared_bytes(), stream, of, partials.conv1,
+             partials.conv2);
+  const ConvolutionSums conv2{partials.conv2, kSums2, Conv2::kWeights, 2};
+  const ConvolutionSums conv1{partials.conv1, kSums1<Conv1>, Conv1::kWeights, 0};
+  lx::launch(result, "lenet_convolution_sums_kernel", lenet_convolution_sums_kernel<T>,
+             static_cast<unsigned>(conv2.blocks() + conv1.blocks()), kGradThreads, lx::taken<float>(kGradThreads),
+             stream, conv2, conv1, slices, gradients);
+  return result;
+}
+
+}  // namespace
+
+bool has_lenet_tensor_core_backward(DType dtype, int64_t channels) {
+  if ((dtype != DType::kFloat16 && dtype != DType::kBFloat16) || channels != Conv1::kIn) return false;
+  return lx::has_tensor_cores(lenet_tensor_core_backward_kernel<lx::bf16>) &&
+         lx::fits_shared_memory(GradientPass::shared_bytes());
+}
+
+int64_t lenet_tensor_core_backward_slice_images(int64_t batch) {
+  return lx::divide_up(batch, kMostSlices * kGradientImages) * kGradientImages;
+}
+
+int64_t lenet_tensor_core_backward_workspace(int64_t batch, int64_t slice_images) {
+  return PartialSums(nullptr, batch == 0 ? 0 : lx::divide_up(batch, slice_images)).bytes;
+}
+
+LaunchResult launch_lenet_tensor_core_backward(DType dtype, const LenetConvolutionsBackwardOf<void>& call,
+                                               cudaStream_t stream) {
+  return dtype == DType::kFloat16 ? backward<lx::f16>(call, stream) : backward<lx::bf16>(call, stream);
+}
+
+}  // namespace lenet_ext::cuda
