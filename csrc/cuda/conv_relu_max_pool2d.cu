@@ -218,6 +218,8 @@ __global__ void __launch_bounds__(kThreads)
       }
       __syncthreads();
       const int count = end - chunk < kThreads ? static_cast<int>(end - chunk) : static_cast<int>(kThreads);
+      // Unrolled further, as the compiler would for compute capability 10.0, it would spill.
+#pragma unroll 4
       for (int i = share; i < count; i += shares) {
         const Item<A> item = list[i];
         if (column == plan.taps) {

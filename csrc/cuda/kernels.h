@@ -237,9 +237,11 @@ LaunchResult launch_lenet_tensor_core_forward(DType dtype, const LenetForwardOf<
 bool has_lenet_tensor_core_layer(DType dtype, const ConvPoolShape& shape);
 LaunchResult launch_lenet_tensor_core_layer(DType dtype, const ConvPoolForward& call, cudaStream_t stream);
 
-// The whole network in float16 and bfloat16 for large batches, where no backward pass will follow, in two launches. The
-// images are 16-byte aligned; `features`, [batch, 400] of the storage type and 16-byte aligned too, is overwritten.
-bool has_lenet_inference(DType dtype, int64_t channels, int64_t classes);
-LaunchResult launch_lenet_inference(DType dtype, const LenetForwardOf<void>& call, void* features, cudaStream_t stream);
+// The whole network in float16 and bfloat16 for large batches, in two launches. The images are 16-byte aligned;
+// `features`, [batch, 400] of the storage type and 16-byte aligned too, is overwritten, unless what a backward pass
+// needs is kept: then pooled2 is in its place.
+bool has_lenet_lean_forward(DType dtype, int64_t channels, int64_t classes);
+LaunchResult launch_lenet_lean_forward(DType dtype, const LenetForwardOf<void>& call, void* features,
+                                       cudaStream_t stream);
 
 }  // namespace lenet_ext::cuda

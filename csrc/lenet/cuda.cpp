@@ -27,7 +27,7 @@ bool takes_direct(bool cheaper) {
 constexpr LayerOperators kLayers{conv_relu_max_pool2d_cuda, conv_relu_max_pool2d_backward_cuda, linear_cuda,
                                  linear_backward_cuda};
 
-// Kernels read the linear layers' weights 16 bytes at a time, in inference the images too.
+// Kernels read the linear layers' weights 16 bytes at a time, some of them the images too.
 Tensor contiguous_and_aligned(const Tensor& tensor) {
   const Tensor contiguous = tensor.contiguous();
   return reinterpret_cast<uintptr_t>(contiguous.const_data_ptr()) % 16 == 0 ? contiguous : contiguous.clone();
@@ -57,7 +57,7 @@ enum class ForwardPath {
   kClusters,     // the whole network in one launch in float32 arithmetic, each image by several blocks
   kStrict,       // by one block
   kTensorCores,  // on the tensor cores
-  kInference,    // on the tensor cores in two launches, without what a backward pass needs
+  kLean,         // on the tensor cores in two launches, for many images
 };
 
 struct ForwardProblem {
@@ -92,8 +92,10 @@ constexpr int64_t kFewestImagesOf16BitLayers = 1024;
 // 4096 images take 100 us in place of 155. Twice that many, because nobody has looked.
 constexpr int64_t kFewestImagesOfTf32Convolutions = 2048;
 // Predicted, not measured: to prepare the weights twice takes these kernels some 10 us, an image 510 clocks of a
-// multiprocessor, by the count of their products (lenet_inference.cu): 20 to 25 us at 1024 images, 150 us at 65536.
-constexpr int64_t kFewestImagesOfInference = 1024;
+// multiprocessor, by the count of their products (lenet_lean_forward.cu): 20 to 25 us at 1024 images, 150 us at 65536.
+// What a backward pass needs costs stores and as many instructions again, which may hide behind the products or not:
+// 250 us at 65536 at the worst, and twice as many images to begin with.
+constexpr int64_t kFewestImagesOfLean = 1024, kFewestImagesOfLeanTraining = 2048;
 
 ForwardPath forward_path(const ForwardProblem& p) {
   const bool float32 = p.dtype == cuda::DType::kFloat32;
@@ -101,9 +103,11 @@ ForwardPath forward_path(const ForwardProblem& p) {
   const bool tensor_cores = on_tensor_cores && (!float32 || (p.tf32_convolutions && p.tf32_products));
   // Measured in float32: the 10 and 15 us of the table. In 16 bits predicted to take the same.
   const bool clusters = cuda::lenet_cluster_blocks(p.dtype, p.batch, p.channels, p.classes) != 0;
-  if (!p.training && takes_direct(p.batch >= kFewestImagesOfInference) &&
-      cuda::has_lenet_inference(p.dtype, p.channels, p.classes)) {
-    return ForwardPath::kInference;
+  if (cuda::has_lenet_lean_forward(p.dtype, p.channels, p.classes)) {
+    if (!p.training && takes_direct(p.batch >= kFewestImagesOfLean)) return ForwardPath::kLean;
+    // Forced to be direct, what is kept is bit by bit that of the layers on the tensor cores, which these are not.
+    const bool forced = takes_direct(false);
+    if (p.training && !forced && takes_direct(p.batch >= kFewestImagesOfLeanTraining)) return ForwardPath::kLean;
   }
   // In TF32 there is always something faster.
   if (tensor_cores && takes_direct(!float32 && !clusters && p.batch < kFewestImagesOf16BitLayers)) {
@@ -123,9 +127,11 @@ cuda::LaunchResult launch_forward(ForwardPath path, cuda::DType dtype, const Ten
                                   const std::vector<Tensor>& p, const LenetLayers& a, cudaStream_t stream) {
   if (path == ForwardPath::kStrict) return cuda::launch_lenet_forward(forward_of<float>(images, p, a), stream);
   const auto call = forward_of<void>(images, p, a);
-  if (path == ForwardPath::kInference) {
-    const Tensor features = at::empty({call.batch, kLenetFeatures}, images.options());
-    return cuda::launch_lenet_inference(dtype, call, features.mutable_data_ptr(), stream);
+  if (path == ForwardPath::kLean) {
+    Tensor features;
+    if (!a.pooled2.defined()) features = at::empty({call.batch, kLenetFeatures}, images.options());
+    void* const memory = features.defined() ? features.mutable_data_ptr() : nullptr;
+    return cuda::launch_lenet_lean_forward(dtype, call, memory, stream);
   }
   if (path == ForwardPath::kTensorCores) return cuda::launch_lenet_tensor_core_forward(dtype, call, stream);
   const int blocks = cuda::lenet_cluster_blocks(dtype, call.batch, images.size(1), call.classes);
@@ -140,7 +146,7 @@ LenetLayers lenet_forward(const char* op, const Tensor& input, TensorList parame
       {dtype, batch, input.size(1), classes, training, allows_tf32_convolutions(), allows_tf32_products()});
   if (path == ForwardPath::kLayers) return lenet_by_layers(kLayers, op, input.contiguous(), parameters, training);
 
-  const Tensor images = path == ForwardPath::kInference ? contiguous_and_aligned(input) : input.contiguous();
+  const Tensor images = path == ForwardPath::kLean ? contiguous_and_aligned(input) : input.contiguous();
   std::vector<Tensor> p;
   for (const Tensor& parameter : parameters) p.push_back(contiguous_and_aligned(parameter));
   const auto options = input.options(), codes = options.dtype(at::kByte);

@@ -26,8 +26,8 @@ HOT = {
     "lenet_tensor_core_conv1_kernel": 128,
     "lenet_tensor_core_conv2_kernel": 128,
     "lenet_tensor_core_backward_kernel": 255,  # of 128 threads
-    "lenet_inference_convolutions_kernel": 128,
-    "lenet_inference_linears_kernel": 128,
+    "lenet_lean_convolutions_kernel": 128,
+    "lenet_lean_linears_kernel": 128,
     "lenet_conv_forward_kernel": 128,
     "lenet_grad_input_kernel": 128,
     "lenet_grad_input_small_kernel": 128,

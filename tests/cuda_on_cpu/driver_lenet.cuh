@@ -27,11 +27,11 @@ std::vector<double> pooled(const ConvPoolShape& s, const std::vector<double>& in
 
 struct LenetCase {
   int64_t batch, classes;
-  bool training;           // not with `inference`
+  bool training;
   bool integers = false;   // small ones: sums are exact in every dtype, and full of ties
   bool irregular = false;  // the second image has a NaN pixel, the third an infinite one
   int cluster = 0;         // blocks that compute an image together, 0: see `tensor_cores`
-  bool inference = false;  // in two launches, on the tensor cores
+  bool lean = false;       // in two launches, on the tensor cores
 };
 
 // On the tensor cores where `tensor_cores`; float32 is then TF32.
@@ -39,7 +39,7 @@ void test_lenet(DType dtype, bool tensor_cores, const LenetCase& c) {
   const int64_t batch = c.batch, classes = c.classes;
   const std::string name = std::string(tensor_cores ? "tensor core" : "") + " lenet dtype " +
                            std::to_string(static_cast<int>(dtype)) + " batch " + std::to_string(batch) + " cluster " +
-                           std::to_string(c.cluster) + (c.inference ? " inference" : "") +
+                           std::to_string(c.cluster) + (c.lean ? " lean" : "") + (c.training ? " training" : "") +
                            (c.integers ? " integers" : "") + (c.irregular ? " irregular" : "");
   const ConvPoolShape s1 = plain(batch, 1, 32, 6, 5), s2 = plain(batch, 6, 14, 16, 5);
   const int64_t sizes[] = {150, 6, 2400, 16, 48000, 120, 120 * 84, 84, 84 * classes, classes};
@@ -110,7 +110,7 @@ void test_lenet(DType dtype, bool tensor_cores, const LenetCase& c) {
       [&] {
         for (auto& each : results) each->reset();
         features.reset();
-        return c.inference      ? launch_lenet_inference(dtype, call, features.data(), {})
+        return c.lean           ? launch_lenet_lean_forward(dtype, call, c.training ? nullptr : features.data(), {})
                : tensor_cores   ? launch_lenet_tensor_core_forward(dtype, call, {})
                : c.cluster != 0 ? launch_lenet_cluster_forward(dtype, call, c.cluster, {})
                                 : launch_lenet_forward(strict, {});

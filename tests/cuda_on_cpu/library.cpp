@@ -37,7 +37,7 @@ extern "C" void cuda_on_cpu_set_shared_memory(int64_t bytes) {
   lx_shim::state().shared_limit.clear();
 }
 // What lenet/cuda.cpp chooses for the forward pass of one channel and ten classes: 0 layers, 1 clusters, 2 strict,
-// 3 tensor cores, 4 inference.
+// 3 tensor cores, 4 lean.
 extern "C" int cuda_on_cpu_lenet_forward_path(bool bfloat16, bool tf32_convolutions, bool tf32_products, bool training,
                                               int64_t batch) {
   using namespace lenet_ext;

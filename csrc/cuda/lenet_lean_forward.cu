@@ -1,10 +1,11 @@
-// LeNet's inference in float16 and bfloat16 for large batches, on the tensor cores, in two launches: both convolutions
-// with ReLU and pooling, then the three linear layers.
+// LeNet's forward pass in float16 and bfloat16 for large batches, on the tensor cores, in two launches: both
+// convolutions with ReLU and pooling, then the three linear layers; with kKeep, what a backward pass needs goes to
+// global memory on the way.
 //
 // In lenet_tensor_core.cu one instruction of twenty is a product. The others choose winners, which nobody asks for in
 // inference, compute addresses, and store values one by one. Here
 //   - the largest of a window's values is found by max.NaN and gets its bias once; one instruction is ReLU and rounding
-//     of two values;
+//     of two values; the winner, where it is wanted, is the first value that equals the largest;
 //   - the columns of each product are in such an order that what a lane has as a result is, two values a word, what one
 //     lane of the next product wants as its operand. So conv1 stores three channels of a pixel as 8 bytes, conv2 four
 //     channels, and the linear layers store nothing but the logits;
@@ -60,7 +61,7 @@ constexpr int64_t kConvolutionsShared = lx::taken<unsigned char>(kImages * kImag
 // The matrices in the order in which lanes load them: conv1's [step][pair of tiles][lane][tile of the pair][word],
 // conv2's [step][lane][tile][word].
 template <typename T>
-__device__ __forceinline__ void prepare_inference_conv1(uint32_t* matrix, const T* weight) {
+__device__ __forceinline__ void prepare_lean_conv1(uint32_t* matrix, const T* weight) {
   for (int at = threadIdx.x; at < kMatrix1Words; at += kThreads) {
     const int word = at % 2, tile = at / 128 % 3 * 2 + at / 2 % 2, lane = at / 4 % 32, step = at / 384;
     const int column = lane / 4, channel = 3 * (column / 4) + tile % 3;
@@ -75,7 +76,7 @@ __device__ __forceinline__ void prepare_inference_conv1(uint32_t* matrix, const 
   }
 }
 template <typename T>
-__device__ __forceinline__ void prepare_inference_conv2(uint32_t* matrix, const T* weight) {
+__device__ __forceinline__ void prepare_lean_conv2(uint32_t* matrix, const T* weight) {
   for (int at = threadIdx.x; at < kMatrix2Words; at += kThreads) {
     const int word = at % 2, tile = at / 2 % 2, lane = at / 4 % 32, step = at / 128;
     const int tap = word == 0 ? first_tap(step) : second_tap(step), out = 8 * tile + lane / 4;
@@ -87,21 +88,45 @@ __device__ __forceinline__ void prepare_inference_conv2(uint32_t* matrix, const 
   }
 }
 
+// Where in what is kept something lies, if it is kept.
+template <bool kKeep, typename T>
+LX_DEVICE T* kept_at(T* begin, int64_t offset) {
+  return kKeep ? begin + offset : nullptr;
+}
+
+// One of a word's two values.
+template <typename T>
+LX_DEVICE T half_of(uint32_t word, int which) {
+  return {static_cast<uint16_t>(which == 0 ? word : word >> 16)};
+}
+
 // A load that the compiler neither merges with its neighbour nor takes from an earlier one.
 LX_DEVICE uint32_t load_word(const unsigned char* from) { return *reinterpret_cast<const volatile uint32_t*>(from); }
 
 // A pooling window's largest value, with its bias.
+LX_DEVICE float largest_of(float v0, float v1, float v2, float v3) {
+  return lx::max_or_nan(lx::max_or_nan(v0, v1), lx::max_or_nan(v2, v3));
+}
 LX_DEVICE float pooled_value(float v0, float v1, float v2, float v3, float bias) {
-  return lx::max_or_nan(lx::max_or_nan(v0, v1), lx::max_or_nan(v2, v3)) + bias;
+  return largest_of(v0, v1, v2, v3) + bias;
 }
 
-// A warp computes conv1 of one image value by value.
-template <typename T>
-__device__ __forceinline__ void convolve1_without_zeros(const T* pixels, const T* weight, const T* bias, T* pooled) {
+// Its winner, by the rule of Winner: the first of equals, the last NaN.
+LX_DEVICE uint8_t winner_code(float v0, float v1, float v2, float v3, float pooled) {
+  const float largest = largest_of(v0, v1, v2, v3);
+  int position = v0 == largest ? 0 : v1 == largest ? 1 : v2 == largest ? 2 : 3;
+  if (lx::is_nan(largest)) position = lx::is_nan(v3) ? 3 : lx::is_nan(v2) ? 2 : lx::is_nan(v1) ? 1 : 0;
+  return pooled <= 0 ? kDead : static_cast<uint8_t>(position);
+}
+
+// A warp computes conv1 of one image value by value. kept, codes: of this image in global memory, with kKeep.
+template <bool kKeep, typename T>
+__device__ __forceinline__ void convolve1_without_zeros(const T* pixels, const T* weight, const T* bias, T* pooled,
+                                                        T* kept, uint8_t* codes) {
 #pragma unroll 1
   for (int item = threadIdx.x % 32; item < Conv1::kPooled; item += 32) {
     const int channel = item / Conv1::kWindows, y = item % Conv1::kWindows / Conv1::kPool, x = item % Conv1::kPool;
-    float largest = lx::float_of(0xff800000u);  // minus infinity
+    Winner<float> winner;
 #pragma unroll 1
     for (int position = 0; position < 4; ++position) {
       float sum = 0;
@@ -110,18 +135,22 @@ __device__ __forceinline__ void convolve1_without_zeros(const T* pixels, const T
         const int row = 2 * y + position / 2 + tap / kTap, column = 2 * x + position % 2 + tap % kTap;
         sum += lx::widen(pixels[row * Conv1::kSize + column]) * lx::widen(weight[channel * kTaps + tap]);
       }
-      largest = lx::max_or_nan(largest, sum);
+      winner.consider(sum, position);
     }
-    const float value = largest + lx::widen(bias[channel]);
-    pooled[pixel_at(y, x) * 8 + slot_of(channel)] = lx::narrow<T>(value <= 0 ? 0 : value);
+    winner.best += lx::widen(bias[channel]);
+    const T value = lx::narrow<T>(winner.pooled());
+    pooled[pixel_at(y, x) * 8 + slot_of(channel)] = value;
+    if constexpr (kKeep) kept[item] = value, codes[item] = winner.code();
   }
 }
 
 // conv1 of two images of the pass, those of this warp. Rows of the product are the 8 patches of two rows of windows, of
-// which the 8th is behind the end of the row: its values go to pixels that nobody reads.
-template <typename T>
-__device__ __forceinline__ void inference_conv1(const unsigned char* pixels, const uint32_t* matrix, int present,
-                                                const T* weight, const T* bias, unsigned char* pooled) {
+// which the 8th is behind the end of the row: its values go to pixels that nobody reads. kept, codes: of the pass, in
+// global memory.
+template <bool kKeep, typename T>
+__device__ __forceinline__ void lean_conv1(const unsigned char* pixels, const uint32_t* matrix, int present,
+                                           const T* weight, const T* bias, unsigned char* pooled, T* kept,
+                                           uint8_t* codes) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
   uint32_t b[kSteps1][kTiles1][2];
 #pragma unroll
@@ -164,8 +193,19 @@ __device__ __forceinline__ void inference_conv1(const unsigned char* pixels, con
                               sums[3 + c][2 * half + 1], biases[c]);
         }
         largest = lx::max_or_nan(lx::max_or_nan(largest, v[0]), lx::max_or_nan(v[1], v[2]));
-        *reinterpret_cast<Pack<uint32_t, 2>*>(out + (rows * kRowPair + half * kOddRow) * kPixelBytes) = {
-            {lx::activated_word<T>(v[0], v[1]), lx::activated_word<T>(v[2], 0.0f)}};
+        const Pack<uint32_t, 2> words = {{lx::activated_word<T>(v[0], v[1]), lx::activated_word<T>(v[2], 0.0f)}};
+        *reinterpret_cast<Pack<uint32_t, 2>*>(out + (rows * kRowPair + half * kOddRow) * kPixelBytes) = words;
+        if constexpr (kKeep) {
+          if (g == Conv1::kPool / 2) continue;
+#pragma unroll
+          for (int c = 0; c < 3; ++c) {
+            const int at = image * Conv1::kPooled + (3 * (t / 2) + c) * Conv1::kWindows +
+                           (2 * rows + half) * Conv1::kPool + 2 * g + t % 2;
+            kept[at] = half_of<T>(words[c / 2], c % 2);
+            codes[at] = winner_code(sums[c][2 * half], sums[c][2 * half + 1], sums[3 + c][2 * half],
+                                    sums[3 + c][2 * half + 1], v[c]);
+          }
+        }
       }
     }
     // The band's zeros make NaN of every value that does not see an infinite or NaN pixel of its patch. No sum of
@@ -173,18 +213,21 @@ __device__ __forceinline__ void inference_conv1(const unsigned char* pixels, con
     const float sum = lx::warp_sum(g < 7 ? largest : 0.0f);
     if (lx::is_nan(sum)) {
       __syncwarp();
-      convolve1_without_zeros(reinterpret_cast<const T*>(pixels + image * kImageBytes), weight, bias,
-                              reinterpret_cast<T*>(pooled + image * kImagePixels * kPixelBytes));
+      convolve1_without_zeros<kKeep>(reinterpret_cast<const T*>(pixels + image * kImageBytes), weight, bias,
+                                     reinterpret_cast<T*>(pooled + image * kImagePixels * kPixelBytes),
+                                     kept_at<kKeep>(kept, image * Conv1::kPooled),
+                                     kept_at<kKeep>(codes, image * Conv1::kPooled));
     }
   }
 }
 
-// conv2 of all images of the pass, whose channels go to `features`.
+// conv2 of all images of the pass, whose channels go to `features`, with kKeep in the layout of pooled2 and with their
+// codes.
 //
 // warp -> 8 windows at a time. Rows g and g + 8 of a product are window g at dy = 0 and 1.
-template <typename T>
-__device__ __forceinline__ void inference_conv2(const unsigned char* pooled, const uint32_t* matrix,
-                                                const uint32_t* corners, int present, const T* bias, T* features) {
+template <bool kKeep, typename T>
+__device__ __forceinline__ void lean_conv2(const unsigned char* pooled, const uint32_t* matrix, const uint32_t* corners,
+                                           int present, const T* bias, T* features, uint8_t* codes) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
   uint32_t b[kSteps2][4];
 #pragma unroll
@@ -248,9 +291,19 @@ __device__ __forceinline__ void inference_conv2(const unsigned char* pooled, con
       const int tile = c / 2, k = c % 2;
       v[c] = pooled_value(sums[0][tile][k], sums[1][tile][k], sums[0][tile][2 + k], sums[1][tile][2 + k], biases[c]);
     }
-    if (trip * 8 + g < present * Conv2::kWindows) {
-      *reinterpret_cast<Pack<uint32_t, 2>*>(to + trip * 64) = {
-          {lx::activated_word<T>(v[0], v[1]), lx::activated_word<T>(v[2], v[3])}};
+    if (trip * 8 + g >= present * Conv2::kWindows) continue;
+    const Pack<uint32_t, 2> words = {{lx::activated_word<T>(v[0], v[1]), lx::activated_word<T>(v[2], v[3])}};
+    if constexpr (kKeep) {
+      const int window = trip * 8 + g;
+      const int first = window / Conv2::kWindows * Conv2::kPooled + 2 * t * Conv2::kWindows + window % Conv2::kWindows;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const int tile = c / 2, k = c % 2, at = first + (8 * tile + k) * Conv2::kWindows;
+        features[at] = half_of<T>(words[tile], k);
+        codes[at] = winner_code(sums[0][tile][k], sums[1][tile][k], sums[0][tile][2 + k], sums[1][tile][2 + k], v[c]);
+      }
+    } else {
+      *reinterpret_cast<Pack<uint32_t, 2>*>(to + trip * 64) = words;
     }
   }
 }
@@ -259,10 +312,9 @@ __device__ __forceinline__ void inference_conv2(const unsigned char* pooled, con
 // memory: 111 KB, two blocks a multiprocessor.
 //
 // features: [image][window][16], of which thread t of a window has the channels 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t, at 4
-// t.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 2)
-    lenet_inference_convolutions_kernel(LenetForwardOf<T> call, T* features) {
+// t; with kKeep it is pooled2.
+template <typename T, bool kKeep>
+__global__ void __launch_bounds__(kThreads, 2) lenet_lean_convolutions_kernel(LenetForwardOf<T> call, T* features) {
   LX_SMEM(shared);
   unsigned char* const pixels = lx::take<unsigned char>(shared, kImages * kImageBytes + kPixelBytes);
   unsigned char* const pooled = lx::take<unsigned char>(shared, kImages * kImagePixels * kPixelBytes);
@@ -284,8 +336,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int stride = gridDim.x * kImages;
   int first = blockIdx.x * kImages;
   fetch(first);
-  prepare_inference_conv1(matrix1, call.parameters[0]);
-  prepare_inference_conv2(matrix2, call.parameters[2]);
+  prepare_lean_conv1(matrix1, call.parameters[0]);
+  prepare_lean_conv2(matrix2, call.parameters[2]);
   for (int w = threadIdx.x; w < kImages * Conv2::kWindows; w += kThreads) {
     corners[w] = (w / Conv2::kWindows * kImagePixels + w % Conv2::kWindows / 5 * kRowPair + w % 5) * kPixelBytes;
   }
@@ -297,10 +349,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int present = batch - first < kImages ? batch - first : kImages;
     lx::wait_for_copies<0>();
     __syncthreads();
-    inference_conv1(pixels, matrix1, present, call.parameters[0], call.parameters[1], pooled);
+    lean_conv1<kKeep>(pixels, matrix1, present, call.parameters[0], call.parameters[1], pooled,
+                      kept_at<kKeep>(call.pooled1, int64_t{first} * Conv1::kPooled),
+                      kept_at<kKeep>(call.indices1, int64_t{first} * Conv1::kPooled));
     __syncthreads();
     if (first + stride < batch) fetch(first + stride);
-    inference_conv2(pooled, matrix2, corners, present, call.parameters[3], features + int64_t{first} * kFeatures);
+    lean_conv2<kKeep>(pooled, matrix2, corners, present, call.parameters[3], features + int64_t{first} * kFeatures,
+                      kept_at<kKeep>(call.indices2, int64_t{first} * kFeatures));
   }
 }
 
@@ -363,11 +418,20 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[4], const uint32_t (
   }
 }
 
-// warp -> 16 images at a time, whose hidden layers never leave its registers. Shared memory: 120 KB with 10 classes,
-// 142 KB with 128, one block a multiprocessor.
-template <typename T>
+// Where among the features, as lean_conv2 leaves them, element k of fc1's depth is: a lane's operand in a step of 16 is
+// two words that lie next to each other.
+template <bool kKeep>
+LX_DEVICE int feature_at(int k) {
+  if (!kKeep) return k % 16 * Conv2::kWindows + k / 16;  // a step is a window, its depth the 16 channels
+  const int word = k % 16 / 2;
+  return k / 16 * 16 + (word % 4 * 2 + word / 4) * 2 + k % 2;
+}
+
+// warp -> 16 images at a time, whose hidden layers never leave its registers, but to be kept. Shared memory: 120 KB
+// with 10 classes, 142 KB with 128, one block a multiprocessor.
+template <typename T, bool kKeep>
 __global__ void __launch_bounds__(kLinearThreads, 1)
-    lenet_inference_linears_kernel(LenetForwardOf<T> call, const T* features) {
+    lenet_lean_linears_kernel(LenetForwardOf<T> call, const T* features) {
   const int classes = static_cast<int>(call.classes), fc3_tiles = (classes + kColumns - 1) / kColumns;
   LX_SMEM(shared);
   uint32_t* const fc1 = lx::take<uint32_t>(shared, kFc1Words);
@@ -377,9 +441,7 @@ __global__ void __launch_bounds__(kLinearThreads, 1)
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int batch = static_cast<int>(call.batch);
 
-  // A step of fc1 is a window, its depth the 16 channels.
-  prepare_linear(fc1, call.parameters[4], kHidden1, kFeatures, kFc1Steps,
-                 [](int k) { return k % 16 * Conv2::kWindows + k / 16; });
+  prepare_linear(fc1, call.parameters[4], kHidden1, kFeatures, kFc1Steps, feature_at<kKeep>);
   prepare_linear(fc2, call.parameters[6], kHidden2, kHidden1, kFc2Steps, [](int k) { return k; });
   prepare_linear(fc3, call.parameters[8], classes, kHidden2, kFc3Steps, [](int k) { return k; });
   prepare_biases(biases, call.parameters[5], kHidden1);
@@ -421,16 +483,31 @@ __global__ void __launch_bounds__(kLinearThreads, 1)
       to[tile % 2 * 2] = lx::activated_word<T>(sums[0] + offset[0], sums[1] + offset[1]);
       to[tile % 2 * 2 + 1] = lx::activated_word<T>(sums[2] + offset[0], sums[3] + offset[1]);
     };
+    // The tile's values of layer `width` wide, where the backward pass finds them.
+    auto keep = [&](T* kept, int width, int tile, const uint32_t (&words)[4]) {
+      if constexpr (kKeep) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int image = first + 8 * half + g, column = tile * kColumns + 2 * t;
+          if (image >= batch || column >= width) continue;
+          *reinterpret_cast<uint32_t*>(kept + int64_t{image} * width + column) = words[tile % 2 * 2 + half];
+        }
+      }
+    };
     uint32_t hidden1[kFc2Steps][4], hidden2[kFc3Steps][4];
     hidden1[kFc2Steps - 1][2] = hidden1[kFc2Steps - 1][3] = 0;
     hidden2[kFc3Steps - 1][2] = hidden2[kFc3Steps - 1][3] = 0;
 #pragma unroll
-    for (int tile = 0; tile < kFc1Tiles; ++tile) activate(hidden1[tile / 2], tile, sums1[tile], biases);
+    for (int tile = 0; tile < kFc1Tiles; ++tile) {
+      activate(hidden1[tile / 2], tile, sums1[tile], biases);
+      keep(call.hidden1, kHidden1, tile, hidden1[tile / 2]);
+    }
 #pragma unroll
     for (int tile = 0; tile < kFc2Tiles; ++tile) {
       float sums[4];
       multiply_tile<T>(sums, hidden1, fc2 + matrix_words(kFc2Steps, tile));
       activate(hidden2[tile / 2], tile, sums, biases + kFc1Tiles * kColumns);
+      keep(call.hidden2, kHidden2, tile, hidden2[tile / 2]);
     }
     // There are no weights behind the last output, but infinity times zero is NaN.
     static_assert(kHidden2 % kColumns == 4 && kFc2Tiles % 2 == 1);
@@ -449,34 +526,40 @@ __global__ void __launch_bounds__(kLinearThreads, 1)
   }
 }
 
-template <typename T>
-LaunchResult inference(const LenetForwardOf<void>& call, void* features, cudaStream_t stream) {
+template <typename T, bool kKeep>
+LaunchResult forward(const LenetForwardOf<void>& call, void* features, cudaStream_t stream) {
   LaunchResult result;
   if (call.batch == 0) return result;
   const LenetForwardOf<T> of = typed<T>(call);
   const unsigned most_blocks = blocks_at_once(result, call.batch, 1);  // two for each multiprocessor
-  lx::launch(result, "lenet_inference_convolutions_kernel", lenet_inference_convolutions_kernel<T>,
+  lx::launch(result, "lenet_lean_convolutions_kernel", lenet_lean_convolutions_kernel<T, kKeep>,
              std::min(most_blocks, lx::grid_for(call.batch, kImages)), kThreads, kConvolutionsShared, stream, of,
              static_cast<T*>(features));
-  lx::launch(result, "lenet_inference_linears_kernel", lenet_inference_linears_kernel<T>,
+  lx::launch(result, "lenet_lean_linears_kernel", lenet_lean_linears_kernel<T, kKeep>,
              std::min((most_blocks + 1) / 2, lx::grid_for(call.batch, kRows)), kLinearThreads,
              linears_shared(call.classes), stream, of, static_cast<const T*>(features));
   return result;
 }
 
+template <typename T>
+LaunchResult forward(const LenetForwardOf<void>& call, void* features, cudaStream_t stream) {
+  return call.pooled1 == nullptr ? forward<T, false>(call, features, stream)
+                                 : forward<T, true>(call, call.pooled2, stream);
+}
+
 }  // namespace
 
-bool has_lenet_inference(DType dtype, int64_t channels, int64_t classes) {
+bool has_lenet_lean_forward(DType dtype, int64_t channels, int64_t classes) {
   if (dtype != DType::kFloat16 && dtype != DType::kBFloat16) return false;
   if (channels != Conv1::kIn || classes < 1 || classes > kMostClasses) return false;
-  return lx::has_tensor_cores(lenet_inference_linears_kernel<lx::bf16>) &&
+  return lx::has_tensor_cores(lenet_lean_linears_kernel<lx::bf16, false>) &&
          lx::fits_shared_memory(linears_shared(classes)) && lx::fits_shared_memory(kConvolutionsShared);
 }
 
-LaunchResult launch_lenet_inference(DType dtype, const LenetForwardOf<void>& call, void* features,
-                                    cudaStream_t stream) {
-  return dtype == DType::kFloat16 ? inference<lx::f16>(call, features, stream)
-                                  : inference<lx::bf16>(call, features, stream);
+LaunchResult launch_lenet_lean_forward(DType dtype, const LenetForwardOf<void>& call, void* features,
+                                       cudaStream_t stream) {
+  return dtype == DType::kFloat16 ? forward<lx::f16>(call, features, stream)
+                                  : forward<lx::bf16>(call, features, stream);
 }
 
 }  // namespace lenet_ext::cuda
