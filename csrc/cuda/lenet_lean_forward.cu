@@ -11,9 +11,9 @@
 //     channels, and the linear layers store nothing but the logits;
 //   - patches and windows are walked so that their addresses differ by constants.
 // Counted in the machine code for sm_90 (benchmarks/gpu/machine_code_sm_90.json): 74 instructions for 16 patches of
-// conv1 where the other kernel has 357, 114 for 8 windows of conv2 in place of 245. The products are what then limits:
-// 318 an image, 510 clocks of a multiprocessor if it begins 0.62 of them a clock, as others have measured on an H100.
-// No GPU has run these kernels yet.
+// conv1 where the other kernel has 357, 114 for 8 windows of conv2 in place of 245; 156 and 215 with what is kept. The
+// products are what then limits: 318 an image, 510 clocks of a multiprocessor if it begins 0.62 of them a clock, as
+// others have measured on an H100. No GPU has run these kernels yet.
 //
 // In both loops an operand's four words are loaded for each product, even those that an earlier one had: a product
 // takes them from four registers in a row, and to compose them of words that another operand has as well takes four
@@ -111,11 +111,13 @@ LX_DEVICE float pooled_value(float v0, float v1, float v2, float v3, float bias)
   return largest_of(v0, v1, v2, v3) + bias;
 }
 
-// Its winner, by the rule of Winner: the first of equals, the last NaN.
+// Its winner, by the rule of Winner: the first of equals, the last NaN, for which to look may be left out where none
+// can be.
+template <bool kNan>
 LX_DEVICE uint8_t winner_code(float v0, float v1, float v2, float v3, float pooled) {
   const float largest = largest_of(v0, v1, v2, v3);
   int position = v0 == largest ? 0 : v1 == largest ? 1 : v2 == largest ? 2 : 3;
-  if (lx::is_nan(largest)) position = lx::is_nan(v3) ? 3 : lx::is_nan(v2) ? 2 : lx::is_nan(v1) ? 1 : 0;
+  if (kNan && lx::is_nan(largest)) position = lx::is_nan(v3) ? 3 : lx::is_nan(v2) ? 2 : lx::is_nan(v1) ? 1 : 0;
   return pooled <= 0 ? kDead : static_cast<uint8_t>(position);
 }
 
@@ -202,8 +204,9 @@ __device__ __forceinline__ void lean_conv1(const unsigned char* pixels, const ui
             const int at = image * Conv1::kPooled + (3 * (t / 2) + c) * Conv1::kWindows +
                            (2 * rows + half) * Conv1::kPool + 2 * g + t % 2;
             kept[at] = half_of<T>(words[c / 2], c % 2);
-            codes[at] = winner_code(sums[c][2 * half], sums[c][2 * half + 1], sums[3 + c][2 * half],
-                                    sums[3 + c][2 * half + 1], v[c]);
+            // With NaN the whole image is computed anew.
+            codes[at] = winner_code<false>(sums[c][2 * half], sums[c][2 * half + 1], sums[3 + c][2 * half],
+                                           sums[3 + c][2 * half + 1], v[c]);
           }
         }
       }
@@ -300,7 +303,8 @@ __device__ __forceinline__ void lean_conv2(const unsigned char* pooled, const ui
       for (int c = 0; c < 4; ++c) {
         const int tile = c / 2, k = c % 2, at = first + (8 * tile + k) * Conv2::kWindows;
         features[at] = half_of<T>(words[tile], k);
-        codes[at] = winner_code(sums[0][tile][k], sums[1][tile][k], sums[0][tile][2 + k], sums[1][tile][2 + k], v[c]);
+        codes[at] =
+            winner_code<true>(sums[0][tile][k], sums[1][tile][k], sums[0][tile][2 + k], sums[1][tile][2 + k], v[c]);
       }
     } else {
       *reinterpret_cast<Pack<uint32_t, 2>*>(to + trip * 64) = words;

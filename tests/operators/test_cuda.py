@@ -205,6 +205,31 @@ def test_inference_of_many_images(batch, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [2050, 5003])
+def test_training_with_many_images(batch, dtype):
+    """Both passes by the cost rule, against those of slices, which take others of our kernels."""
+    torch.manual_seed(0)
+    parameters = [p.detach() for p in Net(device="cuda", dtype=dtype).parameters()]
+    x = torch.randn(batch, 1, 32, 32, device="cuda", dtype=dtype)
+    g = torch.randn(batch, 10, device="cuda", dtype=dtype)
+    activations = torch.ops.lenet_ext.lenet_with_activations(x, parameters)
+    parts = [torch.ops.lenet_ext.lenet_with_activations(part, parameters) for part in x.split(1000)]
+    tolerance = 0.02 if dtype == torch.bfloat16 else 0.003
+    for one, others in zip(activations, zip(*parts, strict=True), strict=True):
+        if one.dtype != torch.uint8:  # near ties may have other winners
+            torch.testing.assert_close(one, torch.cat(others), rtol=tolerance, atol=tolerance)
+    kept = activations[1:]
+    got = torch.ops.lenet_ext.lenet_backward(g, x, parameters, *kept, False)[1]
+    slices = zip(g.split(1000), x.split(1000), *[tensor.split(1000) for tensor in kept], strict=True)
+    expected = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    for part_g, part_x, *part_kept in slices:
+        of_part = torch.ops.lenet_ext.lenet_backward(part_g, part_x, parameters, *part_kept, False)[1]
+        expected = [total + gradient for total, gradient in zip(expected, of_part, strict=True)]
+    for one, other in zip(got, expected, strict=True):
+        assert float((one - other).norm()) <= 2 * tolerance * float(other.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast(dtype):
     torch.manual_seed(0)
     net, x = Net(device="cuda"), torch.randn(32, 1, 32, 32, device="cuda")
