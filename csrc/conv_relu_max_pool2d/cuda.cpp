@@ -40,6 +40,9 @@ struct ConvPoolCuda {
                     s.out_channels <= limit && s.kernel_h * s.kernel_w <= limit,
                 op, ": input's padded planes must have fewer than 2^31 positions on CUDA, got ", s.height, " x ",
                 s.width, " with padding");
+    TORCH_CHECK(s.in_channels / s.groups * s.kernel_h * s.kernel_w < limit, op,
+                ": weight must have fewer than 2^31 elements for each output channel on CUDA, got ",
+                s.in_channels / s.groups, " x ", s.kernel_h, " x ", s.kernel_w);
   }
 
   static void forward(const char* op, const ConvPoolShape& s, const Tensor& input, const Tensor& weight,

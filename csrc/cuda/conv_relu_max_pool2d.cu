@@ -161,9 +161,11 @@ struct WeightGradientPlan {
   WeightGradientPlan(const ConvPoolShape& s, bool grad_weight) {
     taps = grad_weight ? s.in_channels / s.groups * s.kernel_h * s.kernel_w : 0;
     const int64_t positions = s.batch * s.conv_h * s.conv_w, sums = s.out_channels * (taps + 1);
-    // At most 128 slices, none too short to be worth a block, and a workspace of a few megabytes.
+    // At most 128 slices, none too short to be worth a block, and a workspace of a few megabytes; but a block counts
+    // the positions of a slice in 32 bits.
     const int64_t worthwhile = lx::divide_up<int64_t>(positions, 1024), fitting = (int64_t{1} << 22) / sums;
-    slices = std::max<int64_t>(1, std::min({int64_t{128}, worthwhile, fitting}));
+    const int64_t fewest = std::max<int64_t>(1, lx::divide_up<int64_t>(positions, 1 << 30));
+    slices = std::max(fewest, std::min({int64_t{128}, worthwhile, fitting}));
     per_slice = lx::divide_up(positions, slices);
     columns = 32;
     while (columns < taps + 1 && columns < static_cast<int>(kThreads)) columns *= 2;
@@ -197,19 +199,19 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t positions = d.batch * d.conv_h * d.conv_w, work = plan.slices * d.out_channels * plan.column_blocks;
   const int share = threadIdx.x / plan.columns, shares = kThreads / plan.columns;
   for (int64_t block = blockIdx.x; block < work; block += gridDim.x) {
-    const int64_t slice = block / (d.out_channels * plan.column_blocks);
+    const int slice = static_cast<int>(block / (d.out_channels * plan.column_blocks));
     const int channel = static_cast<int>(block / plan.column_blocks % d.out_channels);
-    const int64_t column = block % plan.column_blocks * plan.columns + threadIdx.x % plan.columns;
+    const int column = static_cast<int>(block % plan.column_blocks) * plan.columns + threadIdx.x % plan.columns;
     const int64_t begin = slice * plan.per_slice;
-    const int64_t end = begin + plan.per_slice < positions ? begin + plan.per_slice : positions;
+    const int in_slice = static_cast<int>(begin + plan.per_slice < positions ? plan.per_slice : positions - begin);
 
-    const int tap_w = static_cast<int>(column % d.kernel_w), tap_h = static_cast<int>(column / d.kernel_w % d.kernel_h);
-    const int64_t tap_channel = column / (static_cast<int64_t>(d.kernel_w) * d.kernel_h);
+    const int tap_w = column % d.kernel_w, tap_h = column / d.kernel_w % d.kernel_h;
+    const int tap_channel = column / (d.kernel_w * d.kernel_h);
     A sum = 0;
-    for (int64_t chunk = begin; chunk < end; chunk += kThreads) {
+    for (int chunk = 0; chunk < in_slice; chunk += kThreads) {
       __syncthreads();  // the list's last readers are done
-      if (chunk + threadIdx.x < end) {
-        const Element e = element_at(chunk + threadIdx.x, 1, d.conv_h, d.conv_w);
+      if (chunk + static_cast<int>(threadIdx.x) < in_slice) {
+        const Element e = element_at(begin + chunk + threadIdx.x, 1, d.conv_h, d.conv_w);
         list[threadIdx.x] = {conv_gradient(d, windows_over_row(d, e.h), windows_over_column(d, e.w),
                                            grad_output + offset_of(grad_strides, e.n, channel, 0, 0), grad_strides,
                                            indices + offset_of(index_strides, e.n, channel, 0, 0), index_strides),
@@ -217,9 +219,7 @@ __global__ void __launch_bounds__(kThreads)
                              offset_of(input_strides, e.n, channel / d.group_out * d.group_in, 0, 0)};
       }
       __syncthreads();
-      const int count = end - chunk < kThreads ? static_cast<int>(end - chunk) : static_cast<int>(kThreads);
-      // Unrolled further, as the compiler would for compute capability 10.0, it would spill.
-#pragma unroll 4
+      const int count = in_slice - chunk < static_cast<int>(kThreads) ? in_slice - chunk : static_cast<int>(kThreads);
       for (int i = share; i < count; i += shares) {
         const Item<A> item = list[i];
         if (column == plan.taps) {
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     if (share == 0 && column <= plan.taps) {
       for (int s = 1; s < shares; ++s) sum += sums[s * plan.columns + threadIdx.x];
-      partials[(slice * d.out_channels + channel) * (plan.taps + 1) + column] = sum;
+      partials[(int64_t{slice} * d.out_channels + channel) * (plan.taps + 1) + column] = sum;
     }
     __syncthreads();
   }
