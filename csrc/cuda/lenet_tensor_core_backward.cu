@@ -13,7 +13,7 @@ namespace lenet_ext::cuda {
 namespace {
 
 // block -> one slice of the batch, two images at a time. What the next two need is loaded only when these are done: the
-// other block of the multiprocessor computes meanwhile. Shared memory: 89 KB, two blocks a multiprocessor.
+// other block of the multiprocessor computes meanwhile. Shared memory: 84 KB, two blocks a multiprocessor.
 template <typename T>
 __global__ void __launch_bounds__(kGradientThreads, 2)
     lenet_tensor_core_backward_kernel(LenetConvolutionsBackwardOf<T> call, float* __restrict__ partials1,

@@ -1,8 +1,9 @@
 // The gradients of LeNet's convolutions in float16 and bfloat16 on the tensor cores, cut into what a block of four
 // warps does with two images in shared memory.
 //
-// Dense products, although three quarters of what they multiply by are zeros: the ordinary units would take 60 times as
-// long for a quarter of it. What makes them lean:
+// Dense products, although three quarters of what they multiply by are zeros: for the gradient of conv2's input in
+// 16384 images 7.9 GFLOP, 20 us at the rate of the product of large matrices on an H100, where the kernel on the
+// ordinary units took 480. What makes them lean:
 //   - The gradient of conv2's output is made dense once, for both of conv2's gradients, as four planes by the parities
 //     of the position, so that a window is one place in each of them: its value in one, zeros in the others.
 //   - The product for conv2's input has patches of 2 x 2 positions as rows. The tiles of their four positions share
