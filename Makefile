@@ -12,17 +12,19 @@ LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 DOCS_TOOLS := mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings-python==2.0.11 griffelib==2.4.1 \
 	pymdown-extensions==13.1.2 latex2mathml==3.81.1 ruff==0.17.6
 
-.PHONY: help demo test test-all fuzz sanitize versions wheel bench numbers tables gpu-check docs lint format clean
+.PHONY: help demo test test-all fuzz fuzz-readers sanitize sanitize-address sanitize-thread coverage versions wheel bench numbers tables gpu-check docs lint format clean
 
 help:
 	@echo "make demo     train on real digits, then compare with stock PyTorch"
 	@echo "make test     the tests, in some minutes; PYTEST_ARGS='-k linear' passes arguments on"
 	@echo "make test-all the rest of the tests, which takes some times as long"
 	@echo "make fuzz     random calls against stock, in a child process; SECONDS=60, FUZZ_ARGS='--seed 4711' is one call again"
-	@echo "make sanitize the operators' tests and random calls on a library built with AddressSanitizer and UBSan (GCC)"
+	@echo "make fuzz-readers   files made by coverage, for every reader of files; SECONDS=60 for each of the nine"
+	@echo "make sanitize the operators' tests and random calls under AddressSanitizer and UBSan, and under ThreadSanitizer (GCC)"
 	@echo "make versions build and test with other versions into a table: PYTHONS='a/bin/python b/bin/python' TORCHES='2.13.0 2.14.1'"
 	@echo "              COMPILERS='g++ clang++' STANDARDS='c++20' TESTS=none|quick|all"
 	@echo "make wheel    a source distribution and a wheel in dist/, checked by auditwheel and in a new environment"
+	@echo "make coverage which lines and branches of Python and C++ the tests run, and which not and why, into tests/coverage.md"
 	@echo "make bench    the full benchmark of this machine (most of an hour), a small file of it in benchmarks/results"
 	@echo "make numbers  errors in ulp against float64, beside stock's, into benchmarks/results"
 	@echo "make tables   the READMEs' tables and the picture from those files"
@@ -61,15 +63,41 @@ SECONDS ?= 60
 fuzz: $(VENV)/installed
 	cd tests && $(BIN)/python -m fuzz $(or $(FUZZ_ARGS),--seconds $(SECONDS))
 
-# A second library, beside the installed one. Python knows nothing of the sanitizers, so their runtime is loaded before
-# it, and the C++ runtime with it, whose exceptions it watches. What Python never frees is no leak of ours.
+# Files of every kind that there is a reader for, which libFuzzer makes by the lines that they reach.
+fuzz-readers: $(VENV)/installed
+	$(BIN)/pip install --quiet atheris==3.0.0
+	cd tests && $(BIN)/python -m fuzz.files --seconds $(SECONDS)
+
+# A library for each sanitizer, beside the installed one. Python knows nothing of them, so their runtime is loaded before
+# it: AddressSanitizer's with the C++ runtime, whose exceptions it watches, and ThreadSanitizer's with what tells it of
+# OpenMP. What Python never frees is no leak of ours, and what torch does between threads is torch's. What a sanitizer
+# says goes past pytest, which a finding ends.
 SANITIZED := $(abspath build/sanitized)
-UNDER_SANITIZERS = PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)"
-sanitize: $(VENV)/installed
-	LENET_EXT_SANITIZE=address LENET_EXT_CUDA=0 $(BIN)/pip install --quiet --no-deps --upgrade --target $(SANITIZED) .
-	cd tests && $(UNDER_SANITIZERS) $(BIN)/python -m pytest -n auto -m "not extended" operators autograd $(PYTEST_ARGS)
-	cd tests && $(UNDER_SANITIZERS) $(BIN)/python -m fuzz --seconds $(SECONDS)
+preload = $$($${CXX:-c++} -print-file-name=$(1))
+UNDER_address := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(call preload,libasan.so) $(call preload,libstdc++.so.6)"
+UNDER_thread := TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1 die_after_fork=0" LD_PRELOAD="$(call preload,libtsan.so) $(SANITIZED)/openmp.so"
+SANITIZED_TESTS := operators autograd network/test_net.py network/test_training_step.py
+sanitize: sanitize-address sanitize-thread
+sanitize-address sanitize-thread: sanitize-%: $(VENV)/installed
+	mkdir -p $(SANITIZED)
+	$${CXX:-c++} -O1 -fPIC -shared tests/sanitizers/openmp.cpp -o $(SANITIZED)/openmp.so
+	LENET_EXT_SANITIZE=$* LENET_EXT_CUDA=0 $(BIN)/pip install --quiet --no-deps --upgrade --target $(SANITIZED)/$* .
+	cd tests && PYTHONPATH=$(SANITIZED)/$* OMP_NUM_THREADS=3 OMP_WAIT_POLICY=passive $(UNDER_$*) $(PYTEST) --capture=sys -m "not extended" $(SANITIZED_TESTS) $(PYTEST_ARGS)
+	cd tests && PYTHONPATH=$(SANITIZED)/$* $(UNDER_$*) $(BIN)/python -m fuzz --seconds $(SECONDS)
+
+# Which lines and branches of Python and of C++ the tests run: a library that counts, beside the installed one. The kernels
+# of each instruction set and algorithm belong to it, though they are not among the tests that answer soon.
+COVERED := $(abspath build/covered)
+COVERAGE := COVERAGE_FILE=$(COVERED)/data $(BIN)/coverage
+coverage: $(VENV)/installed
+	$(BIN)/pip install --quiet coverage==7.17.3 gcovr==8.8
+	LENET_EXT_COVERAGE=1 LENET_EXT_CUDA=0 $(BIN)/pip install --quiet --no-deps --upgrade --target $(COVERED) .
+	rm -f $(COVERED)/data* && find build -name '*.gcda' -delete
+	cd tests && PYTHONPATH=$(COVERED) $(COVERAGE) run --rcfile=../pyproject.toml -m pytest -n auto -m "not extended" $(PYTEST_ARGS)
+	cd tests && PYTHONPATH=$(COVERED) $(COVERAGE) run --rcfile=../pyproject.toml -m pytest operators/test_variants.py $(PYTEST_ARGS)
+	$(COVERAGE) combine --quiet && PYTHONPATH=$(COVERED) $(COVERAGE) json --quiet -o $(COVERED)/python.json
+	$(BIN)/gcovr --filter csrc/ --exclude-throw-branches --exclude-unreachable-branches --json $(COVERED)/cxx.json build
+	$(BIN)/python tests/uncovered.py $(COVERED)/python.json $(COVERED)/cxx.json > tests/coverage.md
 
 # Environments that are there (PYTHONS), or new ones with a torch each (TORCHES); without both, the one of this Makefile.
 COMPILERS ?= g++

@@ -20,8 +20,8 @@ from compiler import compiler_version, find_compiler, user_flags
 from cpu_kernels import FLAGS, STANDARD, cpu_objects, supported_capabilities
 from cuda_toolkit import cuda_objects, find_cuda_toolkit
 from cxx_runtime import has_private_runtime
+from instrumentation import instrumentation_flags
 from requirements import PYBIND11, stop
-from sanitizers import sanitizer_flags
 from setuptools.command.build import build
 from torch.utils import cpp_extension
 
@@ -65,11 +65,11 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
     jobs = _jobs()
     os.environ["MAX_JOBS"] = str(jobs)  # what torch's BuildExtension reads
     debug = ["-g", "-O0"] if os.environ.get("DEBUG", "0") not in ("", "0") else []
-    sanitizer = sanitizer_flags()
-    changed = [*sanitizer, *debug]  # in place of the release's optimization
+    instrumentation = instrumentation_flags()
+    changed = [*instrumentation, *debug]  # in place of the release's optimization
     users = user_flags()
 
-    kind = (", debug" if debug else "") + (", under the sanitizers" if sanitizer else "")
+    kind = (", debug" if debug else "") + (", instrumented" if instrumentation else "")
     print(f"lenet_ext {version}, torch {torch.__version__}, jobs: {jobs}{kind}")
     print(f"  compiler: {shlex.join([*compiler, *users])} ({compiler_version(compiler).partition(chr(10))[0]})")
     print(f"  CPU instruction sets: {', '.join(capabilities)}")
@@ -87,7 +87,7 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
     flags += [f"-DLENET_EXT_HAVE_{name.upper()}" for name in capabilities if name != "default"]
     for path in [*cpp_extension.include_paths(), *_pybind11()]:
         flags += ["-isystem", path]  # as system headers torch's own do not warn
-    link_flags = ["-fopenmp", *sanitizer]
+    link_flags = ["-fopenmp", *instrumentation]
     if cuda_reason is None:
         flags += ["-DLENET_EXT_WITH_CUDA", "-isystem", str(toolkit.include)]
         link_flags += [f"-L{toolkit.libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
@@ -99,9 +99,10 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
             super().finalize_options()
             # Kept between builds, also of an editable installation, so that only what changed is compiled again. One
             # for each compiler, its flags and torch: ninja does not see it when a tool is replaced where it is, and
-            # what the sanitizers need is not to be compiled again after them. The kernels know of no torch or Python.
+            # the usual library is not to be compiled again after an instrumented one. The kernels know of no torch or
+            # Python.
             cuda = "" if cuda_reason else f"{toolkit.nvcc} {toolkit.version}"
-            tools = "\n".join([compiler_version(compiler), cuda, *users, *sanitizer])
+            tools = "\n".join([compiler_version(compiler), cuda, *users, *instrumentation])
             digest = hashlib.sha256(tools.encode()).hexdigest()[:8]
             self.kernels = root / "build" / f"kernels-{digest}"
             name = f"{sys.implementation.cache_tag}-torch-{torch.__version__}-{digest}"

@@ -120,7 +120,7 @@ def pooled_shape(
     )
     batch, channels, *size = input.shape
     _check(
-        channels > 0 and size[0] > 0 and size[1] > 0,
+        channels > 0 and ((size[0] > 0 and size[1] > 0) or batch == 0),  # last, for a dynamic batch has to stay one
         f"{op}: input may be empty in its batch dimension alone, got shape {tuple(input.shape)}",
     )
     out_channels, group_channels, *kernel = weight.shape

@@ -50,8 +50,15 @@ inline void* shared_scratch(size_t bytes) { return ThreadScratch::get(bytes, 0);
 // Memory of the thread that runs a unit.
 inline void* unit_scratch(size_t bytes) { return ThreadScratch::get(bytes, 1); }
 
+// For ThreadSanitizer: threads for the least work, and an equal share for each, whatever else the machine does.
+#ifdef LENET_EXT_ALWAYS_PARALLEL
+constexpr bool kMayBeAlone = false;
+constexpr double kFlopsPerThread = 1, kFlopsPerChunk = 1;
+#else
+constexpr bool kMayBeAlone = true;
 // A thread is worth waking for about 20 microseconds of work. Chunks may be shorter: the counter costs next to nothing.
 constexpr double kFlopsPerThread = 2e6, kFlopsPerChunk = 2e5;
+#endif
 constexpr int64_t kChunksPerThread = 8;
 
 // Calls run(begin, end) over [0, units); `flops` is the work of all of them.
@@ -67,17 +74,20 @@ void parallel_units(int64_t units, double flops, const F& run) {
   };
   const int64_t grain = units_for(kFlopsPerThread);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), (units + grain - 1) / grain);
-  if (threads <= 1 || at::in_parallel_region() || is_held_up(Clock::now())) {
+  if (threads <= 1 || at::in_parallel_region() || (kMayBeAlone && is_held_up(Clock::now()))) {
     run(0, units);
     return;
   }
   const int64_t chunk = std::max(units_for(kFlopsPerChunk), units / (threads * kChunksPerThread));
+  const int64_t chunks = (units + chunk - 1) / chunk;
+  const int64_t most = kMayBeAlone ? chunks : (chunks + threads - 1) / threads;  // that a thread takes
   std::atomic<int64_t> next{0};
   const std::thread::id caller = std::this_thread::get_id();
   const Clock::time_point start = Clock::now();
   Clock::time_point done = start;  // with the caller's own share
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(chunk, std::memory_order_relaxed)) < units;) {
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    int64_t left = (last - first) * most;
+    for (int64_t begin; left > 0 && (begin = next.fetch_add(chunk, std::memory_order_relaxed)) < units; --left) {
       run(begin, std::min(units, begin + chunk));
     }
     if (std::this_thread::get_id() == caller) done = Clock::now();

@@ -96,7 +96,7 @@ ConvPoolShape check_convolution(const char* op, at::IntArrayRef input, at::IntAr
   s.pool_pad_h = o.pool_padding[0], s.pool_pad_w = o.pool_padding[1];
   s.pool_dilation_h = o.pool_dilation[0], s.pool_dilation_w = o.pool_dilation[1];
 
-  TORCH_CHECK(s.in_channels > 0 && s.height > 0 && s.width > 0, op,
+  TORCH_CHECK(s.in_channels > 0 && (s.batch == 0 || (s.height > 0 && s.width > 0)), op,
               ": input may be empty in its batch dimension alone, got shape ", input);
   TORCH_CHECK(s.out_channels > 0 && s.kernel_h > 0 && s.kernel_w > 0, op,
               ": weight must have at least one output channel and a kernel that is not empty, got shape ", weight);

@@ -159,7 +159,10 @@ def _run(
         train_data, test_data = datasets.load(config.data, config.root, log=tell)
     trainer = Trainer(config, train_data, test_data, processes)
     if state is not None:
-        trainer.load_state_dict(state)
+        try:
+            trainer.load_state_dict(state)
+        except ValueError as error:
+            raise ValueError(f"{args.resume}: {error}") from None
         tell(f"resumed {args.resume} after epoch {trainer.epoch}")
     elif weights is not None:
         load_into(trainer.model, weights, args.resume)
@@ -205,7 +208,10 @@ def _prepare(args: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str,
         data = given.pop("data", None) or weights.data or "digits"
         return None, weights.state, TrainConfig.for_data(data, given.pop("model", "fused"), **given)
 
-    config = TrainConfig.from_dict(state["config"])
+    try:
+        config = TrainConfig.from_dict(state["config"])
+    except ValueError as error:
+        raise ValueError(f"{args.resume}: {error}") from None
     # A cycle is as long as the run; --epochs 0 only evaluates.
     length = ("epochs",) if config.schedule == "one-cycle" and args.epochs else ()
     for name in (*_FIXED, *length):

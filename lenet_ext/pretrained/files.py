@@ -6,6 +6,7 @@ import errno
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,7 +174,9 @@ def load_pickle(path: str | Path) -> dict[str, Any]:
         try:
             reason = _refused(file)
             if reason is None:
-                content = torch.load(file, map_location="cpu", weights_only=True)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of what is unusual in a file: it can be read, or it cannot
+                    content = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             # torch's own words tell how to load it all the same, which would run the code of whoever wrote it.
             reason = f"not a checkpoint that can be read safely ({_asked_for(error)})"

@@ -17,6 +17,12 @@ from lenet_ext.pretrained.files import CHECKPOINT_FORMAT, is_pickled, load_pickl
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
+_PARTS = {
+    **dict.fromkeys(("model", "optimizer", "scheduler", "rng", "config"), dict),
+    "epoch": int,
+    "history": list,
+}
+
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Writes the state of a run, as `load_checkpoint` reads it.
@@ -49,7 +55,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any] | None:
     content = load_pickle(path)
     if content.get("format") != CHECKPOINT_FORMAT:
         return None
-    missing = {"model", "optimizer", "scheduler", "epoch", "rng", "config", "history"} - content.keys()
+    missing = _PARTS.keys() - content.keys()
     if missing:
         raise ValueError(f"{path}: incomplete checkpoint, without {', '.join(sorted(missing))}")
+    for name, kind in _PARTS.items():
+        if not isinstance(content[name], kind):
+            found = type(content[name]).__name__
+            raise ValueError(f"{path}: damaged checkpoint ({name} must be of type {kind.__name__}, found {found})")
     return content

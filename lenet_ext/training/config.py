@@ -146,11 +146,11 @@ class TrainConfig:
             ValueError: something is missing, or not of its kind.
         """
         known = {field.name for field in fields(cls)}
-        # The only schedule there was before it had a name.
-        values = {"schedule": "exponential", **values}
         try:
+            # The only schedule there was before it had a name.
+            values = {"schedule": "exponential", **values}
             return cls(**{name: value for name, value in values.items() if name in known})
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:  # the latter of an integer that no float can be
             raise ValueError(f"incomplete configuration: {error}") from None
 
 

@@ -70,7 +70,7 @@ class DataSet:
         normalization = described.get("normalization", asdict(self.normalization))
         try:
             mean, std = (_numbers(normalization[name]) for name in ("mean", "std"))
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise ValueError("normalization must have a mean and a std, numbers or lists of numbers") from None
         if len(mean) != len(std) or not mean or min(std) <= 0:
             raise ValueError("normalization must have as many means as stds, and stds above 0")

@@ -124,7 +124,7 @@ def _decoded(path: str | Path, mode: str, read: Callable[[Image], _Read], larges
     ops = require("PIL.ImageOps", "reading pictures", package="pillow")
     # Not by its name, by which Pillow would map some formats into memory: a mapped file that shrinks ends the process.
     with naming(path), open(path, "rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore", pil.DecompressionBombWarning)  # large, but not too large
+        warnings.simplefilter("ignore")  # of what is unusual in a file: it can be read, or it cannot
         try:
             picture = pil.open(file)
             # JPEG only: decode at a lower resolution that still exceeds the target.

@@ -189,18 +189,27 @@ class Trainer:
         """Continues where the run that made `state` stood.
 
         Raises:
-            RuntimeError: the state does not fit the network.
-            ValueError: it does not fit the optimizer.
+            ValueError: the state does not fit this run.
         """
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        loads: dict[str, Callable[[Any], Any]] = {
+            "model": self.model.load_state_dict,
+            "optimizer": self.optimizer.load_state_dict,
+            "scheduler": self.scheduler.load_state_dict,
+            "rng": self._load_rng,
+        }
+        for name, load in loads.items():
+            try:
+                load(state[name])
+            except Exception as error:  # each of them raises what it likes
+                raise ValueError(f"{name} is not that of this run ({error})") from error
         self.epoch = int(state["epoch"])
         self.history = list(state["history"])
-        self.generator.set_state(state["rng"]["data"])
-        torch.set_rng_state(state["rng"]["torch"])
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+    def _load_rng(self, rng: dict[str, Tensor]) -> None:
+        self.generator.set_state(rng["data"])
+        torch.set_rng_state(rng["torch"])
+        if self.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], self.device)
 
     def description(self) -> dict[str, Any]:
         """What a file of these weights says of them, see `lenet_ext.pretrained`."""

@@ -188,7 +188,7 @@ NO_TORCH = "torch is not installed here; run: pip install torch, and then: pip i
 CUDA_COMMAND = "run: CUDA_HOME=/path/to/cuda pip install . (for the CPU alone: LENET_EXT_CUDA=0 pip install .)"
 NO_NVCC = f"LENET_EXT_CUDA=1 was set, but no nvcc was found, neither in CUDA_HOME nor on the PATH; {CUDA_COMMAND}"
 NO_COMPILER = "the C++ compiler '/nonexistent' was not found; run: unset CXX"
-NO_SANITIZER = "LENET_EXT_SANITIZE must be address, got 'memory'"
+NO_SANITIZER = "LENET_EXT_SANITIZE must be address or thread, got 'memory'"
 OLD_SETUPTOOLS = "setuptools 77 or newer is needed, found 60.0.0; run: pip install --upgrade 'setuptools>=77'"
 NO_SETUPTOOLS = "setuptools is not installed here; run: pip install 'setuptools>=77'"
 

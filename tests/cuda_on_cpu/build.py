@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -133,15 +134,15 @@ def broken() -> Path:
     return _build("broken", [HERE / "broken.cu"], [*SHIM_FLAGS, "-O1"], [])
 
 
-def has_sanitizers() -> bool:
-    """Whether the compiler can build and run a program under the sanitizers."""
+def has_sanitizers(flags: Sequence[str] = SANITIZERS) -> bool:
+    """Whether the compiler can build and run a program under sanitizers."""
     cxx = compiler()
     if cxx is None:
         return False
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "probe.cpp"
         source.write_text("int main() { return 0; }\n")
-        command = [cxx, str(source), *SANITIZERS, "-o", f"{temporary}/probe"]
+        command = [cxx, str(source), *flags, "-o", f"{temporary}/probe"]
         return (
             subprocess.run(command, capture_output=True).returncode == 0
             and subprocess.run([f"{temporary}/probe"], capture_output=True).returncode == 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
+from .__main__ import record
 from .calls import Call, draw, minimal
 from .child import SERVE, Child
 
@@ -50,6 +52,17 @@ FOUND = [
     Call(**CONV, way="nn", wrong=("input", "a list"), pool_kernel_size=(17, 16)),
     Call(**CONV, way="nn", wrong=("weight", "a dimension less"), padding="same"),
     Call(**CONV, way="nn", wrong=("dilation", "'full'")),
+    Call(
+        **CONV,
+        device="meta",
+        layouts=("channels_last", *("contiguous",) * 3),
+        channels=2,
+        out_channels=2,
+        pool_kernel_size=(17, 16),
+    ),
+    Call(**CONV, batch=0, padding=(2, 2), margin=(-2, -1)),
+    Call(**CONV, batch=0, padding=(2, 2), margin=(-2, -1), mode="backward"),
+    Call(**CONV, batch=0, padding=(2, 2), margin=(-2, -1), device="meta"),
 ]
 
 
@@ -64,6 +77,14 @@ def test_a_seed_is_a_call():
     assert len(set(calls)) == 300
     for field in dataclasses.fields(Call):
         assert len({getattr(call, field.name) for call in calls}) > 1 or field.name == "compiled", field.name
+
+
+def test_a_record_counts_every_call():
+    content = record(map(draw, range(40)), (0, 39), 1.0, [])
+    assert content["calls"] == 40
+    for kind in ("name", "way", "mode", "dtype", "values", "threads"):
+        assert sum(content["calls_by"][kind].values()) == 40
+    assert json.loads(json.dumps(content))["seeds"] == [0, 39]
 
 
 def test_a_failing_call_is_made_small():

@@ -1,5 +1,7 @@
 // csrc/common/neighbour.cpp under a clock of its own: test_neighbour.py builds and runs this.
 #include <cstdio>
+#include <thread>
+#include <vector>
 
 #include "common/neighbour.h"
 
@@ -48,5 +50,15 @@ int main() {
   for (int i = 0; i < 5 * 32; ++i) note_region(microseconds(400), microseconds(20), now);
   expect(false, "after good regions");
   expect_pause(20, "after many of them");
+  // Several callers at once: nothing to see but for ThreadSanitizer.
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 3; ++i) {
+    callers.emplace_back([begin = now] {
+      for (int j = 0; j < 1000; ++j) {
+        if (!is_held_up(begin)) note_region(microseconds(400), microseconds(j % 40 == 0 ? 4000 : 20), begin);
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
   return failures;
 }

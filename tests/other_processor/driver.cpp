@@ -1,11 +1,12 @@
 // Runs the plain kernels, those that are compiled without an instruction set of x86, on whatever processor it was built
-// for. Problems come on the standard input and results go to the standard output, as raw arrays in the order in which
-// tests/test_other_processor.py writes and reads them.
+// for, on several threads. Problems come on the standard input and results go to the standard output, as raw arrays in
+// the order in which tests/test_other_processor.py writes and reads them.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <vector>
 
+#include "common/parallel.h"
 #include "cpu/conv_pool_kernels.h"
 #include "cpu/gemm_kernels.h"
 #include "cpu/lenet_kernels.h"
@@ -40,10 +41,18 @@ std::unique_ptr<void, Free> aligned(int64_t bytes) {
   return std::unique_ptr<void, Free>(aligned_alloc(64, (bytes + 64) / 64 * 64));
 }
 
+// On threads, the units one by one and the last first: kernels must not care.
+template <typename F>
+void in_parallel(int64_t units, const F& run) {
+  parallel_units(units, static_cast<double>(units), [&](int64_t begin, int64_t end) {
+    for (int64_t i = units - end; i < units - begin; ++i) run(i, i + 1);
+  });
+}
+
 Strides4 contiguous(int64_t c, int64_t h, int64_t w) { return {c * h * w, h * w, w, 1}; }
 Strides4 channels_last(int64_t c, int64_t h, int64_t w) { return {c * h * w, 1, w * c, c}; }
 
-// Our own algorithm: output, codes and gradients, in units from the last to the first.
+// Our own algorithm: output, codes and gradients.
 template <typename T>
 void convolution(const ConvPoolTable<T>& kernels) {
   const ConvPoolShape s = take<ConvPoolShape>(1)[0];
@@ -59,9 +68,11 @@ void convolution(const ConvPoolTable<T>& kernels) {
     const auto& f = kernels.forward;
     const ConvPoolForward<T> job{s,           input.data(),  image,          weight.data(),
                                  bias.data(), output.data(), indices.data(), pooled};
-    const auto packed = aligned(f.packed_bytes(s)), scratch = aligned(f.scratch_bytes(s));
+    const auto packed = aligned(f.packed_bytes(s));
     f.prepare(job, packed.get());
-    for (int64_t unit = f.units(s) - 1; unit >= 0; --unit) f.run(job, packed.get(), scratch.get(), unit, unit + 1);
+    in_parallel(f.units(s), [&](int64_t begin, int64_t end) {
+      f.run(job, packed.get(), aligned(f.scratch_bytes(s)).get(), begin, end);
+    });
   }
   {
     const auto& b = kernels.backward;
@@ -78,13 +89,12 @@ void convolution(const ConvPoolTable<T>& kernels) {
                                   grad_weight.data(),
                                   grad_bias.data()};
     const int64_t units = b.units(s);
-    const auto packed = aligned(b.packed_bytes(s, true)), scratch = aligned(b.scratch_bytes(s, true));
-    const auto partials = aligned(units * b.partial_bytes(s));
+    const auto packed = aligned(b.packed_bytes(s, true)), partials = aligned(units * b.partial_bytes(s));
     if (!b.prepare(job, packed.get())) abort();
-    for (int64_t unit = units - 1; unit >= 0; --unit) {
-      if (!b.run(job, packed.get(), partials.get(), scratch.get(), unit, unit + 1)) abort();
-    }
-    b.reduce(job, partials.get(), 0, s.out_channels);
+    in_parallel(units, [&](int64_t begin, int64_t end) {
+      if (!b.run(job, packed.get(), partials.get(), aligned(b.scratch_bytes(s, true)).get(), begin, end)) abort();
+    });
+    in_parallel(s.out_channels, [&](int64_t begin, int64_t end) { b.reduce(job, partials.get(), begin, end); });
   }
   give(output), give(indices), give(grad_input), give(grad_weight), give(grad_bias);
 }
@@ -100,10 +110,13 @@ void relu_pool(const ConvPoolTable<T>& kernels) {
   std::vector<T> output(outputs), grad_conv(conv.size());
   std::vector<uint8_t> indices(outputs);
   const auto& k = kernels.relu_pool;
-  const auto scratch = aligned(k.scratch_bytes(s));
+  const ReluPool<T> forward{s, conv.data(), rows, output.data(), indices.data(), pooled};
+  const ReluPoolBackward<T> backward{s, grad_output.data(), pooled, indices.data(), pooled, grad_conv.data(), rows};
   const int64_t units = s.batch * ((s.out_channels + k.channels - 1) / k.channels);
-  k.forward({s, conv.data(), rows, output.data(), indices.data(), pooled}, scratch.get(), 0, units);
-  k.backward({s, grad_output.data(), pooled, indices.data(), pooled, grad_conv.data(), rows}, scratch.get(), 0, units);
+  in_parallel(units,
+              [&](int64_t begin, int64_t end) { k.forward(forward, aligned(k.scratch_bytes(s)).get(), begin, end); });
+  in_parallel(units,
+              [&](int64_t begin, int64_t end) { k.backward(backward, aligned(k.scratch_bytes(s)).get(), begin, end); });
   give(output), give(indices), give(grad_conv);
 }
 
@@ -115,10 +128,12 @@ void product(const GemmTable<A>& kernels) {
   const auto a = take<A>(m * k), weight = take<A>(n * k), bias = take<A>(n);
   std::vector<A> by_dots(m * n), by_tiles(m * n);
   GemmNT<A> product{m, n, k, a.data(), weight.data(), by_dots.data(), bias.data(), true};
-  kernels.nt_run(product, 0, kernels.nt_units(product));
+  in_parallel(kernels.nt_units(product), [&](int64_t begin, int64_t end) { kernels.nt_run(product, begin, end); });
   product.output = by_tiles.data();
-  std::vector<A> scratch(kernels.transposing_scratch(product));
-  kernels.transposing_run(product, scratch.data(), 0, kernels.transposing_units(product));
+  in_parallel(kernels.transposing_units(product), [&](int64_t begin, int64_t end) {
+    std::vector<A> scratch(kernels.transposing_scratch(product));
+    kernels.transposing_run(product, scratch.data(), begin, end);
+  });
   give(by_dots), give(by_tiles);
 }
 
@@ -140,17 +155,27 @@ void network() {
                                       &job.fc1_weight,   &job.fc1_bias,   &job.fc2_weight,   &job.fc2_bias,
                                       &job.fc3_weight,   &job.fc3_bias};
   for (size_t i = 0; i < 10; ++i) *parameters[i] = p[i].data();
-  const auto scratch = aligned(kernels.scratch_bytes(channels));
-  const int64_t units = (batch + kernels.lanes - 1) / kernels.lanes;
-  kernels.run(job, scratch.get(), 0, units);
+  const auto run = [&] {
+    in_parallel((batch + kernels.lanes - 1) / kernels.lanes, [&](int64_t begin, int64_t end) {
+      kernels.run(job, aligned(kernels.scratch_bytes(channels)).get(), begin, end);
+    });
+  };
+  run();
   give(output);
 
   std::vector<float> pooled1(batch * 1176), pooled2(batch * 400), hidden1(batch * 120), hidden2(batch * 84);
   std::vector<uint8_t> indices1(batch * 1176), indices2(batch * 400);
   job.pooled1 = pooled1.data(), job.indices1 = indices1.data(), job.pooled2 = pooled2.data();
   job.indices2 = indices2.data(), job.hidden1 = hidden1.data(), job.hidden2 = hidden2.data();
-  kernels.run(job, scratch.get(), 0, units);
+  run();
   give(output), give(pooled1), give(indices1), give(pooled2), give(indices2), give(hidden1), give(hidden2);
+}
+
+// What ThreadSanitizer must notice: units that write to the same place.
+void race() {
+  std::vector<int64_t> sum(1);
+  in_parallel(1000, [&](int64_t begin, int64_t) { sum[0] += begin; });
+  give(sum);
 }
 
 }  // namespace
@@ -185,6 +210,9 @@ int main() {
         break;
       case 'n':
         network();
+        break;
+      case 'r':
+        race();
         break;
       default:
         return 1;

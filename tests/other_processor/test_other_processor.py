@@ -1,5 +1,6 @@
 """The plain kernels, compiled for another kind of processor and run in its emulator: they must be right on ARM too. And
-compiled for this one with AddressSanitizer and UndefinedBehaviorSanitizer.
+compiled for this one with AddressSanitizer and UndefinedBehaviorSanitizer, and with ThreadSanitizer. Their units of
+work run on three threads.
 
 Operands are small integers, so that every sum is exact and results are compared to the last bit.
 """
@@ -27,11 +28,14 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
 FLAGS += ["-Werror", "-DLENET_EXT_CPU_CAPABILITY=default_", "-DLENET_EXT_VECTOR_BYTES=16"]
+# csrc/common/parallel.h insists on OpenMP, for torch's sake; here at::parallel_for is one of plain threads.
+FLAGS += ["-D_OPENMP=1", "-DLENET_EXT_ALWAYS_PARALLEL", "-I", str(Path(__file__).with_name("threads")), "-pthread"]
 HERE = ["c++", "g++", "clang++"]
+UNDER = {"sanitizers": SANITIZERS, "thread sanitizer": ["-fsanitize=thread"]}
 # (compiler, its flags, how to run what it makes). The first one is this machine itself: it checks the driver.
 PROCESSORS = {
     "here": (HERE, ["-static"], [[]]),
-    "sanitizers": (HERE, [*SANITIZERS, "-g1", "-O1"], [[]]),
+    **{name: (HERE, [*flags, "-g1", "-O1"], [[]]) for name, flags in UNDER.items()},
     "aarch64": (["aarch64-linux-gnu-g++"], ["-static"], [["qemu-aarch64-static"], ["qemu-aarch64"]]),
 }
 
@@ -45,10 +49,14 @@ def driver(request, tmp_path_factory) -> list[str]:
         pytest.skip(f"needs one of {compilers} and, to run, one of {[r[0] for r in runners if r]}")
     if request.param == "here" and platform.system() != "Linux":
         pytest.skip("-static is for Linux")
-    if request.param == "sanitizers" and not has_sanitizers():
-        pytest.skip("the compiler has no AddressSanitizer or UndefinedBehaviorSanitizer")
+    if request.param in UNDER and not has_sanitizers(UNDER[request.param]):
+        pytest.skip(f"the compiler has no {request.param}")
     program = tmp_path_factory.mktemp("driver") / "driver"
-    sources = [ROOT / "tests" / "other_processor" / "driver.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
+    sources = [
+        Path(__file__).with_name("driver.cpp"),
+        CSRC / "common/neighbour.cpp",
+        *sorted((CSRC / "cpu").glob("*.cpp")),
+    ]
     command = [compiler, *FLAGS, *flags, "-I", str(CSRC), *map(str, sources), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -186,3 +194,11 @@ def test_network(driver, channels, batch):
         found = answer.take(tuple(value.shape), torch.uint8 if name.startswith("indices") else torch.float32)
         torch.testing.assert_close(found.to(value.dtype), value, rtol=1e-5, atol=1e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023
     assert not answer.rest
+
+
+@pytest.mark.parametrize("driver", ["thread sanitizer"], indirect=True)
+def test_a_race_is_noticed(driver):
+    """That nothing was said of the kernels means something."""
+    done = subprocess.run(driver, input=b"r", capture_output=True, timeout=120)
+    assert done.returncode != 0
+    assert b"data race" in done.stderr

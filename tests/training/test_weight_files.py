@@ -185,6 +185,35 @@ def test_a_damaged_safetensors_file_is_named(
         assert f"{path}: not a checkpoint" in one_line(capsys, *command)
 
 
+@pytest.fixture(scope="module")
+def run_state(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a checkpoint of a run of no epochs holds."""
+    pytest.importorskip("sklearn")
+    out = tmp_path_factory.mktemp("run")
+    assert main(["train", "--epochs", "0", "--threads", "1", "--out", str(out)]) == 0
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: "text"} for name in ("epoch", "config", "history", "optimizer", "model", "rng", "scheduler")),
+        *({"rng": {}}, {"optimizer": {"state": {}}}, {"model": {"a": torch.ones(1)}}, {"rng": {"data": 1, "torch": 2}}),
+        {"optimizer": {"state": {}, "param_groups": [1]}},
+        {"config": {"data": "digits"}},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_something_else_is_named(
+    tmp_path: Path, run_state: dict[str, Any], change: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save({**run_state, **change}, path)
+    stderr = one_line(capsys, "train", "--epochs", 1, "--resume", path)
+    assert stderr.startswith(f"lenet-ext train: error: {path}: ")
+    assert next(iter(change)) in stderr
+
+
 @pytest.mark.parametrize("metadata", ["[1]", '{"config": 3}', '{"config": {"data": ["digits"]}}', "null"])
 def test_metadata_of_others(tmp_path: Path, state: State, metadata: str) -> None:
     (tmp_path / "w.safetensors").write_bytes(save(state, {"lenet_ext": metadata}))

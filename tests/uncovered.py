@@ -1,0 +1,198 @@
+"""What `make coverage` writes into coverage.md: how much of each file the tests run, and what they leave out, and why.
+
+    python uncovered.py PYTHON.json CXX.json > coverage.md     # of `coverage json` and `gcovr --json`
+
+A line or branch that no test takes stands under the reason that `REASONS` has for it, or, if there is none, first of
+all.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What is known of lines without a test: a reason; the files it holds for, and the source of the line, as regular
+# expressions. The first one that fits counts.
+GPU, PROCESSOR = "Needs a GPU, or a build for one", "Needs another processor"
+MEMORY, SIZE = "Needs a process that has run out of memory", "Needs more memory than a test may take"
+SLOW = "Several processes and optional packages, which `make test-all` has"
+NEVER = "Cannot be: what the compiler, or a reader, wants to see written"
+REASONS: tuple[tuple[str, str, str], ...] = (
+    (GPU, r"lenet_ext/.*", r"cuda|nvidia"),
+    (GPU, r"csrc/common/build_info\.cpp", r"separator|text\.|begin"),
+    (PROCESSOR, r"csrc/common/capability\.cpp", r"compiled|supported|Capability::Default|kAll|switch"),
+    (PROCESSOR, r"csrc/common/algorithm\.cpp", r"vendor_has_bfloat16"),
+    (MEMORY, r"csrc/.*", r"bad_alloc|if \(!parameters\)|PyList_Append|PyModule_AddFunctions"),
+    (SIZE, r"csrc/.*", r"offsets_fit|int64_t\{1\} << 30"),
+    (NEVER, r"csrc/cpu/.*", r"^return nullptr;$"),
+    (NEVER, r"csrc/common/capability\.cpp", r"^return false;$"),
+    (SLOW, r"lenet_ext/(sharding|onnx_.*|training/(distributed|metrics_log)|bench/(neighbour|memory|zoo))\.py", r""),
+)
+
+
+# Where the source of C++ branches; the compiler does so in other places as well, mostly to clean up after exceptions.
+BRANCHES = re.compile(r"\b(if|for|while|switch|TORCH_CHECK\w*)\b|\?|&&|\|\|")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line that no test ran, or that no test left in a certain direction."""
+
+    file: str
+    line: int
+    source: str
+    missing: str  # "line", or which way on was not taken
+
+    def reason(self) -> str | None:
+        """Why there is no test."""
+        for reason, files, source in REASONS:
+            if re.fullmatch(files, self.file) and re.search(source, self.source):
+                return reason
+        return None
+
+
+@dataclass(frozen=True)
+class File:
+    """The counts of one file."""
+
+    name: str
+    lines: tuple[int, int]  # run, of so many
+    branches: tuple[int, int]
+    places: list[Place]
+
+
+def _sources(name: str) -> list[str]:
+    return ["", *(ROOT / name).read_text(encoding="utf-8").splitlines()]
+
+
+def of_python(report: dict[str, Any]) -> list[File]:
+    files = []
+    for path, found in report["files"].items():
+        name = path[path.index("lenet_ext/") :]
+        source, summary = _sources(name), found["summary"]
+        places = [Place(name, line, source[line].strip(), "line") for line in found["missing_lines"]]
+        gone = set(found["missing_lines"])
+        places += [
+            Place(name, begin, source[begin].strip(), f"to {end}" if end > 0 else "to the end")
+            for begin, end in found["missing_branches"]
+            if begin not in gone
+        ]
+        lines = summary["covered_lines"], summary["num_statements"]
+        files.append(File(name, lines, (summary["covered_branches"], summary["num_branches"]), places))
+    return files
+
+
+def of_cxx(report: dict[str, Any]) -> list[File]:
+    files = []
+    for found in report["files"]:
+        name = found["file"]
+        source = _sources(name)
+        counts: dict[int, int] = {}
+        ways: dict[int, dict[bool, int]] = {}
+        for line in found["lines"]:  # a template is there once for each of its types
+            number = line["line_number"]
+            counts[number] = counts.get(number, 0) + line["count"]
+            for branch in line["branches"] if BRANCHES.search(source[number]) else ():
+                way = ways.setdefault(number, {})
+                way[branch["fallthrough"]] = way.get(branch["fallthrough"], 0) + branch["count"]
+        for line in [line for line in counts if source[line].strip() == "}"]:  # where an exception leaves a function
+            del counts[line]
+        places = [Place(name, line, source[line].strip(), "line") for line, count in counts.items() if count == 0]
+        places += [
+            Place(name, line, source[line].strip(), "one way")
+            for line, way in ways.items()
+            if counts.get(line) and 0 in way.values()
+        ]
+        every = [count for way in ways.values() for count in way.values()]
+        lines = sum(count > 0 for count in counts.values()), len(counts)
+        files.append(File(name, lines, (sum(count > 0 for count in every), len(every)), places))
+    return files
+
+
+def _percent(part: tuple[int, int]) -> str:
+    return f"{100 * part[0] / part[1]:.1f}%" if part[1] else "-"
+
+
+def _sum(parts: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    counts = list(parts)
+    return sum(done for done, _ in counts), sum(whole for _, whole in counts)
+
+
+def _table(files: list[File]) -> list[str]:
+    rows = ["| file | lines | run | branches | taken |", "| --- | ---: | ---: | ---: | ---: |"]
+    for title, part in (("Python", of_kind(files, ".py")), ("C++", of_kind(files, ".h", ".cpp"))):
+        lines, branches = _sum(file.lines for file in part), _sum(file.branches for file in part)
+        rows.append(
+            f"| **{title}** | **{lines[1]}** | **{_percent(lines)}** | **{branches[1]}** | **{_percent(branches)}** |"
+        )
+        rows += [
+            f"| {f.name} | {f.lines[1]} | {_percent(f.lines)} | {f.branches[1]} | {_percent(f.branches)} |"
+            for f in part
+            if f.lines[1]
+        ]
+    return rows
+
+
+def of_kind(files: list[File], *endings: str) -> list[File]:
+    return sorted((file for file in files if file.name.endswith(endings)), key=lambda file: file.name)
+
+
+def _listed(places: list[Place]) -> list[str]:
+    """A line for each place; lines that follow one another are one place."""
+    listed: list[tuple[Place, int]] = []
+    for place in sorted(places, key=lambda place: (place.file, place.line)):
+        if listed and place.missing == "line" == listed[-1][0].missing:
+            first, last = listed[-1]
+            if first.file == place.file and place.line - last <= 2:
+                listed[-1] = (first, place.line)
+                continue
+        listed.append((place, place.line))
+    return [
+        f"- `{place.file}:{place.line}{f'-{last}' if last > place.line else ''}`"
+        f"{'' if place.missing == 'line' else f' ({place.missing})'}: `{place.source[:100]}`"
+        for place, last in listed
+    ]
+
+
+def report(files: list[File]) -> str:
+    places = [place for file in files for place in file.places]
+    by_reason: dict[str | None, list[Place]] = {}
+    for place in places:
+        by_reason.setdefault(place.reason(), []).append(place)
+    text = [
+        "# What the tests run",
+        "",
+        f"By `make coverage`, {datetime.date.today()}: the unmarked tests, and those of the kernels under every",
+        "instruction set and algorithm. A condition in C++ counts as two branches, also where it has several parts",
+        "or is in a template of several types.",
+        "",
+        *_table(files),
+    ]
+    order = [None, *dict.fromkeys(reason for reason, _, _ in REASONS)]
+    for reason in order:
+        if reason in by_reason:
+            text += ["", f"## {reason or 'Without a reason'}", "", *_listed(by_reason[reason])]
+    return "\n".join(text) + "\n"
+
+
+def main() -> int:
+    of_each = [of_python, of_cxx]
+    files = [
+        file
+        for read, path in zip(of_each, sys.argv[1:], strict=True)
+        for file in read(json.loads(Path(path).read_text()))
+    ]
+    sys.stdout.write(report(files))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
