@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    # torch.compile keeps its code by what it computes, not by the instruction set that it was told to write for: code
+    # for another one writes past the end of its buffers.
+    _cache = os.path.join(tempfile.gettempdir(), f"torchinductor-{os.environ['ATEN_CPU_CAPABILITY']}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _cache)
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several workers share the cores. Whoever tests threads asks for a number of them; so do the processes begun here.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
