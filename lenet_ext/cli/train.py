@@ -282,6 +282,8 @@ def _fit(trainer: Trainer, epochs: int, out: Path, target: float | None, log: Me
 
     with progress:
         task = progress.add_task(description(), total=remaining * trainer.steps_per_epoch, speed="")
+        if trainer.processes.is_first:
+            progress.console.print(_HEADER, markup=False, soft_wrap=True)
         try:
             for _ in range(remaining):
                 progress.update(task, description=description())
@@ -315,12 +317,16 @@ def _outcome(history: list[dict[str, Any]], target: float) -> str:
     return f"the target of {target:g}% was not reached; the best was {_shown(best):.2f}%, in epoch {best['epoch']}"
 
 
+# Of an epoch's line. Together they fit a terminal of 80 columns.
+_HEADER = "  epoch  train loss  test loss  test accuracy  seconds  images/s     rate"
+
+
 def _epoch_line(line: dict[str, Any], epochs: int) -> str:
-    width = len(str(epochs))
+    accuracy = f"{100 * line['test_accuracy']:.2f}%"
     return (
-        f"epoch {line['epoch']:{width}}/{epochs}  train loss {line['train_loss']:.4f}  "
-        f"test loss {line['test_loss']:.4f}  test accuracy {100 * line['test_accuracy']:6.2f}%  "
-        f"{line['seconds']:6.2f} s  {line['images_per_second']:8.0f} images/s  rate {line['lr']:.2g}"
+        f"{line['epoch']}/{epochs}".rjust(7)
+        + f"  {line['train_loss']:10.4f}  {line['test_loss']:9.4f}  {accuracy:>13}"
+        + f"  {line['seconds']:7.2f}  {line['images_per_second']:8.0f}  {line['lr']:7.2g}"
     )
 
 

@@ -231,15 +231,20 @@ def test_missing_extra(tmp_path: Path) -> None:
 # --- train ------------------------------------------------------------------------------------------------------------
 
 
-def test_train_prints_a_line_per_epoch(trained: tuple[Path, str]) -> None:
+def test_train_prints_a_table_of_epochs(trained: tuple[Path, str]) -> None:
     _, stdout = trained
     lines = stdout.splitlines()
     assert "1442 pictures to train, 355 to test" in lines[0]
-    assert re.match(r"epoch 1/2  train loss \d\.\d{4}  test loss \d\.\d{4}  test accuracy", lines[1])
-    assert lines[1].endswith("images/s  rate 0.0018")
-    assert lines[2].startswith("epoch 2/2")
-    assert re.match(r"test accuracy \d\d\.\d\d% \(\d+ of 355\)", lines[3])
-    assert len(lines) == 5
+    columns = ["epoch", "train loss", "test loss", "test accuracy", "seconds", "images/s", "rate"]
+    assert re.split(r" {2,}", lines[1].strip()) == columns
+    assert re.fullmatch(r" +1/2 +\d\.\d{4} +\d\.\d{4} +\d\d\.\d\d% +\d+\.\d\d +\d+ +0\.0018", lines[2])
+    assert lines[3].split()[0] == "2/2"
+    assert [cell.end() for cell in re.finditer(r"\S+(?: \S+)?", lines[1])] == [
+        cell.end() for cell in re.finditer(r"\S+", lines[2])
+    ]
+    assert max(map(len, lines[1:4])) <= 80
+    assert re.match(r"test accuracy \d\d\.\d\d% \(\d+ of 355\)", lines[4])
+    assert len(lines) == 6
     assert "\x1b" not in stdout
 
 
@@ -309,7 +314,8 @@ def test_resume_is_exact(trained: tuple[Path, str], tmp_path: Path) -> None:
     second = lenet("train", "--epochs", 2, *common, "--resume", tmp_path / "half" / "checkpoint.pt", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     assert "resumed" in second.stdout
-    assert "epoch 1/" not in second.stdout
+    assert " 1/2 " not in second.stdout
+    assert " 2/2 " in second.stdout
     whole, resumed = load_file(trained[0] / "model.safetensors"), load_file(tmp_path / "half" / "model.safetensors")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     lines = [json.loads((d / "history.json").read_text())["epochs"] for d in (trained[0], tmp_path / "half")]
@@ -402,7 +408,7 @@ def test_target_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     # Resumed, it has nothing to do.
     saved = str(tmp_path / "run" / "checkpoint.pt")
     assert main(["train", "--resume", saved, "--target", "5"]) == 0
-    assert "epoch 2/3" not in capsys.readouterr().out
+    assert " 2/3 " not in capsys.readouterr().out
     assert main(["train", "--resume", saved, "--target", "100"]) == 0
     out = capsys.readouterr().out
     assert re.search(
@@ -486,7 +492,7 @@ def test_interrupt_leaves_a_checkpoint_and_one_line(tmp_path: Path) -> None:
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("epoch"):
+        if "1/100000 " in line:
             break
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)

@@ -198,13 +198,13 @@ def test_a_run_goes_on_after_a_process_was_killed(tmp_path: Path) -> None:
     assert killed.returncode != 0
     assert "SIGKILL" in killed.stderr
     # One process speaks and writes, and what it has written is whole.
-    assert killed.stdout.count("epoch 1/3") == 1
+    assert killed.stdout.count(" 1/3 ") == 1
     assert checkpoint.load_checkpoint(tmp_path / "killed" / "checkpoint.pt")["epoch"] == 1
 
     resumed = torchrun("-m", "lenet_ext", "train", "--resume", "killed/checkpoint.pt", "--device", "cpu", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert resumed.stdout.count("after epoch 1") == 1
-    assert resumed.stdout.count("epoch 3/3") == 1
+    assert resumed.stdout.count(" 3/3 ") == 1
     assert "processes: 2" in resumed.stdout
     assert {path.name for path in (tmp_path / "killed").iterdir()} == {
         "model.safetensors",
