@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     for label, count, hits, recall, precision in result.per_class():
         wrong = result.confusion[label].clone()
         wrong[label] = 0
-        worst = f"{labels[int(wrong.argmax())]} ({int(wrong.max())} times)" if int(wrong.max()) else "-"
+        worst = f"{labels[int(wrong.argmax())]} ({int(wrong.max())}x)" if int(wrong.max()) else "-"
         table.add_row(Text(labels[label]), str(count), str(hits), _percent(recall), _percent(precision), Text(worst))
     make_console().print(table)
     return 0

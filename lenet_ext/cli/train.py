@@ -355,7 +355,7 @@ def _finish(trainer: Trainer, out: Path) -> None:
     seconds = sum(line["seconds"] for line in trainer.history)
     say(
         f"test accuracy {100 * result.accuracy:.2f}% ({right} of {total}), test loss {result.loss:.4f}, "
-        f"after {trainer.epoch} epochs and {seconds:.1f} s of training"
+        f"after {trainer.epoch} {'epoch' if trainer.epoch == 1 else 'epochs'} and {seconds:.1f} s of training"
     )
     say(f"wrote {', '.join(_FILES)} to {out}")
 

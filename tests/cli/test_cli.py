@@ -404,7 +404,7 @@ def test_target_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main([*args, "--target", "5"]) == 0  # guessing has ten
     out = capsys.readouterr().out
     assert "the target of 5% was reached in epoch 1\n" in out
-    assert "after 1 epochs" in out
+    assert "after 1 epoch and" in out
     # Resumed, it has nothing to do.
     saved = str(tmp_path / "run" / "checkpoint.pt")
     assert main(["train", "--resume", saved, "--target", "5"]) == 0
