@@ -21,10 +21,11 @@ def run(args: argparse.Namespace) -> int:
     from lenet_ext.environment.system import describe
 
     rows = describe()
-    left, right = max(len(name) for name, _ in rows), max(len(value) for _, value in rows)
-    # Printed by hand: a table in Markdown must not be wrapped, however narrow the terminal is.
-    say(f"| {'lenet_ext':{left}} | {'':{right}} |")
-    say(f"| {'-' * left} | {'-' * right} |")
+    width = max(len(name) for name, _ in rows)
+    # Printed by hand: a table in Markdown must not be wrapped, however narrow the terminal is. Its last column has no
+    # padding, for a terminal would wrap every line of it, not the long ones alone.
+    say(f"| {'lenet_ext':{width}} | |")
+    say(f"| {'-' * width} | --- |")
     for name, value in rows:
-        say(f"| {name:{left}} | {value:{right}} |")
+        say(f"| {name:{width}} | {value} |")
     return 0
