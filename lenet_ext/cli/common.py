@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -36,12 +38,25 @@ class UsageError(Exception):
     """The arguments parse but contradict each other."""
 
 
+class _Help(argparse.HelpFormatter):
+    """Wraps the paragraphs of a description for the terminal, and leaves its lists, which are indented, as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        blocks = []
+        for is_paragraph, lines in itertools.groupby(text.splitlines(), key=lambda line: line[:1].strip() != ""):
+            block = "\n".join(lines)
+            if is_paragraph:
+                block = textwrap.fill(block, width, break_on_hyphens=False, break_long_words=False)
+            blocks.append(block)
+        return "\n".join(blocks)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and that takes no abbreviations."""
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("formatter_class", _Help)
         super().__init__(**kwargs)
 
     _intermixing = False

@@ -31,14 +31,14 @@ _DESCRIPTION = """\
 Train LeNet, evaluate after each epoch, and write to --out:
   model.safetensors  weights, for eval and predict
   checkpoint.pt      everything that --resume needs
-  history.json       configuration and, for each epoch, losses, accuracy and speed
+  history.json       configuration; losses, accuracy and speed of each epoch
   curves.png         losses and accuracy over the epochs
   confusion.png      how often each class was taken for each other one
-  misclassified.png  the test pictures that went most wrong (the least certain ones if none did)
+  misclassified.png  the test pictures that went most wrong (or least certain)
   filters.png        the first layer's filters
 
-With several processes or machines: torchrun --nproc-per-node N -m lenet_ext train ...
-Each process takes its share of every batch; the result is that of one process.
+With several processes or machines, each takes its share of every batch, and the result is that of one process:
+  torchrun --nproc-per-node N -m lenet_ext train ...
 """
 
 

@@ -84,11 +84,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     assert caught.value.code == 0
-    assert f"usage: lenet-ext {command}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"usage: lenet-ext {command}" in out
+    assert all(len(line) < 80 or line[0] == " " for line in out.splitlines())  # but for the lines of a list
 
 
 def test_console_script(tmp_path: Path) -> None:
