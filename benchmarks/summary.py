@@ -4,7 +4,8 @@
     python summary.py ../runs/gpu/gpu_check.json      # of gpu_check.py
 
 It goes to ``results/``, named by processor and date, in place of what was there of the same processor; what this run
-has not measured is kept from there. Raw runs are not kept in the repository. The file is JSON with a line for each
+has not measured is kept from there. A processor that was held to a lesser instruction set counts as another one. Raw
+runs are not kept in the repository. The file is JSON with a line for each
 cell:
 
 - ``source``: ``"bench"`` or ``"gpu_check"``; ``machine``, ``versions``; ``runs``: date and commits of each part.
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from lenet_ext.bench.cases import CASES, MODES
+from lenet_ext.bench.instruction_sets import is_forced
 from lenet_ext.environment.files import atomic_path
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -133,10 +135,10 @@ def file_name(content: dict[str, Any]) -> str:
 
 
 def processor(content: dict[str, Any]) -> str:
-    """As a part of a file's name, e.g. ``cpu-amd-epyc-avx512``."""
+    """As a part of a file's name, e.g. ``cpu-amd-epyc-avx512`` or ``cpu-amd-epyc-avx2-forced``."""
     if content["source"] == "bench":
         name = f"cpu {re.sub(r'[(](R|TM)[)]|CPU|Processor|@.*', '', content['machine']['cpu'])} "
-        name += content["cpu_capability"]
+        name += content["cpu_capability"] + " forced" * is_forced(content)
     else:
         name = "gpu " + re.sub(r"NVIDIA|\s\d+GB.*", "", content["machine"]["gpu"])
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

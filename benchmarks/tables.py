@@ -15,6 +15,7 @@ import targets
 from summary import fastest, workloads
 
 from lenet_ext.bench.cases import CASES
+from lenet_ext.bench.instruction_sets import processor_title
 from lenet_ext.bench.providers import EAGER_LAYOUTS, FUSED_LAYOUTS, PROVIDERS
 from lenet_ext.bench.report import figures, where
 from lenet_ext.bench.timing import percentile
@@ -70,9 +71,8 @@ def headline(contents: list[Content]) -> str:
         cells = workloads(content)
         _, all_counts = _sizes(cells)
         counts = sorted({all_counts[0], all_counts[-1]})
-        name = f"{content['machine']['cpu']}, {content['cpu_capability']}"
         places.append(f"{origin(content, 'net')[:-1]}, {both(map(str, counts))} threads")
-        heads += [f"{name}: us per image", "over stock", "over the best"]
+        heads += [f"{processor_title(content)}: us per image", "over stock", "over the best"]
         found = [[cells.get((*place, threads), {}) for threads in counts] for place in HEADLINE]
         columns += [[both(map(_ours_us, row)) for row in found]]
         columns += [[both(_over(rows, EAGER_LAYOUTS) for rows in row) for row in found]]
@@ -175,15 +175,15 @@ def neighbour_table(content: Content) -> str:
     rows = content["neighbour"]
     conditions = ("one_alone", "all_alone", "all_disturbed")
     lines = [
-        [STEPS[row["mode"]], PROVIDERS[row["provider"]].title]
+        [STEPS[row["mode"]], PROVIDERS[row["provider"]].title, str(row["batch"])]
         + [figures(row[f"{name}_us"][1] / row["batch"]) for name in conditions]
         + [f"{row['speedup']:.2f}"]
         for row in rows
     ]
     count = rows[0]["threads"]
     right = ["1 thread alone", f"{count} threads alone", f"{count} threads, one core taken", "ratio of the outer two"]
-    title = f"Microseconds per image at batch {rows[0]['batch']}. {origin(content, 'neighbour')}"
-    return f"{title}\n\n{table(['step', 'provider'], right, lines)}"
+    title = f"Microseconds per image. {origin(content, 'neighbour')}"
+    return f"{title}\n\n{table(['step', 'provider'], ['batch', *right], lines)}"
 
 
 def accuracy_table(content: Content) -> str:
@@ -229,6 +229,9 @@ def zoo_table(content: Content) -> str:
 
 def targets_table(content: Content) -> str:
     """What was to be reached, and what was."""
+    none = targets.none(content)
+    if none is not None:
+        return f"{origin(content, 'net')} {none}"
     lines = [[cells[0], cells[4], cells[5], *cells[1:4]] for cells in (o.cells() for o in targets.outcomes(content))]
     head = targets.HEADER
     return f"{origin(content, 'net')}\n\n{table([head[0], head[4], head[5]], list(head[1:4]), lines)}"

@@ -4,7 +4,7 @@
     python to_markdown.py results/*.json --table net
     python to_markdown.py results/*.json --update ../README.md            # rewrite the tables that the file has marked
     python to_markdown.py results/*.json --check ../README.md             # exit code 1 where they are out of date
-    python to_markdown.py results/*.json --plot results/net.png           # the whole net, of the newest processor
+    python to_markdown.py results/*.json --plot results/net.png           # the whole net, of the newest processor's run
 
 In a Markdown file a table stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->``; it is repeated for each
 machine that has it.
@@ -22,6 +22,7 @@ import summary
 import tables
 from PIL import Image
 
+from lenet_ext.bench.instruction_sets import is_forced
 from lenet_ext.bench.report import plot_results
 
 _MARKED = re.compile(r"(<!-- bench:(\w+) -->\n).*?(\n?<!-- /bench -->)", re.DOTALL)
@@ -45,7 +46,7 @@ def updated(text: str, contents: list[dict[str, Any]]) -> str:
 
 
 def plot_newest(contents: list[dict[str, Any]], path: Path) -> None:
-    """The whole net of the processor that was measured last.
+    """The whole net of the processor that was measured last; one as it is goes before one that was held to something.
 
     Raises:
         ValueError: there is none.
@@ -53,7 +54,8 @@ def plot_newest(contents: list[dict[str, Any]], path: Path) -> None:
     measured = [content for content in contents if tables.has(content, "peers")]
     if not measured:
         raise ValueError("no processor has results of the whole net")
-    plot_results(max(measured, key=lambda content: content["runs"]["net"]["date"]), path, ["net"])
+    newest = max(measured, key=lambda content: (not is_forced(content), content["runs"]["net"]["date"]))
+    plot_results(newest, path, ["net"])
     shrink(path)
 
 

@@ -3,6 +3,7 @@
 - `cases`: what is computed (a layer, the whole net), as a stock module and as one of ours.
 - `providers`: who computes it (fused, eager, channels_last, torch.compile, ...).
 - `timing`: how time is taken: interleaved rounds in one process, medians and percentiles.
+- `instruction_sets`: the one that a run is of, which the environment may have forced.
 - `flops`, `peak`: how many operations a workload has, and how many the processor can do.
 - `plan`: which of all that; `runner`: carries it out; `agreement`: outputs are compared before they are timed.
 - `memory`, `neighbour`: peak memory of a training step; all threads beside a busy process.

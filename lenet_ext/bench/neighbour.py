@@ -7,6 +7,7 @@ then be slower than it would have been on one thread.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import statistics
@@ -26,7 +27,7 @@ from lenet_ext.environment.system import cpu_count
 __all__ = ["measure_neighbour", "neighbour_unavailable"]
 
 _PROVIDERS = ("fused", "eager", "channels_last")
-_BATCH = 256
+_BATCHES = (64, 256)
 # Ends by itself when its parent has gone.
 _SPIN = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    for _ in range(10**6): pass"
 _SETTLE_S = 0.01
@@ -42,7 +43,7 @@ def neighbour_unavailable(threads: int) -> str | None:
 
 
 def measure_neighbour(threads: int, effort: Effort | None = None) -> list[dict[str, Any]]:
-    """One row per mode and provider: microseconds in three conditions, and the ratio that matters.
+    """One row per mode, batch size and provider: microseconds in three conditions, and the ratio that matters.
 
     ``speedup`` is the time of one thread undisturbed over that of `threads` threads beside the neighbour, within each
     round: below 1, one thread would have been the better choice.
@@ -55,8 +56,8 @@ def measure_neighbour(threads: int, effort: Effort | None = None) -> list[dict[s
     before = torch.get_num_threads()
     try:
         with _neighbour() as set_busy:
-            for mode in MODES:
-                work = Workload.make(CASES["net"], mode, _BATCH, torch.device("cpu"))
+            for mode, batch in itertools.product(MODES, _BATCHES):
+                work = Workload.make(CASES["net"], mode, batch, torch.device("cpu"))
                 for provider in _PROVIDERS:
                     rows.append(_measure(provider, work, threads, set_busy, effort))
     finally:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from lenet_ext.bench.instruction_sets import SETS
+
 __all__ = ["PeakUnavailableError", "cxx_compiler", "peak_meter"]
 
 _SOURCE = Path(__file__).with_name("fma_peak.cpp")
@@ -44,9 +46,16 @@ def peak_meter(threads: int) -> Callable[[], float]:
     """
     library = _library()
     # Not always the widest registers: some processors slow down for them.
-    times = {i: library.fma_peak_seconds(i, 1, _SAMPLE_S) for i in range(library.fma_peak_versions())}
+    times = {i: library.fma_peak_seconds(i, 1, _SAMPLE_S) for i in range(_versions(library))}
     fastest = min((i for i, seconds in times.items() if seconds > 0), key=times.__getitem__)
     return lambda: library.fma_peak_seconds(fastest, threads, _SAMPLE_S) * 1e6
+
+
+def _versions(library: ctypes.CDLL) -> int:
+    """How many there are to choose from: a processor that is held to an instruction set has the peak of that set."""
+    forced = os.environ.get("LENET_EXT_CPU_CAPABILITY")
+    count = library.fma_peak_versions()
+    return min(count, SETS.index(forced) + 1) if forced else count
 
 
 @cache

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lenet_ext.bench.cases import CASES
+from lenet_ext.bench.instruction_sets import processor_title
 from lenet_ext.bench.providers import PROVIDERS
 from lenet_ext.training.plots import COLORS, in_default_style, new_figure, save_figure, tidy
 
@@ -141,14 +142,15 @@ def _memory_table(rows: list[dict[str, Any]]) -> Table:
 def _neighbour_table(rows: list[dict[str, Any]]) -> Table:
     threads = rows[0]["threads"]
     table = _new_table(
-        f"a busy neighbour: the net at batch {rows[0]['batch']}, microseconds per image",
+        "a busy neighbour: the net, microseconds per image",
         f"ratio: 1 thread alone over {threads} threads while another process spins on one core",
         ("step", "provider"),
-        ("1 thread alone", f"{threads} threads alone", f"{threads} threads, neighbour", "ratio"),
+        ("batch", "1 thread alone", f"{threads} threads alone", f"{threads} threads, neighbour", "ratio"),
     )
     for row in rows:
         times = [row[f"{name}_us"][1] / row["batch"] for name in ("one_alone", "all_alone", "all_disturbed")]
-        table.add_row(row["mode"], PROVIDERS[row["provider"]].title, *map(figures, times), f"{row['speedup']:.2f}")
+        cells = (row["mode"], PROVIDERS[row["provider"]].title, str(row["batch"]), *map(figures, times))
+        table.add_row(*cells, f"{row['speedup']:.2f}")
     return table
 
 
@@ -175,8 +177,9 @@ def figures(value: float) -> str:
 
 def where(content: dict[str, Any]) -> str:
     """Processor or GPU, instruction set and torch, in a line."""
-    machine = content["machine"].get("gpu") or content["machine"]["cpu"]
-    return f"{machine}, {content['cpu_capability']}, torch {content['versions']['torch']}"
+    gpu = content["machine"].get("gpu")
+    machine = processor_title(content) if gpu is None else f"{gpu}, {content['cpu_capability']}"
+    return f"{machine}, torch {content['versions']['torch']}"
 
 
 @in_default_style

@@ -4,6 +4,7 @@ The table on the terminal and the picture are made of these values, and so is th
 ``benchmarks/results``, so that a number exists once. Keys of the content:
 
 - ``machine``, ``versions``, ``cpu_capability``: of all results in the file; results of different ones do not mix.
+  ``machine["forced"]``: what held it to an instruction set (`instruction_sets`), where anything did.
 - ``runs``: per group the date, commit, effort, load and what was left out.
 - ``rows``: one per provider and workload; ``comparisons``: one per workload.
 - ``memory``, ``neighbour``: see the modules of these names.
@@ -24,6 +25,7 @@ import torch
 
 import lenet_ext
 from lenet_ext.bench.cases import CASES
+from lenet_ext.bench.instruction_sets import forced_by_environment
 from lenet_ext.bench.runner import Report
 from lenet_ext.bench.timing import percentile
 from lenet_ext.environment.files import atomic_path
@@ -45,6 +47,9 @@ def facts(device: torch.device | None = None) -> dict[str, Any]:
         "governor": cpu_governor(),
         "system": f"{platform.system()} {platform.machine()}",
     }
+    forced = forced_by_environment()
+    if forced:
+        machine["forced"] = forced
     if device is not None and device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(device)
     versions = {
@@ -211,6 +216,7 @@ def write_csv(content: dict[str, Any], path: str | Path) -> None:
         "cpu": content["machine"]["cpu"],
         "processors": content["machine"]["processors"],
         "cpu_capability": content["cpu_capability"],
+        "forced": " ".join(f"{name}={value}" for name, value in content["machine"].get("forced", {}).items()),
         "torch": content["torch"],
         "date": content["date"],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -120,6 +121,7 @@ def run_benchmarks(
         ['fused', 'eager']
     """
     plan.check()
+    _keep_compiled_code_apart()
     report = Report(plan, device, load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
     elsewhere = {name: CASES[name].device_types for name in plan.cases if device.type not in CASES[name].device_types}
     report.skipped.update({name: f"measured on {' and '.join(types)} alone" for name, types in elsewhere.items()})
@@ -144,6 +146,16 @@ def run_benchmarks(
     finally:
         torch.set_num_threads(before)
     return report
+
+
+def _keep_compiled_code_apart() -> None:
+    """torch.compile keeps its code by what it computes, not by the instruction set that it was told to write for: code
+    for another one writes past the end of its buffers. Before anything of torch.compile runs, which settles the place.
+    """
+    forced = os.environ.get("ATEN_CPU_CAPABILITY")
+    if forced:
+        cache = os.path.join(tempfile.gettempdir(), f"torchinductor-{forced}")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 
 
 def _available(report: Report) -> list[Provider]:

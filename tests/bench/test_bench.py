@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +25,9 @@ from lenet_ext.bench import (
     Provider,
     Workload,
     flops_per_image,
+    instruction_sets,
     merge,
+    peak,
     print_results,
     read_results,
     report_to_dict,
@@ -198,6 +203,23 @@ def test_the_clock_of_a_gpu_with_cold_caches() -> None:
     assert 1 < cold_time_us(lambda: matrix @ matrix, device) < 1e6
 
 
+def test_code_for_a_forced_instruction_set_is_kept_apart(tmp_path: Path) -> None:
+    """In a process of its own: the first that asks torch for the place settles it."""
+    code = """
+import os, torch
+from lenet_ext.bench import Plan, run_benchmarks
+from lenet_ext.bench.timing import Effort
+torch.compile = lambda call, **_: call
+plan = Plan(("fc3",), ("forward",), (2,), ("fused", "eager", "compile"), effort=Effort(budget_s=0.1, min_rounds=1))
+run_benchmarks(plan, torch.device("cpu"))
+print(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+"""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "TMPDIR": str(tmp_path)}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / "torchinductor-default"), done.stderr
+
+
 # --- runner -----------------------------------------------------------------------------------------------------------
 
 
@@ -332,6 +354,25 @@ def test_the_faster_of_our_layouts_is_compared(monkeypatch: pytest.MonkeyPatch) 
 # --- floor ------------------------------------------------------------------------------------------------------------
 
 
+class Rates:
+    """In place of the microbenchmark: each version takes half of what the one before takes."""
+
+    def fma_peak_versions(self) -> int:
+        return 3
+
+    def fma_peak_seconds(self, version: int, threads: int, seconds: float) -> float:
+        return 8.0 / 2**version
+
+
+@pytest.mark.parametrize(("forced", "seconds"), [("", 2.0), ("avx512", 2.0), ("avx2", 4.0), ("default", 8.0)])
+def test_the_peak_is_that_of_the_forced_instruction_set(
+    monkeypatch: pytest.MonkeyPatch, forced: str, seconds: float
+) -> None:
+    monkeypatch.setattr(peak, "_library", Rates)
+    monkeypatch.setenv("LENET_EXT_CPU_CAPABILITY", forced)
+    assert peak.peak_meter(1)() == seconds * 1e6
+
+
 def test_operations_are_counted() -> None:
     # Every multiply-add is two operations.
     assert flops_per_image(CASES["net"], "forward") == 2 * 416520
@@ -367,6 +408,22 @@ def test_results_of_another_machine_are_not_mixed_in() -> None:
     other = {**one, "machine": {**one["machine"], "cpu": "Z80"}}
     with pytest.raises(ValueError, match="another machine: cpu Z80, now"):
         merge(other, one)
+
+
+def test_a_forced_instruction_set_is_another_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in instruction_sets.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    own = results()
+    assert "forced" not in own["machine"]
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")  # as if it were not set
+    other = results()
+    assert other["machine"]["forced"] == {"ATEN_CPU_CAPABILITY": "default"}
+    with pytest.raises(ValueError, match=r"another machine: forced None, now \{'ATEN_CPU"):
+        merge(own, other)
+    write_csv(other, tmp_path / "rows.csv")
+    with open(tmp_path / "rows.csv", newline="") as file:
+        assert {line["forced"] for line in csv.DictReader(file)} == {"ATEN_CPU_CAPABILITY=default"}
 
 
 def test_reading_other_files(tmp_path: Path) -> None:

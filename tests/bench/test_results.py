@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lenet_ext.bench import PROVIDERS
+from lenet_ext.bench.instruction_sets import instruction_set
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,7 +21,7 @@ import targets  # noqa: E402
 import to_markdown  # noqa: E402
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-GROUPS = {"net": "net", "conv1": "layers", "call_linear": "overhead"}
+GROUPS = {"net": "net", "conv1": "layers", "conv2": "layers", "call_linear": "overhead"}
 
 
 def raw(medians: dict[tuple[str, str, int, int], dict[str, float]], **changes: Any) -> dict[str, Any]:
@@ -235,6 +236,93 @@ def test_targets_take_the_worst_cell() -> None:
     assert outcomes["inference, batch 8: over stock eager"].verdict == "not measured"
 
 
+# As the bench of an AVX2 processor would be, on one that has AVX-512.
+FORCED = {
+    "cpu": "AMD EPYC",
+    "processors": 2,
+    "instruction_sets": ["fma", "avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl"],
+    "forced": {
+        "LENET_EXT_CPU_CAPABILITY": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    },
+}
+
+
+def test_the_instruction_set_of_a_run_chooses_its_targets() -> None:
+    medians = {("net", "training", 256, 1): {"fused": 10.0, "eager": 45.0, "channels_last": 60.0}}
+    medians["conv2", "forward", 64, 1] = {"fused": 10.0, "eager": 12.0}
+    content = summary.of_bench(raw(medians))
+    found = {}
+    for name in ("avx512", "avx2"):
+        content["cpu_capability"] = name
+        found[name] = {outcome.what: outcome for outcome in targets.outcomes(content)}
+    training = "forward + backward, batch 256 to 4096: over stock eager and torch.compile"
+    assert [found[name][training].goal for name in found] == [targets.Goal(5.5, 7), targets.Goal(4, 5)]
+    assert [found[name][training].verdict for name in found] == ["missed", "met"]
+    # What AVX2 has no target of its own for is one of the other layers.
+    assert found["avx512"]["6->16 k5: forward"].verdict == "missed"
+    assert found["avx512"]["every other layer and size: forward"].measured is None
+    assert "6->16 k5: forward" not in found["avx2"]
+    assert found["avx2"]["every other layer and size: forward"].cells()[1:] == [
+        "0.97x",
+        "-",
+        "1.20x",
+        "conv2, batch 64, 1 thread, against eager",
+        "met",
+    ]
+
+
+def test_the_baseline_and_a_run_that_is_forced_in_part_have_no_targets() -> None:
+    alone = {**FORCED, "forced": {"LENET_EXT_CPU_CAPABILITY": "avx2"}}
+    for content, why in (
+        (raw(NET, cpu_capability="default"), "the baseline set is there so that the package runs"),
+        (raw(NET, machine=alone, cpu_capability="avx2"), "ours and stock were held to different instruction sets"),
+    ):
+        small = summary.of_bench(content)
+        assert targets.outcomes(small) == []
+        made = tables.render("targets", [small])
+        assert why in made
+        assert "|" not in made
+    assert "AMD EPYC, avx2, with LENET_EXT_CPU_CAPABILITY=avx2, torch" in tables.render("net", [small])
+
+
+def test_a_forced_run_beside_one_of_the_processor(tmp_path: Path) -> None:
+    """Another file, the targets of the set, and the set in the title of each table; a picture is of the processor."""
+    machine = {key: value for key, value in FORCED.items() if key != "forced"}
+    own = summary.write(summary.of_bench(raw(NET, machine=machine)), tmp_path)
+    later = raw(NET, machine=FORCED, cpu_capability="avx2")
+    later["runs"] = {"net": {**later["runs"]["net"], "date": "2026-11-29T00:00:00+00:00"}}
+    forced = summary.write(summary.of_bench(later), tmp_path)
+    assert own.name == "cpu-amd-epyc-avx512-2026-11-24.json"
+    assert forced.name == "cpu-amd-epyc-avx2-forced-2026-11-29.json"
+    contents = [summary.read(path) for path in (forced, own)]
+    titles = ["AVX2 forced on an AMD EPYC with AVX-512, torch 2.13.0+cpu", "AMD EPYC, avx512, torch 2.13.0+cpu"]
+    for name in ("net", "peers", "targets"):
+        made = tables.render(name, contents)
+        assert [made.count(title) for title in titles] == [1, 1]
+    targets_of_both = tables.render("targets", contents)
+    assert [targets_of_both.count(text) for text in ("| 4.00x | 5.00x |", "| 5.50x | 7.00x |")] == [1, 2]
+    one, both = (tables.render("headline", some).splitlines() for some in (contents[1:], contents))
+    assert len(one) == len(both)
+    assert "| AVX2 forced on an AMD EPYC with AVX-512: us per image | over stock" in both[2]
+
+
+def test_everybody_has_to_be_held_to_the_same() -> None:
+    def used(capability: str, **changes: str) -> str | None:
+        machine = {**FORCED, "forced": {**FORCED["forced"], **changes}}
+        return instruction_set({"machine": machine, "cpu_capability": capability})
+
+    assert used("avx2") == "avx2"
+    assert used("avx2", ONEDNN_MAX_CPU_ISA="AVX2_VNNI") == "avx2"
+    assert used("avx2", MKL_ENABLE_INSTRUCTIONS="AVX2") == "avx2"
+    assert used("avx2", MKL_ENABLE_INSTRUCTIONS="SSE4_2") is None
+    assert used("avx2", ONEDNN_MAX_CPU_ISA="DEFAULT") is None
+    assert used("avx2", ATEN_CPU_CAPABILITY="default") is None
+    assert used("avx512", **dict.fromkeys(FORCED["forced"], "avx512_core")) == "avx512"
+    assert used("default", LENET_EXT_CPU_CAPABILITY="default", ATEN_CPU_CAPABILITY="default") is None
+
+
 def test_a_picture_is_of_the_newest_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
     monkeypatch.setattr(to_markdown, "plot_results", lambda content, *_: drawn.append(content["cpu_capability"]))
@@ -243,6 +331,9 @@ def test_a_picture_is_of_the_newest_processor(tmp_path: Path, monkeypatch: pytes
     contents[1]["runs"]["net"]["date"] = "2026-12-01T00:00:00+00:00"
     to_markdown.plot_newest(contents, tmp_path / "net.png")
     assert drawn == ["avx2"]
+    contents[1]["machine"] = FORCED
+    to_markdown.plot_newest(contents, tmp_path / "net.png")
+    assert drawn == ["avx2", "avx512"]
     with pytest.raises(ValueError, match="no processor has results of the whole net"):
         to_markdown.plot_newest([], tmp_path / "net.png")
 
