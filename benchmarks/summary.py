@@ -1,6 +1,6 @@
 """The small file of a machine's results: what a table or the picture shows, and nothing else.
 
-    python summary.py ../runs/bench/last.json         # of 'lenet-ext bench', fuse_zoo.py and time_to_accuracy.py
+    python summary.py ../runs/bench/last.json         # of 'lenet-ext bench' and the scripts that add to it
     python summary.py ../runs/gpu/gpu_check.json      # of gpu_check.py
 
 It goes to ``results/``, named by processor and date, in place of what was there of the same processor; what this run
@@ -12,8 +12,8 @@ cell:
 - ``columns``, ``rows``: the times. Of ``bench``, in microseconds a call: median and 20th and 80th percentile; ``over``
   is that time over the time of ours (of the faster layout, where there are two), the median within the same rounds; and
   the share of the processor's peak. Of ``gpu_check``: median, 10th and 90th percentile.
-- the other parts as they were measured: ``memory``, ``neighbour``, ``zoo``, ``accuracy``; ``checks``, ``ceilings``,
-  ``mnist``.
+- the other parts as they were measured: ``memory``, ``neighbour``, ``zoo``, ``relu_alone``, ``average_pooling``,
+  ``accuracy``; ``checks``, ``ceilings``, ``mnist``.
 
 `read`, `workloads` and `fastest` are for the scripts that show it.
 """
@@ -35,7 +35,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 BENCH_COLUMNS = ["case", "mode", "threads", "batch", "provider"]
 BENCH_COLUMNS += ["p20_us", "median_us", "p80_us", "over", "peak_share"]
 GPU_COLUMNS = ["case", "mode", "batch", "precision", "provider", "p10_us", "median_us", "p90_us"]
-BENCH_SECTIONS = ["memory", "neighbour", "zoo", "accuracy"]
+BENCH_SECTIONS = ["memory", "neighbour", "zoo", "relu_alone", "average_pooling", "accuracy"]
 
 
 def of_bench(raw: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,193 @@
+"""What `lenet_ext.fuse` leaves to stock, and what it would gain: convolution + ReLU, alone and before average pooling.
+
+Without pooling the fused kernel can do it, with windows of one value: it takes turns with both layouts of stock. For
+average pooling there is no kernel. Stock takes turns with its own convolution, and what that leaves of the time is the
+most that fusing could save as long as the convolution is the vendor's. With --json the rows become the sections
+"relu_alone" and "average_pooling" of a results file of ``lenet-ext bench``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from lenet_ext import nn as fused_nn
+from lenet_ext.bench.agreement import compare, stock_outputs
+from lenet_ext.bench.cases import Case, Workload
+from lenet_ext.bench.providers import EAGER_LAYOUTS, FUSED_LAYOUTS, PROVIDERS, Program
+from lenet_ext.bench.report import figures
+from lenet_ext.bench.results import merge, read_results, section_to_dict
+from lenet_ext.bench.timing import Effort, Samples, ratio, time_interleaved
+from lenet_ext.environment.files import write_json
+
+CPU = torch.device("cpu")
+MODES = ("forward", "training")
+EFFORT = Effort(sample_s=0.01, rounds=15, min_rounds=5, budget_s=2.0)
+
+
+class ConvReLU(nn.Conv2d):
+    """``F.relu(conv(x))``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(super().forward(input))
+
+
+class ConvReLUAvgPool2d(nn.Conv2d):
+    """``F.avg_pool2d(F.relu(conv(x)), 2)``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.avg_pool2d(F.relu(super().forward(input)), 2)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution.
+
+    Args:
+        network: whose it is.
+        convolution: the arguments of ``nn.Conv2d``.
+        image: height and width.
+        batches: the larger the work for an image, the fewer of them.
+    """
+
+    network: str
+    convolution: tuple[Any, ...]
+    image: tuple[int, int]
+    batches: tuple[int, ...] = (1, 64)
+
+    @property
+    def title(self) -> str:
+        channels, out_channels, kernel, stride, padding = (*self.convolution, 1, 0)[:5]
+        size = f"{kernel[0]}x{kernel[1]}" if isinstance(kernel, tuple) else str(kernel)
+        text = f"{channels}->{out_channels} k{size}" + f" s{stride}" * (stride > 1) + f" p{padding}" * (padding > 0)
+        return f"{text} at {self.image[0]}x{self.image[1]}" + f" ({self.network})" * bool(self.network)
+
+    def case(self, stock: Callable[..., nn.Module], fused: Callable[..., nn.Module]) -> Case:
+        """As a case of the benchmark. The first layer of a network needs no gradient of its input."""
+        channels = self.convolution[0]
+        return Case(
+            self.title,
+            self.title,
+            (channels, *self.image),
+            lambda: stock(*self.convolution),
+            lambda: fused(*self.convolution),
+            input_grad=channels > 4,
+        )
+
+
+LENET = (Layer("LeNet", (1, 6, 5), (32, 32)), Layer("LeNet", (6, 16, 5), (14, 14)))
+MNIST = (Layer("MNIST example", (1, 32, 3), (28, 28)), Layer("MNIST example", (32, 64, 3), (26, 26)))
+OTHERS = (Layer("", (16, 32, 3, 1, 1), (32, 32)), Layer("", (32, 32, 3, 1, 1), (32, 32)))
+RELU_ALONE = (
+    *LENET,
+    *MNIST,
+    Layer("deep Q-network", (4, 32, 8, 4), (84, 84)),
+    Layer("deep Q-network", (32, 64, 4, 2), (20, 20)),
+    Layer("deep Q-network", (64, 64, 3), (9, 9)),
+    Layer("keyword spotting", (64, 64, (10, 4)), (40, 16)),
+    Layer("VGG", (128, 256, 3, 1, 1), (28, 28), (1,)),
+    Layer("AlexNet", (384, 256, 3, 1, 1), (13, 13), (1,)),
+    *OTHERS,
+    Layer("", (96, 64, 1), (27, 27)),
+)
+AVERAGE_POOLING = (*LENET, *MNIST, *OTHERS)
+
+
+def measure_relu_alone(layers: Iterable[Layer], threads: int, effort: Effort = EFFORT) -> list[dict[str, Any]]:
+    """A row for each layer, step and batch size: ours over the faster layout of stock, above 1 where ours is faster."""
+    rows = []
+    for layer in layers:
+        case = layer.case(ConvReLU, lambda *sizes: fused_nn.ConvReLUMaxPool2d(*sizes, pool_kernel_size=1))
+        for work in _workloads(case, layer.batches):
+            expected = stock_outputs(work)
+            programs = {name: PROVIDERS[name].prepare(work) for name in (*EAGER_LAYOUTS, *FUSED_LAYOUTS)}
+            for name, program in programs.items():
+                program.run()
+                compare(name, work, program.outputs(), expected)
+            samples = _time(programs, effort)
+            stock, fused = _fastest(samples, EAGER_LAYOUTS), _fastest(samples, FUSED_LAYOUTS)
+            rows.append(_row(work, threads, stock=stock, fused=fused) | {"speedup": _percentiles(stock, fused)})
+    return rows
+
+
+def measure_average_pooling(layers: Iterable[Layer], threads: int, effort: Effort = EFFORT) -> list[dict[str, Any]]:
+    """The same: all of stock over its convolution alone, each in its faster layout."""
+    rows = []
+    for layer in layers:
+        whole, convolution = (layer.case(make, make) for make in (ConvReLUAvgPool2d, nn.Conv2d))
+        pairs = zip(_workloads(whole, layer.batches), _workloads(convolution, layer.batches), strict=True)
+        for work, part in pairs:
+            programs = {f"{name}, all": PROVIDERS[name].prepare(work) for name in EAGER_LAYOUTS}
+            programs |= {name: PROVIDERS[name].prepare(part) for name in EAGER_LAYOUTS}
+            samples = _time(programs, effort)
+            stock = _fastest(samples, [f"{name}, all" for name in EAGER_LAYOUTS])
+            alone = _fastest(samples, EAGER_LAYOUTS)
+            rows.append(_row(work, threads, stock=stock, convolution=alone) | {"at_most": _percentiles(stock, alone)})
+    return rows
+
+
+def _workloads(case: Case, batches: Iterable[int]) -> list[Workload]:
+    return [Workload.make(case, mode, batch, CPU) for mode in MODES for batch in batches]
+
+
+def _time(programs: dict[str, Program], effort: Effort) -> dict[str, Samples]:
+    for program in programs.values():
+        program.run()
+    return time_interleaved({name: program.run for name, program in programs.items()}, CPU, effort)
+
+
+def _fastest(samples: dict[str, Samples], names: Iterable[str]) -> Samples:
+    return min((samples[name] for name in names), key=lambda taken: taken.median_us)
+
+
+def _percentiles(slower: Samples, faster: Samples) -> list[float]:
+    median, low, high = ratio(slower, faster)
+    return [low, median, high]
+
+
+def _row(work: Workload, threads: int, **samples: Samples) -> dict[str, Any]:
+    times = {f"{name}_us": taken.median_us for name, taken in samples.items()}
+    return {"layer": work.case.title, "mode": work.mode, "batch": work.batch, "threads": threads, **times}
+
+
+def _print(console: Console, title: str, rows: list[dict[str, Any]], other: str, ratio_of: str) -> None:
+    table = Table("layer", "step", "batch", "threads", "stock", other, f"{ratio_of} [20% - 80%]", title=title)
+    for row in rows:
+        times = [figures(row[f"{name}_us"] / row["batch"]) for name in ("stock", other)]
+        low, median, high = row[ratio_of]
+        place = [row["layer"], row["mode"], str(row["batch"]), str(row["threads"])]
+        table.add_row(*place, *times, f"{median:.2f}x \\[{low:.2f} - {high:.2f}]")
+    console.print(table)
+
+
+def main() -> None:
+    """Reads the command line, measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    sections: dict[str, list[dict[str, Any]]] = {"relu_alone": [], "average_pooling": []}
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        sections["relu_alone"] += measure_relu_alone(RELU_ALONE, threads)
+        sections["average_pooling"] += measure_average_pooling(AVERAGE_POOLING, threads)
+    console = Console()
+    _print(console, "convolution + ReLU, us per image", sections["relu_alone"], "fused", "speedup")
+    title = "convolution + ReLU + average pooling, us per image"
+    _print(console, title, sections["average_pooling"], "convolution", "at_most")
+    if arguments.json is not None:
+        for name, rows in sections.items():
+            write_json(arguments.json, merge(read_results(arguments.json), section_to_dict(name, rows)))
+
+
+if __name__ == "__main__":
+    main()
