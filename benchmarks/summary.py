@@ -5,8 +5,7 @@
 
 It goes to ``results/``, named by processor and date, in place of what was there of the same processor; what this run
 has not measured is kept from there. A processor that was held to a lesser instruction set counts as another one. Raw
-runs are not kept in the repository. The file is JSON with a line for each
-cell:
+runs are not kept in the repository. The file is JSON with a line for each cell:
 
 - ``source``: ``"bench"`` or ``"gpu_check"``; ``machine``, ``versions``; ``runs``: date and commits of each part.
 - ``columns``, ``rows``: the times. Of ``bench``, in microseconds a call: median and 20th and 80th percentile; ``over``
@@ -15,7 +14,7 @@ cell:
 - the other parts as they were measured: ``memory``, ``neighbour``, ``zoo``, ``relu_alone``, ``average_pooling``,
   ``accuracy``; ``checks``, ``ceilings``, ``mnist``.
 
-`read`, `workloads` and `fastest` are for the scripts that show it.
+`read` is for the scripts that show it.
 """
 
 from __future__ import annotations
@@ -23,70 +22,18 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lenet_ext.bench.cases import CASES, MODES
 from lenet_ext.bench.instruction_sets import is_forced
+from lenet_ext.bench.shown import SECTIONS, of_run, workload
 from lenet_ext.environment.files import atomic_path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BENCH_COLUMNS = ["case", "mode", "threads", "batch", "provider"]
 BENCH_COLUMNS += ["p20_us", "median_us", "p80_us", "over", "peak_share"]
 GPU_COLUMNS = ["case", "mode", "batch", "precision", "provider", "p10_us", "median_us", "p90_us"]
-BENCH_SECTIONS = ["memory", "neighbour", "zoo", "relu_alone", "average_pooling", "accuracy"]
-
-
-def of_bench(raw: dict[str, Any]) -> dict[str, Any]:
-    """The small content of a file of ``lenet-ext bench --json``.
-
-    Everybody is kept for the whole net, which has a picture; elsewhere the compared layout of ours, the faster layout
-    of stock, and the fastest of all others.
-
-    Raises:
-        ValueError: it is of a GPU.
-    """
-    if "gpu" in raw["machine"]:
-        raise ValueError("the run is of a GPU: gpu_check.py measures those")
-    compared = {_workload(line): line for line in raw["comparisons"]}
-    rows = []
-    for row in raw["rows"]:
-        line = compared.get(_workload(row))
-        if line is None:
-            continue
-        over = _over(row, line)
-        if over is not None:
-            rows.append({**row, "over": over})
-    runs = {}
-    for group, run in raw["runs"].items():
-        # A group may have been measured in pieces.
-        commits = {row["commit"] for row in raw["rows"] if row["group"] == group} or {run["commit"]}
-        runs[group] = {"date": run["date"], "commits": sorted(commit or "unknown" for commit in commits)}
-    return {
-        "source": "bench",
-        **{name: raw[name] for name in ("machine", "cpu_capability", "versions")},
-        "runs": runs,
-        "rows": rows,
-        **{name: raw[name] for name in BENCH_SECTIONS if raw.get(name)},
-    }
-
-
-def _workload(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["case"], row["mode"], row["threads"], row["batch"]
-
-
-def _over(row: dict[str, Any], line: dict[str, Any]) -> float | None:
-    """The row's time over that of the layout of ours that is compared; None for a row that is not shown."""
-    if row["provider"] == line["best_fused"]:
-        return 1.0
-    if row["provider"] == line["best_eager"]:
-        return line["speedup"]
-    if row["provider"] == line["best_peer"]:
-        return line["peer_speedup"]
-    if row["group"] == "net" and line["best_fused"] == "fused":
-        return row["fused_speedup"]
-    return None
 
 
 def of_gpu_check(report: dict[str, Any]) -> dict[str, Any]:
@@ -190,22 +137,6 @@ def read(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def workloads(content: dict[str, Any], *groups: str) -> dict[tuple[str, str, int, int], dict[str, dict[str, Any]]]:
-    """Case, mode, batch and threads of each workload (of some groups), with the rows by provider."""
-    found: dict[tuple[str, str, int, int], dict[str, dict[str, Any]]] = {}
-    for row in content["rows"]:
-        if not groups or row["group"] in groups:
-            place = row["case"], row["mode"], row["batch"], row["threads"]
-            found.setdefault(place, {})[row["provider"]] = row
-    return found
-
-
-def fastest(rows: dict[str, dict[str, Any]], providers: Iterable[str]) -> dict[str, Any] | None:
-    """The row of the one with the smallest median among those that were measured."""
-    present = [rows[name] for name in providers if name in rows]
-    return min(present, key=lambda row: row["median_us"], default=None)
-
-
 def write(content: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Writes the file in place of the one of the same processor.
 
@@ -229,8 +160,8 @@ def _completed(content: dict[str, Any], earlier: dict[str, Any]) -> dict[str, An
         return content
     if content["versions"]["torch"] != earlier["versions"]["torch"]:
         return content
-    measured = {_workload(row) for row in content["rows"]}
-    kept = [row for row in earlier["rows"] if _workload(row) not in measured]
+    measured = {workload(row) for row in content["rows"]}
+    kept = [row for row in earlier["rows"] if workload(row) not in measured]
     cases, modes = list(CASES), list(MODES)
     rows = sorted(
         [*kept, *content["rows"]],
@@ -240,7 +171,7 @@ def _completed(content: dict[str, Any], earlier: dict[str, Any]) -> dict[str, An
     for group in {row["group"] for row in kept} & content["runs"].keys():
         commits = {*earlier["runs"][group]["commits"], *content["runs"][group]["commits"]}
         runs[group] = {**content["runs"][group], "commits": sorted(commits)}
-    missing = {name: earlier[name] for name in BENCH_SECTIONS if name in earlier and name not in content}
+    missing = {name: earlier[name] for name in SECTIONS if name in earlier and name not in content}
     return {**content, "runs": runs, "rows": rows, **missing}
 
 
@@ -249,7 +180,7 @@ def add_section(path: Path, name: str, raw: dict[str, Any]) -> None:
 
     Args:
         path: the small file.
-        name: of the part, one of `BENCH_SECTIONS`.
+        name: of the part, one of `SECTIONS`.
         raw: what `lenet_ext.bench.results.section_to_dict` made of it.
 
     Raises:
@@ -276,7 +207,7 @@ def main() -> None:
     arguments = parser.parse_args()
     raw = json.loads(arguments.raw.read_text())
     try:
-        path = write(of_gpu_check(raw) if "steps" in raw else of_bench(raw), arguments.into)
+        path = write(of_gpu_check(raw) if "steps" in raw else of_run(raw), arguments.into)
     except ValueError as error:
         parser.error(str(error))
     print(f"wrote {path}, {path.stat().st_size // 1000} kB")

@@ -11,13 +11,12 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import targets
-from summary import fastest, workloads
-
+from lenet_ext.bench import targets
 from lenet_ext.bench.cases import CASES
 from lenet_ext.bench.instruction_sets import processor_title
 from lenet_ext.bench.providers import EAGER_LAYOUTS, FUSED_LAYOUTS, PROVIDERS
 from lenet_ext.bench.report import figures, where
+from lenet_ext.bench.shown import fastest, workloads
 from lenet_ext.bench.timing import percentile
 
 Content = dict[str, Any]

@@ -14,7 +14,7 @@ _DESCRIPTION = """\
 Time the fused layers and the fused net against stock torch (eager, channels_last, torch.compile, TorchScript), ONNX
 Runtime and OpenVINO, forward and training step (forward and backward), over batch sizes and numbers of threads.
 Outputs are compared before anything is timed. Providers take turns in one process; shown are medians, and ratios
-within the same rounds.
+within the same rounds, and, of a processor, which of our targets were met.
 
 A full run has seven groups of up to ten minutes each: net, layers, general (large convolutions), networks (small ones
 as people write them, before and after fuse), overhead (tiny problems), memory (peak of a training step), neighbour
@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
     from lenet_ext.bench import merge, plot_results, print_results, read_results, report_to_dict, run_benchmarks
     from lenet_ext.bench.results import facts, measured, write_csv
+    from lenet_ext.bench.shown import of_run
+    from lenet_ext.bench.targets import print_targets
     from lenet_ext.environment.device import resolve_device
     from lenet_ext.environment.extras import require
     from lenet_ext.environment.files import write_json
@@ -107,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
     content = merge(stored, found) if found is not None else stored
     if content is None:
         return 0
+    if device.type == "cpu" and not args.quick:  # few samples are no ground for a verdict
+        print_targets(of_run(content), console)
     if args.json is not None:
         say(f"wrote {args.json}")
     if args.csv is not None:

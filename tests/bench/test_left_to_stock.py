@@ -13,6 +13,7 @@ import left_to_stock  # noqa: E402
 import summary  # noqa: E402
 import tables  # noqa: E402
 
+from lenet_ext.bench import shown  # noqa: E402
 from lenet_ext.bench.results import section_to_dict  # noqa: E402
 from lenet_ext.bench.timing import Effort, Samples  # noqa: E402
 
@@ -36,7 +37,7 @@ def test_a_row_for_each_layer_step_and_batch(name: str, tmp_path: Path) -> None:
         *((TITLES[1], mode, 1) for mode in ("forward", "training")),
     ]
     raw = section_to_dict(name, [*rows, *({**row, "threads": 2} for row in rows)])
-    small = summary.read(summary.write(summary.of_bench(raw), tmp_path))
+    small = summary.read(summary.write(shown.of_run(raw), tmp_path))
     made = tables.render(name, [small])
     assert "1 / 2 threads below each other" in made
     first = next(line for line in made.splitlines() if line.startswith(f"| {TITLES[1]} | forward + backward |"))

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from lenet_ext.bench import PROVIDERS
+from lenet_ext.bench import PROVIDERS, shown, targets
 from lenet_ext.bench.instruction_sets import instruction_set
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,7 +18,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import summary  # noqa: E402
 import tables  # noqa: E402
-import targets  # noqa: E402
 import to_markdown  # noqa: E402
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -70,8 +70,8 @@ def read_back(content: dict[str, Any], folder: Path) -> dict[str, Any]:
 def test_a_small_file_keeps_what_is_shown(tmp_path: Path) -> None:
     layer = {"fused": 4.0, "fused_channels_last": 2.0, "eager": 30.0, "channels_last": 20.0, "openvino": 9.0}
     layer["torchscript"] = 8.0
-    content = read_back(summary.of_bench(raw({**NET, ("conv1", "training", 64, 1): layer})), tmp_path)
-    cells = summary.workloads(content)
+    content = read_back(shown.of_run(raw({**NET, ("conv1", "training", 64, 1): layer})), tmp_path)
+    cells = shown.workloads(content)
     assert set(cells["net", "forward", 1, 1]) == {"fused", "eager", "channels_last", "onnxruntime"}
     # The slower layouts and the slower peer are in no table.
     found = cells["conv1", "training", 64, 1]
@@ -88,7 +88,7 @@ def test_a_small_file_keeps_what_is_shown(tmp_path: Path) -> None:
 
 def test_a_small_file_has_a_line_for_each_cell(tmp_path: Path) -> None:
     memory = [{"provider": name, "batch": 4096, "threads": 2, "median_bytes": 10} for name in ("fused", "eager")]
-    path = summary.write(summary.of_bench(raw(NET, memory=memory)), tmp_path)
+    path = summary.write(shown.of_run(raw(NET, memory=memory)), tmp_path)
     lines = path.read_text().splitlines()
     assert sum(line.startswith('["net","forward",') for line in lines) == 8
     assert sum(line.startswith('{"provider":') for line in lines) == 2
@@ -117,16 +117,16 @@ def test_numbers_are_not_changed_by_more_than_they_are_shown() -> None:
 )
 def test_a_small_file_is_named_by_processor_and_date(processor: str, capability: str, name: str) -> None:
     machine = {"cpu": processor, "processors": 2}
-    content = summary.of_bench(raw(NET, machine=machine, cpu_capability=capability))
+    content = shown.of_run(raw(NET, machine=machine, cpu_capability=capability))
     assert summary.file_name(content) == name
 
 
 def test_a_new_file_replaces_the_old_one_of_the_same_processor(tmp_path: Path) -> None:
-    other = summary.write(summary.of_bench(raw(NET, cpu_capability="avx2")), tmp_path)
-    first = summary.write(summary.of_bench(raw(NET)), tmp_path)
+    other = summary.write(shown.of_run(raw(NET, cpu_capability="avx2")), tmp_path)
+    first = summary.write(shown.of_run(raw(NET)), tmp_path)
     later = raw(NET)
     later["runs"] = {"net": {**later["runs"]["net"], "date": "2026-12-01T00:00:00+00:00"}}
-    second = summary.write(summary.of_bench(later), tmp_path)
+    second = summary.write(shown.of_run(later), tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([other, second])
     assert first != second
 
@@ -135,14 +135,14 @@ def test_what_a_later_run_leaves_out_is_kept(tmp_path: Path) -> None:
     """Workloads that were measured by themselves replace those, unless torch is another."""
     layers = {("conv1", "forward", 1, 1): {"fused": 3.0, "eager": 9.0}}
     memory = [{"case": "net", "mode": "training", "batch": 4, "threads": 1, "provider": "fused", "median_bytes": 5}]
-    summary.write(summary.of_bench(raw({**NET, **layers}, memory=memory)), tmp_path)
+    summary.write(shown.of_run(raw({**NET, **layers}, memory=memory)), tmp_path)
     later = raw({("net", "forward", 1, 1): {"fused": 10.0, "eager": 300.0}})
     later["runs"]["net"] = {**later["runs"]["net"], "date": "2026-12-01T00:00:00+00:00", "commit": "f" * 40}
     for row in later["rows"]:
         row["commit"] = "f" * 40
-    content = read_back(summary.of_bench(later), tmp_path)
+    content = read_back(shown.of_run(later), tmp_path)
     found = {
-        (place, name): row["median_us"] for place, by in summary.workloads(content).items() for name, row in by.items()
+        (place, name): row["median_us"] for place, by in shown.workloads(content).items() for name, row in by.items()
     }
     one, two, layer = ("net", "forward", 1, 1), ("net", "forward", 1, 2), ("conv1", "forward", 1, 1)
     assert {name: us for (place, name), us in found.items() if place == one} == {"fused": 10.0, "eager": 300.0}
@@ -152,7 +152,7 @@ def test_what_a_later_run_leaves_out_is_kept(tmp_path: Path) -> None:
     dates = {group: run["date"][:10] for group, run in content["runs"].items()}
     assert dates == {"net": "2026-12-01", "layers": "2026-11-24"}
     assert content["memory"] == memory
-    alone = read_back(summary.of_bench(raw(NET, versions={"torch": "2.14.0"})), tmp_path)
+    alone = read_back(shown.of_run(raw(NET, versions={"torch": "2.14.0"})), tmp_path)
     assert {row["case"] for row in alone["rows"]} == {"net"}
     assert "memory" not in alone
 
@@ -160,7 +160,7 @@ def test_what_a_later_run_leaves_out_is_kept(tmp_path: Path) -> None:
 def test_a_run_on_a_gpu_is_not_taken_for_its_processor() -> None:
     machine = {"cpu": "AMD EPYC", "gpu": "NVIDIA H100 80GB HBM3", "processors": 2}
     with pytest.raises(ValueError, match=r"gpu_check\.py measures those"):
-        summary.of_bench(raw(NET, machine=machine))
+        shown.of_run(raw(NET, machine=machine))
 
 
 def test_a_raw_run_is_no_small_file(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_raw_run_is_no_small_file(tmp_path: Path) -> None:
 
 
 def test_tables_of_a_markdown_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    path = summary.write(summary.of_bench(raw(NET)), tmp_path)
+    path = summary.write(shown.of_run(raw(NET)), tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench:net -->\nstale\n<!-- /bench -->\nafter\n")
 
@@ -201,7 +201,7 @@ def test_tables_of_a_markdown_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_headline_has_columns_for_each_processor() -> None:
     faster = {place: {**times, "fused": times["fused"] / 2} for place, times in NET.items()}
     measured = {"avx512": NET, "avx2": faster}
-    contents = [summary.of_bench(raw(times, cpu_capability=name)) for name, times in measured.items()]
+    contents = [shown.of_run(raw(times, cpu_capability=name)) for name, times in measured.items()]
     title, _, head, _, *rows = tables.render("headline", contents).splitlines()
     assert "AMD EPYC, avx512, torch 2.13.0+cpu, 2 processors" in title
     assert head.count("us per image") == 2
@@ -212,7 +212,7 @@ def test_the_headline_has_columns_for_each_processor() -> None:
 
 
 def test_every_machine_has_its_own_table() -> None:
-    contents = [summary.of_bench(raw(NET, cpu_capability=name)) for name in ("avx512", "avx2")]
+    contents = [shown.of_run(raw(NET, cpu_capability=name)) for name in ("avx512", "avx2")]
     made = tables.render("peers", contents)
     assert [made.count(f"AMD EPYC, {name},") for name in ("avx512", "avx2")] == [1, 1]
     assert made.count("| forward | ONNX Runtime | 30.0 / 27.0 |") == 2
@@ -227,13 +227,19 @@ def test_targets_take_the_worst_cell() -> None:
     content = raw(medians)
     for row in content["rows"]:
         row["peak_share"] = row["median_us"] / 100
-    outcomes = {outcome.what: outcome for outcome in targets.outcomes(summary.of_bench(content))}
+    outcomes = {outcome.what: outcome for outcome in targets.outcomes(shown.of_run(content))}
     over_eager = outcomes["inference, batch 256 to 4096: over stock eager"]
     assert over_eager.measured == 6.0
     assert over_eager.where == "net, batch 1024, 1 thread, against eager"
     assert over_eager.verdict == "missed"
     assert outcomes["inference, batch 256 to 4096: share of peak"].measured == 0.1
     assert outcomes["inference, batch 8: over stock eager"].verdict == "not measured"
+    with (console := Console(width=180)).capture() as printed:
+        targets.print_targets(shown.of_run(content), console)
+    (line,) = [line for line in printed.get().splitlines() if over_eager.what in line]
+    assert "6.00x" in line
+    assert "missed" in line
+    assert "batch 8" not in printed.get()
 
 
 # As the bench of an AVX2 processor would be, on one that has AVX-512.
@@ -252,7 +258,7 @@ FORCED = {
 def test_the_instruction_set_of_a_run_chooses_its_targets() -> None:
     medians = {("net", "training", 256, 1): {"fused": 10.0, "eager": 45.0, "channels_last": 60.0}}
     medians["conv2", "forward", 64, 1] = {"fused": 10.0, "eager": 12.0}
-    content = summary.of_bench(raw(medians))
+    content = shown.of_run(raw(medians))
     found = {}
     for name in ("avx512", "avx2"):
         content["cpu_capability"] = name
@@ -279,7 +285,7 @@ def test_the_baseline_and_a_run_that_is_forced_in_part_have_no_targets() -> None
         (raw(NET, cpu_capability="default"), "the baseline set is there so that the package runs"),
         (raw(NET, machine=alone, cpu_capability="avx2"), "ours and stock were held to different instruction sets"),
     ):
-        small = summary.of_bench(content)
+        small = shown.of_run(content)
         assert targets.outcomes(small) == []
         made = tables.render("targets", [small])
         assert why in made
@@ -290,10 +296,10 @@ def test_the_baseline_and_a_run_that_is_forced_in_part_have_no_targets() -> None
 def test_a_forced_run_beside_one_of_the_processor(tmp_path: Path) -> None:
     """Another file, the targets of the set, and the set in the title of each table; a picture is of the processor."""
     machine = {key: value for key, value in FORCED.items() if key != "forced"}
-    own = summary.write(summary.of_bench(raw(NET, machine=machine)), tmp_path)
+    own = summary.write(shown.of_run(raw(NET, machine=machine)), tmp_path)
     later = raw(NET, machine=FORCED, cpu_capability="avx2")
     later["runs"] = {"net": {**later["runs"]["net"], "date": "2026-11-29T00:00:00+00:00"}}
-    forced = summary.write(summary.of_bench(later), tmp_path)
+    forced = summary.write(shown.of_run(later), tmp_path)
     assert own.name == "cpu-amd-epyc-avx512-2026-11-24.json"
     assert forced.name == "cpu-amd-epyc-avx2-forced-2026-11-29.json"
     contents = [summary.read(path) for path in (forced, own)]
@@ -327,7 +333,7 @@ def test_a_picture_is_of_the_newest_processor(tmp_path: Path, monkeypatch: pytes
     drawn: list[str] = []
     monkeypatch.setattr(to_markdown, "plot_results", lambda content, *_: drawn.append(content["cpu_capability"]))
     monkeypatch.setattr(to_markdown, "shrink", lambda path: None)
-    contents = [summary.of_bench(raw(NET, cpu_capability=name)) for name in ("avx512", "avx2")]
+    contents = [shown.of_run(raw(NET, cpu_capability=name)) for name in ("avx512", "avx2")]
     contents[1]["runs"]["net"]["date"] = "2026-12-01T00:00:00+00:00"
     to_markdown.plot_newest(contents, tmp_path / "net.png")
     assert drawn == ["avx2"]

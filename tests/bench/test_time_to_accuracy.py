@@ -17,6 +17,7 @@ import summary  # noqa: E402
 import tables  # noqa: E402
 import time_to_accuracy  # noqa: E402
 
+from lenet_ext.bench import shown  # noqa: E402
 from lenet_ext.bench.results import read_results, section_to_dict  # noqa: E402
 from lenet_ext.training.images import LabelledImages, Normalization  # noqa: E402
 
@@ -74,7 +75,7 @@ def test_it_is_written_into_raw_and_small_files(tmp_path: Path) -> None:
     raw = read_results(tmp_path / "raw.json")
     assert raw is not None
     assert raw["accuracy"] == rows
-    path = summary.write(summary.of_bench(raw), tmp_path)
+    path = summary.write(shown.of_run(raw), tmp_path)
     again = rows_of("fused", [0.5])
     time_to_accuracy.write(path, again)
     assert summary.read(path)["accuracy"] == again

@@ -1,4 +1,4 @@
-"""What the package is meant to reach, and what was measured: ``python targets.py results/cpu-PROCESSOR-DATE.json``.
+"""What the package is meant to reach, and what was measured.
 
 A target is a ratio and must hold in every cell it names, for every number of threads: the worst one counts. AVX-512 and
 AVX2 have targets of their own, and a run's are those of the instruction set that it used. The baseline set has none: it
@@ -8,19 +8,21 @@ multiply-adds that it lacks.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import summary
+from rich.console import Console
+from rich.table import Table
 
 from lenet_ext.bench.instruction_sets import instruction_set, processor_title
 from lenet_ext.bench.providers import EAGER_LAYOUTS as EAGER
 from lenet_ext.bench.providers import FUSED_LAYOUTS as FUSED
+from lenet_ext.bench.shown import fastest, workloads
+
+__all__ = ["HEADER", "TARGETS", "Outcome", "none", "outcomes", "print_targets"]
 
 TRAINERS = (*EAGER, "compile", "compile_cl")
 SERVERS = ("onnxruntime", "openvino", "torchscript", "torchscript_cl")
@@ -156,10 +158,10 @@ def none(content: dict[str, Any]) -> str | None:
 
 
 def outcomes(content: dict[str, Any]) -> list[Outcome]:
-    """Every target of its instruction set against a machine's results, as `summary.read` gives them."""
+    """Every target of its instruction set against a machine's results, as `read` gives them."""
     used = instruction_set(content) or ""
     targets = [target for target in TARGETS if used in target.goals]
-    cells = summary.workloads(content, "net", "layers", "general")
+    cells = workloads(content, "net", "layers", "general")
     named = {
         (case, target.mode, batch)
         for target in targets
@@ -168,8 +170,9 @@ def outcomes(content: dict[str, Any]) -> list[Outcome]:
     }
     found = []
     for target in targets:
-        measured = min(_values(target, cells, named), default=(None, ""))
-        found.append(Outcome(target.what, target.goals[used], *measured, share=not target.over))
+        values = list(_values(target, cells, named))
+        measured, where = min(values) if values else (None, "")
+        found.append(Outcome(target.what, target.goals[used], measured, where, share=not target.over))
     others = [(*NETWORKS, _networks(content)), (*MEMORY, _memory(content))]
     others += [(NEIGHBOUR[0].format(batch), NEIGHBOUR[1], _neighbour(content, batch)) for batch in NEIGHBOUR_BATCHES]
     for what, goals, values in others:
@@ -181,8 +184,8 @@ def outcomes(content: dict[str, Any]) -> list[Outcome]:
 def _networks(content: dict[str, Any]) -> list[tuple[float, str]]:
     """The median network at each batch size and number of threads."""
     ratios: dict[tuple[int, int], list[float]] = defaultdict(list)
-    for (_, mode, batch, threads), rows in summary.workloads(content, "networks").items():
-        row = summary.fastest(rows, EAGER)
+    for (_, mode, batch, threads), rows in workloads(content, "networks").items():
+        row = fastest(rows, EAGER)
         if mode == "training" and row is not None:
             ratios[batch, threads].append(row["over"])
     return [
@@ -218,27 +221,24 @@ def _values(
         if not wanted or mode != target.mode:
             continue
         where = f"{case}, batch {batch}, {threads} thread{'s' * (threads > 1)}"
-        ours, other = summary.fastest(rows, FUSED), summary.fastest(rows, target.over)
+        ours, other = fastest(rows, FUSED), fastest(rows, target.over)
         if not target.over and ours is not None and ours["peak_share"] is not None:
             yield ours["peak_share"], where
         elif other is not None:
             yield other["over"], f"{where}, against {other['provider']}"
 
 
-def main() -> None:
-    """Prints the table."""
-    from rich.console import Console
-    from rich.table import Table
+def print_targets(content: dict[str, Any], console: Console) -> None:
+    """Prints the verdicts on what a run has measured, if there are any.
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path)
-    content = summary.read(parser.parse_args().file)
-    table = Table(*HEADER, title=processor_title(content), title_justify="left")
-    for outcome in outcomes(content):
+    Args:
+        content: as `lenet_ext.bench.shown.of_run` makes it.
+        console: to print on.
+    """
+    found = [outcome for outcome in outcomes(content) if outcome.measured is not None]
+    if not found:
+        return
+    table = Table(*HEADER, title=f"targets, and the worst of what was measured; {processor_title(content)}")
+    for outcome in found:
         table.add_row(*outcome.cells())
-    console = Console()
-    Console(width=None if console.is_terminal else 180).print(none(content) or table)
-
-
-if __name__ == "__main__":
-    main()
+    console.print(table)
