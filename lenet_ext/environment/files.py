@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         Path to write to.
 
     Raises:
-        OSError: the directory cannot be created, or the file cannot be written or renamed; it bears the name of `path`.
+        OSError: `path` is a directory, its directory cannot be created, or the file cannot be written or renamed. It
+            bears the name of `path`.
 
     Example:
         >>> import tempfile
@@ -34,6 +36,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         'whole'
     """
     path = Path(path)
+    if path.is_dir():  # told before the work, and of "." too, beside which there is no name for a temporary file
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
