@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.json, args.csv, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"there is no directory {path.absolute().parent} to write {path.name} to")
-        if path is not None and path.is_dir():
-            raise UsageError(f"{path} is a directory: name a file in it")
+        if path is not None and path.exists() and not path.is_file():
+            raise UsageError(f"{path} is not a regular file")
     if args.resume and args.json is None:
         raise UsageError("--resume needs --json: it continues the file")
     device = resolve_device(args.device or "auto")
