@@ -614,6 +614,29 @@ def test_gradient_of_some_parameters_only():
             assert_equal(p, q.float(), name)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
+def test_several_gradients_at_once(how, create_graph):
+    """As for a Jacobian: by layers, whose operators have rules for vmap."""
+    ours, stock, x = integer_nets(3)
+    exact = copy.deepcopy(stock).double()
+    several = integers(2, 3, 10, low=-1, high=1)
+    results = []
+    for net, dtype in ((ours, torch.float32), (exact, torch.float64)):
+        image = x.to(dtype).requires_grad_()
+        output, wanted = net(image), [image, *net.parameters()]
+
+        def gradients(vectors, output=output, wanted=wanted, **options):
+            return torch.autograd.grad(output, wanted, vectors, create_graph=create_graph, **options)
+
+        if how == "vmap":
+            results.append(torch.func.vmap(gradients)(several.to(dtype)))
+        else:
+            results.append(gradients(several.to(dtype), is_grads_batched=True))
+    for name, p, q in zip(["image", *NAMES], *results, strict=True):
+        assert_equal(p, q.float(), name)
+
+
 def test_backward_twice():
     net = Net()
     loss = net(torch.randn(2, 1, 32, 32)).sum()
