@@ -120,7 +120,10 @@ Tensor lenet(c10::DispatchKeySet keys, const Tensor& input, TensorList parameter
   }
   if (tangents || !all_require_grad(parameters)) return by_layers(input, parameters);
   auto node = make_node<LenetDerivative>(parameters, input);
-  for (const Tensor& parameter : parameters) node->save(parameter);
+  for (size_t i = 0; i < 10; i += 2) {
+    node->save(parameters[i]);
+    node->save_for_second(parameters[i + 1]);  // no gradient needs the value of a bias
+  }
   node->save(input);
   auto [output, pooled1, indices1, pooled2, indices2, hidden1, hidden2] = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;

@@ -658,6 +658,30 @@ def test_parameters_changed_before_backward():
         output.sum().backward()
 
 
+@pytest.mark.parametrize("name", [f"{layer}.bias" for layer in ("conv1", "conv2", "fc1", "fc2", "fc3")])
+def test_a_bias_changed_before_backward(name):
+    """No gradient depends on it, and stock does not keep it."""
+    ours, stock, x = integer_nets(3)
+    exact = copy.deepcopy(stock).double()
+    for net, batch in ((ours, x), (exact, x.double())):
+        output = net(batch)
+        with torch.no_grad():
+            net.get_parameter(name).add_(1)
+        output.sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), exact.parameters(), strict=True):
+        assert_equal(p.grad, q.grad.float(), name)
+
+
+def test_a_bias_changed_before_a_backward_pass_that_is_differentiated():
+    """There the layers are computed anew: an error, not a wrong gradient."""
+    net = Net()
+    output = net(torch.randn(2, 1, 32, 32))
+    with torch.no_grad():
+        net.fc1.bias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(output.sum(), net.fc1.weight, create_graph=True)
+
+
 def test_output_changed_in_place():
     """Legal in stock (the last layer is linear), so legal here."""
     ours, stock, x = integer_nets(3)
