@@ -135,7 +135,7 @@ def extension_and_command(root: Path, version: str) -> dict[str, Any]:
                 )
 
         def _write_config(self, folder: Path) -> None:
-            """What csrc/build_info.cpp reports (written only when it changes, so that nothing is compiled for it)."""
+            """What csrc/common/build_info.cpp reports. Written only when it changes, or it would be compiled anew."""
             values = {
                 "VERSION": version,
                 "TORCH_VERSION": torch.__version__,

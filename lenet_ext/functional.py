@@ -121,16 +121,16 @@ def _check_tensors(op: str, input: Any, weight: Any, bias: Any) -> None:
             raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
 
 
+def _is_autocasting(device_type: str) -> bool:
+    # Of some devices without autocast torch refuses to say.
+    return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
+
+
 def _has_kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Do the operators take these tensors? (If they do not fit together, the operators say so.)"""
     device_type = input.device.type
     dtype = input.dtype
-    if (
-        device_type in _AUTOCAST_DEVICES
-        and torch.is_autocast_enabled(device_type)
-        and input.is_floating_point()
-        and dtype != torch.float64
-    ):
+    if _is_autocasting(device_type) and input.is_floating_point() and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)  # the operators cast, as stock's do
     if dtype not in _KERNEL_DTYPES.get(device_type, ()):
         return False
@@ -255,7 +255,9 @@ def conv_relu_max_pool2d_normalized(input: Tensor, weight: Tensor, bias: Tensor 
 def _stock_conv_relu_max_pool2d(input: Tensor, weight: Tensor, bias: Tensor | None, options: tuple) -> Tensor:
     """The composition that the kernels replace, for what has no kernel."""
     batched = input.unsqueeze(0) if input.dim() == 3 else input
-    ops.pooled_shape("conv_relu_max_pool2d", batched, weight, bias, *options)  # our messages name our arguments
+    # Our messages name our arguments. Under autocast conv2d casts them.
+    dtypes = not _is_autocasting(input.device.type)
+    ops.pooled_shape("conv_relu_max_pool2d", batched, weight, bias, *options, dtypes=dtypes)
     return stock_composition(input, weight, bias, *options)
 
 

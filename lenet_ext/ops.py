@@ -33,14 +33,14 @@ lenet_backward = torch.ops.lenet_ext.lenet_backward.default
 lenet_training_step = torch.ops.lenet_ext.lenet_training_step.default
 
 MAX_WINDOW = 255
-"""Most positions of a pooling window whose winner fits into one byte (``csrc/conv_pool_shape.h``)."""
+"""Most positions of a pooling window whose winner fits into one byte (``csrc/common/conv_pool_shape.h``)."""
 
 
 def _check(condition: bool, message: str) -> None:
     torch._check(condition, lambda: message)
 
 
-def _check_together(op: str, **tensors: Tensor | None) -> None:
+def _check_together(op: str, *, dtypes: bool = True, **tensors: Tensor | None) -> None:
     """All tensors on one device and of one dtype, as the kernels demand."""
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first_name, first = next(iter(present.items()))
@@ -53,7 +53,7 @@ def _check_together(op: str, **tensors: Tensor | None) -> None:
             ),
         )
         _check(
-            tensor.dtype == first.dtype,
+            tensor.dtype == first.dtype or not dtypes,
             (f"{op}: all tensors must have one dtype, but {name} is {tensor.dtype} and {first_name} is {first.dtype}"),
         )
 
@@ -93,8 +93,12 @@ def pooled_shape(
     pool_padding: Pair,
     pool_dilation: Pair,
     ceil_mode: bool,
+    *,
+    dtypes: bool = True,
 ) -> tuple[int, int, int, int]:
-    _check_together(op, input=input, weight=weight, bias=bias)
+    """The shape of the output. Raises RuntimeError where the arguments do not fit together; where autocast will cast
+    them, `dtypes` leaves theirs out."""
+    _check_together(op, dtypes=dtypes, input=input, weight=weight, bias=bias)
     _check(input.dim() == 4, f"{op}: input must be 4-D, got shape {tuple(input.shape)}")
     _check(weight.dim() == 4, f"{op}: weight must be 4-D, got shape {tuple(weight.shape)}")
     _check(groups > 0, f"{op}: groups must be positive, got {groups}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from operator import is_
 from typing import Any
 
@@ -46,7 +47,8 @@ class TrainingStep:
         count_correct: count the right answers of each batch, for :attr:`correct`.
 
     Raises:
-        TypeError: ``net`` is no module, ``optimizer`` no ``torch.optim.Optimizer``, or ``weight`` no tensor.
+        TypeError: ``net`` is no module, ``optimizer`` no ``torch.optim.Optimizer``, ``weight`` no tensor,
+            ``label_smoothing`` no number, or ``ignore_index`` no integer.
         ValueError: another loss; an option of cross entropy with ``"mse"``; ``label_smoothing`` outside [0, 1].
 
     Note:
@@ -80,6 +82,10 @@ class TrainingStep:
             raise ValueError(f"TrainingStep: loss must be one of {', '.join(_LOSSES)}, got {loss!r}")
         if weight is not None and not isinstance(weight, Tensor):
             raise TypeError(f"TrainingStep: weight must be a Tensor, got {type(weight).__name__}")
+        for name, value, kind in (("label_smoothing", label_smoothing, Real), ("ignore_index", ignore_index, Integral)):
+            if not isinstance(value, (kind, Tensor)):
+                expected = "a number" if kind is Real else "an int"
+                raise TypeError(f"TrainingStep: {name} must be {expected}, got {type(value).__name__}")
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"TrainingStep: label_smoothing must be between 0 and 1, got {label_smoothing}")
         if loss == "mse" and (label_smoothing != 0.0 or weight is not None or ignore_index != -100):
@@ -91,7 +97,7 @@ class TrainingStep:
         self.loss = loss
         self.label_smoothing = float(label_smoothing)
         self.weight = weight
-        self.ignore_index = ignore_index
+        self.ignore_index = int(ignore_index)
         self.count_correct = count_correct
         self.correct: Tensor | None = None
         """Of the last batch, with ``count_correct``: how many images the network had right before the update, a 0-dim
@@ -117,7 +123,8 @@ class TrainingStep:
 
         Raises:
             IndexError: a target is no class of the network (on the CPU).
-            RuntimeError: shapes, dtypes or devices do not fit together.
+            ValueError: there are not as many targets as images.
+            RuntimeError: shapes, dtypes or devices do not fit together otherwise.
         """
         parameters = self._ordinary(images, targets)
         return (
@@ -170,7 +177,7 @@ class TrainingStep:
         if not are_plain_leaves(parameters):
             return "a parameter is frozen or has a hook"
         if not self._fits(targets, images, parameters):
-            return "the targets are not class indices, or not of the output's shape"
+            return "the targets are not a class index for each image, or not of the output's shape"
         if self._view is None or not self._view.holds(self.optimizer, parameters):
             self._view = _View(self.optimizer, parameters)
         return self._view.reason or _reason_in_optimizer(self.optimizer)
@@ -182,7 +189,7 @@ class TrainingStep:
             return False
         if self.loss == "mse":
             return targets.dtype == images.dtype and targets.shape == (len(images), len(parameters[-1]))
-        return targets.dtype == torch.int64 and targets.dim() == 1
+        return targets.dtype == torch.int64 and targets.dim() == 1 and len(targets) == len(images)
 
     def _one_operator(self, parameters: list[Tensor], images: Tensor, targets: Tensor) -> Tensor:
         optimizer = self.optimizer

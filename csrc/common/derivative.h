@@ -25,7 +25,7 @@ namespace lenet_ext {
 using torch::autograd::variable_list;
 using Wanted = std::vector<bool>;  // which gradients of the operator's tensors this backward pass needs
 
-// What a derivative keeps from the forward pass. Tensors that no wanted gradient needs are undefined.
+// What a derivative keeps from the forward pass. Tensors that are not needed are undefined.
 struct Saved {
   variable_list tensors;
   std::vector<c10::SymInt> sizes;
@@ -66,18 +66,24 @@ class DerivativeNode final : public torch::autograd::Node {
   void save_if(bool needed, const Tensor& tensor) {
     needed ? save(tensor) : save(at::Tensor());
   }
+  // What only a pass that is differentiated itself reads. Any other gets it for its shape, and it may have changed.
+  void save_for_second(const at::Tensor& tensor) {
+    for_second_.emplace_back(tensors_.size(), tensor);
+    save(tensor);
+  }
   void save_sizes(c10::SymIntArrayRef sizes) { sizes_.insert(sizes_.end(), sizes.begin(), sizes.end()); }
   void save_option(int64_t value) { options_.push_back(value); }
   void save_options(at::IntArrayRef values) { options_.insert(options_.end(), values.begin(), values.end()); }
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return run(grads, saved(), wanted());
+    return run(grads, saved(at::GradMode::is_enabled()), wanted());
   }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (torch::autograd::SavedVariable& tensor : tensors_) tensor.reset_data();
+    for_second_.clear();
   }
 
   // Compiled autograd (torch._dynamo.compiled_autograd): what the graph depends on, and the node as a function of it.
@@ -94,7 +100,7 @@ class DerivativeNode final : public torch::autograd::Node {
     namespace dynamo = torch::dynamo::autograd;
     swapped.before(tensors_);
     swapped.before(sizes_);
-    const Saved kept = saved();
+    const Saved kept = saved(true);
     dynamo::PackedArgs packed;
     std::vector<std::optional<at::Tensor>> tensors;
     for (const at::Tensor& tensor : kept.tensors) {
@@ -138,10 +144,14 @@ class DerivativeNode final : public torch::autograd::Node {
     return run(grads, saved, packed.unpack<Wanted>());
   }
 
-  Saved saved() {
+  Saved saved(bool for_second) {
     Saved kept{{}, sizes_, options_};
     kept.tensors.reserve(tensors_.size());
-    for (const torch::autograd::SavedVariable& tensor : tensors_) kept.tensors.push_back(tensor.unpack(getptr()));
+    auto unchecked = for_second ? for_second_.end() : for_second_.begin();
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const bool here = unchecked != for_second_.end() && unchecked->first == i;
+      kept.tensors.push_back(here ? (unchecked++)->second : tensors_[i].unpack(getptr()));
+    }
     return kept;
   }
 
@@ -153,6 +163,7 @@ class DerivativeNode final : public torch::autograd::Node {
 
   std::mutex mutex_;
   std::vector<torch::autograd::SavedVariable> tensors_;
+  std::vector<std::pair<size_t, at::Tensor>> for_second_;  // which of them, and the same
   std::vector<c10::SymInt> sizes_;
   std::vector<int64_t> options_;
 };

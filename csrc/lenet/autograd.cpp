@@ -43,14 +43,20 @@ Tensor by_layers(const Tensor& input, TensorList p) {
   return call::linear().call(hidden, p[8], p[9]);
 }
 
-// The gradients layer by layer, in operators that can be differentiated again.
-variable_list backward_by_layers(const Tensor& grad_output, const Tensor& input, TensorList p, bool input_gradient) {
-  constexpr GradientMask all = {true, true, true};
+// What the layers leave, each with its own derivative; in the order in which lenet_with_activations returns it.
+LenetActivations activations(const Tensor& input, TensorList p) {
   const auto [pooled1, indices1] = convolution(input, p[0], p[1]);
   const auto [pooled2, indices2] = convolution(pooled1, p[2], p[3]);
+  const Tensor hidden1 = call::linear_relu().call(pooled2.flatten(1), p[4], p[5]);
+  return {pooled1, indices1, pooled2, indices2, hidden1, call::linear_relu().call(hidden1, p[6], p[7])};
+}
+
+// The gradients layer by layer, in operators that can be differentiated again and have rules for vmap.
+variable_list backward_by_layers(const Tensor& grad_output, const Tensor& input, TensorList p,
+                                 const LenetActivations& kept, bool input_gradient) {
+  constexpr GradientMask all = {true, true, true};
+  const auto& [pooled1, indices1, pooled2, indices2, hidden1, hidden2] = kept;
   const Tensor features = pooled2.flatten(1);
-  const Tensor hidden1 = call::linear_relu().call(features, p[4], p[5]);
-  const Tensor hidden2 = call::linear_relu().call(hidden1, p[6], p[7]);
   const auto [grad_hidden2, fc3_weight, fc3_bias] = call::linear_backward().call(grad_output, hidden2, p[8], all);
   const auto [grad_hidden1, fc2_weight, fc2_bias] =
       call::linear_relu_backward().call(grad_hidden2, hidden2, hidden1, p[6], all);
@@ -73,6 +79,12 @@ variable_list backward_by_layers(const Tensor& grad_output, const Tensor& input,
           input_gradient ? grad_input : Tensor()};
 }
 
+// Several gradients at once, of torch.func.vmap or of torch.autograd.grad(is_grads_batched=True).
+bool is_mapped(const Tensor& grad) {
+  const c10::DispatchKeySet keys = grad.key_set();
+  return keys.has(c10::DispatchKey::Batched) || keys.has(c10::DispatchKey::FuncTorchBatched);
+}
+
 // saved: the ten parameters, the input, then what lenet_with_activations returned behind its output
 struct LenetDerivative {
   static constexpr const char* kName = "LeNetBackward";
@@ -80,8 +92,13 @@ struct LenetDerivative {
   static variable_list backward(const variable_list& grads, const Saved& saved, const Wanted& wanted) {
     const TensorList parameters = TensorList(saved.tensors).slice(0, 10);
     const Tensor& input = saved.tensors[10];
-    const Tensor* kept = &saved.tensors[11];
-    if (at::GradMode::is_enabled()) return backward_by_layers(grads[0], input, parameters, wanted[10]);
+    LenetActivations kept;
+    std::copy_n(saved.tensors.begin() + 11, kept.size(), kept.begin());
+    const bool is_differentiated = at::GradMode::is_enabled();
+    if (is_differentiated || is_mapped(grads[0])) {
+      return backward_by_layers(grads[0], input, parameters, is_differentiated ? activations(input, parameters) : kept,
+                                wanted[10]);
+    }
     auto [grad_input, gradients] = call::lenet_backward().call(grads[0], input, parameters, kept[0], kept[1], kept[2],
                                                                kept[3], kept[4], kept[5], wanted[10]);
     gradients.push_back(wanted[10] ? grad_input : Tensor());
@@ -103,7 +120,10 @@ Tensor lenet(c10::DispatchKeySet keys, const Tensor& input, TensorList parameter
   }
   if (tangents || !all_require_grad(parameters)) return by_layers(input, parameters);
   auto node = make_node<LenetDerivative>(parameters, input);
-  for (const Tensor& parameter : parameters) node->save(parameter);
+  for (size_t i = 0; i < 10; i += 2) {
+    node->save(parameters[i]);
+    node->save_for_second(parameters[i + 1]);  // no gradient needs the value of a bias
+  }
   node->save(input);
   auto [output, pooled1, indices1, pooled2, indices2, hidden1, hidden2] = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;

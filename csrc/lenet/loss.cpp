@@ -21,7 +21,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <vector>
 
 #include "common/checks.h"
@@ -42,10 +41,16 @@ int64_t argmax_row(const T* values, int64_t classes) {
   return best;
 }
 
+struct Row {
+  double loss = 0;
+  bool right = false;
+};
+
 template <typename T>
-double cross_entropy_row(const T* output, const T* weight, int64_t target, const LossOptions& o, double divisor,
-                         int64_t classes, T* gradient) {
-  const T largest = *std::max_element(output, output + classes);
+Row cross_entropy_row(const T* output, const T* weight, int64_t target, const LossOptions& o, double divisor,
+                      int64_t classes, T* gradient) {
+  const int64_t found = argmax_row(output, classes);
+  const T largest = output[found];  // or NaN, which everything becomes then
   T sum = 0;
   for (int64_t c = 0; c < classes; ++c) {
     gradient[c] = std::exp(output[c] - largest);
@@ -67,7 +72,7 @@ double cross_entropy_row(const T* output, const T* weight, int64_t target, const
     gradient[c] = gradient[c] * scale - static_cast<T>(even * (weight != nullptr ? weight[c] : T(1)));
   }
   gradient[target] -= static_cast<T>(own);
-  return loss;
+  return {loss, found == target};
 }
 
 template <typename T>
@@ -86,24 +91,23 @@ LossAndGradient cross_entropy_cpu(const Tensor& output, const Tensor& targets, c
   const Tensor logits = output.contiguous(), gradient = at::empty(output.sizes(), output.options());
   const T* from = logits.const_data_ptr<T>();
   T* to = gradient.mutable_data_ptr<T>();
-  std::vector<double> losses(rows);
-  std::vector<uint8_t> right(rows);
+  std::vector<Row> of_rows(rows);
   at::parallel_for(0, rows, 512, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       if (target[row] == o.ignore_index) {
         std::fill_n(to + row * classes, classes, T(0));
       } else {
-        const T* of_row = from + row * classes;
-        losses[row] = cross_entropy_row(of_row, weight, target[row], o, divisor, classes, to + row * classes);
-        right[row] = argmax_row(of_row, classes) == target[row];
+        of_rows[row] =
+            cross_entropy_row(from + row * classes, weight, target[row], o, divisor, classes, to + row * classes);
       }
     }
   });
   double loss = divisor == 0 ? std::nan("") : 0;  // stock's 0 / 0 where every target is ignored
-  for (const double of_row : losses) loss += of_row;
+  int64_t right = 0;
+  for (const Row& row : of_rows) loss += row.loss, right += row.right;
   const LossAndCorrect of_batch{at::empty({}, output.options()), at::empty({}, targets.options())};
   *of_batch.loss.mutable_data_ptr<T>() = static_cast<T>(loss);
-  *of_batch.correct.mutable_data_ptr<int64_t>() = std::accumulate(right.begin(), right.end(), int64_t{0});
+  *of_batch.correct.mutable_data_ptr<int64_t>() = right;
   return {of_batch, gradient};
 }
 

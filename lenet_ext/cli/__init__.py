@@ -44,12 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["info"])  # doctest: +SKIP
         0
     """
-    args = build_parser().parse_args(argv)
-    prog = f"lenet-ext {args.command}"
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # As the standard error has it: a file's name need not be text that the terminal can show.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    _open_closed_streams()
+    prog = "lenet-ext"
     try:
+        try:
+            args = build_parser().parse_args(argv)
+        except SystemExit:
+            sys.stdout.flush()  # the help, unless it cannot be written
+            raise
+        prog = f"lenet-ext {args.command}"
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # As the standard error has it: a file's name need not be text that the terminal can show.
+            sys.stdout.reconfigure(errors="backslashreplace")
         code: int = args.run(args)
         sys.stdout.flush()
         return code
@@ -59,9 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{prog}: error: {error} (see '{prog} --help')", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # The reader left (`lenet-ext info | head -1`). Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 1  # the reader left (`lenet-ext info | head -1`), and wants to hear no more
     except KeyboardInterrupt as error:
         print(f"{prog}: interrupted{error_line(error, before='; ')}", file=sys.stderr)
         return 1
@@ -74,3 +78,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         who = f"process {rank}: " if rank else ""
         print(f"{prog}: error: {who}{error_line(error)}", file=sys.stderr)
         return 1
+    finally:
+        _drop_what_cannot_be_written()
+
+
+def _open_closed_streams() -> None:
+    """Gives Python's standard streams a place where the caller has closed them (``>&-``), and they are None.
+
+    What is printed goes nowhere then, as was asked for, and not to the other stream, nor into the file that is opened
+    next and gets the free number.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  for as long as the process lives
+
+
+def _drop_what_cannot_be_written() -> None:
+    """Python writes what is left when it ends, and would complain in its own words, with an exit code of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

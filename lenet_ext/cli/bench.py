@@ -67,13 +67,20 @@ def run(args: argparse.Namespace) -> int:
     from lenet_ext.environment.device import resolve_device
     from lenet_ext.environment.extras import require
     from lenet_ext.environment.files import write_json
+    from lenet_ext.training.plots import figure_format
 
+    # Found out before the measurement, not after.
     if args.plot is not None:
         require("matplotlib", "--plot", extra="bench")
+        try:
+            figure_format(args.plot)
+        except ValueError as error:
+            raise UsageError(f"--plot {error}") from None
     for path in (args.json, args.csv, args.plot):
-        # Found out before the measurement, not after.
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"there is no directory {path.absolute().parent} to write {path.name} to")
+        if path is not None and path.exists() and not path.is_file():
+            raise UsageError(f"{path} is not a regular file")
     if args.resume and args.json is None:
         raise UsageError("--resume needs --json: it continues the file")
     device = resolve_device(args.device or "auto")

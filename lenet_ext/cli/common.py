@@ -71,6 +71,12 @@ class Parser(argparse.ArgumentParser):
         finally:
             self._intermixing = False
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is sys.stdout:
+            print(message, end="")  # argparse hides that it cannot be written
+        else:
+            super()._print_message(message, file)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see '{self.prog} --help')\n")
 
@@ -114,8 +120,15 @@ def percent(text: str) -> float:
 
 
 def list_of(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Argument type: values with commas between them."""
-    return lambda text: [parse(part.strip()) for part in text.split(",") if part.strip()]
+    """Argument type: one value or more, with commas between them."""
+
+    def parse_all(text: str) -> list[Any]:
+        values = [parse(part.strip()) for part in text.split(",") if part.strip()]
+        if not values:
+            raise argparse.ArgumentTypeError(f"must be values with commas between them, found {text!r}")
+        return values
+
+    return parse_all
 
 
 def add_data(parser: argparse.ArgumentParser, default: str) -> None:

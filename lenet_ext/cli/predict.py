@@ -81,13 +81,14 @@ def run(args: argparse.Namespace) -> int:
     if args.multiple and loaded.data_set.channels != 1:
         raise UsageError(f"--multiple is for digits and letters, not for the photographs of {loaded.data}")
     files = _Files(args.images, loaded, args.multiple)
-    rows: Iterable[Row] = _predictions(files, loaded, min(args.top, loaded.data_set.num_classes))
+    top = min(args.top, loaded.data_set.num_classes)
+    rows: Iterable[Row] = _predictions(files, loaded, top)
     if args.save is not None:
         rows = _saved(list(rows), args)
     if args.json:
         _print_json(rows)
     elif args.csv:
-        _print_csv(rows, args.multiple)
+        _print_csv(rows, top, args.multiple)
     else:
         for row in rows:
             fields = [printable(row.path), *(f"{label}\t{probability:.4f}" for label, probability in row.found)]
@@ -261,13 +262,12 @@ def _print_json(rows: Iterable[Row]) -> None:
     say("[\n" + ",\n".join(lines) + "\n]" if lines else "[]")
 
 
-def _print_csv(rows: Iterable[Row], multiple: bool) -> None:
+def _print_csv(rows: Iterable[Row], top: int, multiple: bool) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    header: list[str] = []
+    # Also where no picture can be read: a table without rows, for who expects a table.
+    header = ["path", "label", "probability"]
+    header += [f"{name}_{n}" for n in range(2, top + 1) for name in ("label", "probability")]
+    writer.writerow([*header, *(_EDGES if multiple else ())])
     for row in rows:
-        if not header:
-            header = ["path", "label", "probability"]
-            header += [f"{name}_{n}" for n in range(2, len(row.found) + 1) for name in ("label", "probability")]
-            writer.writerow([*header, *(_EDGES if multiple else ())])
         found = (value for label, probability in row.found for value in (label, f"{probability:.6f}"))
         writer.writerow([printable(row.path), *found, *(row.box or ())])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -17,13 +18,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Hands out a temporary path beside `path`, and renames it to `path` when the block ends without an error.
 
     Args:
-        path: the file to write; its directory is created.
+        path: the file to write; its directory is created. A link stays one, and what it leads to is written.
 
     Yields:
         Path to write to.
 
     Raises:
-        OSError: the directory cannot be created, or the file cannot be written or renamed; it bears the name of `path`.
+        OSError: `path` is a directory, a device or a pipe, its directory cannot be created, or the file cannot be
+            written or renamed. It bears the name of `path`.
 
     Example:
         >>> import tempfile
@@ -34,14 +36,19 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         'whole'
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.is_dir():  # told before the work, and of "." too, beside which there is no name for a temporary file
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():  # who may do so would have a file where /dev/null was
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         # Without this a crash of the machine could leave the new name with the old length.
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         # A full disk is told without a name, other errors with the temporary one.
         if error.errno is None or error.filename not in (None, str(temporary), temporary):

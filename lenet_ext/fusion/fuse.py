@@ -207,8 +207,10 @@ def _fold_batch_norms(model: nn.Module) -> None:
 def _print_report(title: str, records: tuple[FusionRecord, ...]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("layer", "operations", "fused", "why not", title=title)
     for record in records:
-        table.add_row(record.path or "(the model)", record.what, "yes" if record.fused else "no", record.reason)
+        cells = (record.path or "(the model)", record.what, "yes" if record.fused else "no", record.reason)
+        table.add_row(*map(Text, cells))  # a reason quotes the model's source, whose brackets are no markup
     Console().print(table)

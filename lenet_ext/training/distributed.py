@@ -61,8 +61,21 @@ _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def rank_of_environment() -> int:
-    """This process's rank according to ``torchrun``, 0 where there is none."""
-    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
+    """This process's rank according to ``torchrun``, 0 where there is none, or none that is a number."""
+    try:
+        return _number_in_environment("RANK", 0) if _number_in_environment("WORLD_SIZE", 1) > 1 else 0
+    except RuntimeError:  # said by who joins the processes
+        return 0
+
+
+def _number_in_environment(name: str, lowest: int) -> int:
+    """A variable of ``torchrun``, which without it means one process: the lowest number."""
+    text = os.environ.get(name) or str(lowest)
+    if not (text.isascii() and text.isdigit() and int(text) >= lowest):
+        raise RuntimeError(
+            f"{name} must be a number from {lowest} on, as torchrun sets it, found {text!r}: unset it for one process"
+        )
+    return int(text)
 
 
 @contextlib.contextmanager
@@ -78,9 +91,9 @@ def join_processes(device: str) -> Iterator[Processes]:
 
     Raises:
         RuntimeError: CUDA was asked for by name, and this machine has fewer GPUs than processes; or something else than
-            ``torchrun`` has set a part of its environment.
+            ``torchrun`` has set a part of its environment, or to something else than numbers.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _number_in_environment("WORLD_SIZE", 1)
     if size == 1:
         yield ALONE
         return
@@ -90,7 +103,8 @@ def join_processes(device: str) -> Iterator[Processes]:
             f"WORLD_SIZE is {size}, but of what torchrun sets {', '.join(missing)} is missing: "
             "start with torchrun, or unset WORLD_SIZE for one process"
         )
-    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    _number_in_environment("RANK", 0)  # torch's, whose message for another word would not name it
+    local_rank, local_size = _number_in_environment("LOCAL_RANK", 0), _number_in_environment("LOCAL_WORLD_SIZE", 1)
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and gpus < local_size:
         raise RuntimeError(f"{local_size} processes need as many GPUs, and this machine has {gpus}")

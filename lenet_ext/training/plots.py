@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lenet_ext.training.evaluate import Answer
 
 __all__ = [
+    "figure_format",
     "in_default_style",
     "new_figure",
     "plot_answers",
@@ -60,14 +61,27 @@ def new_figure(width: float, height: float) -> Figure:
     return require("matplotlib.figure", "pictures").Figure(figsize=(width, height), layout=layout)
 
 
+def figure_format(path: str | Path) -> str:
+    """The format that the name of a figure ends in, PNG if it has no ending.
+
+    Raises:
+        ValueError: matplotlib can write none of that ending.
+        lenet_ext.environment.extras.MissingExtraError: matplotlib is not installed.
+    """
+    kind = Path(path).suffix.lstrip(".").lower() or "png"
+    if kind not in require("matplotlib.backend_bases", "pictures").FigureCanvasBase.get_supported_filetypes():
+        raise ValueError(f"{path}: the name must end as one of a picture, such as .png")
+    return kind
+
+
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes a figure in the format that the name ends in (PNG if it has no ending), atomically.
+    """Writes a figure in the format that the name ends in, as `figure_format` has it, atomically.
 
     Raises:
         OSError: the file cannot be written.
         ValueError: the format is unknown.
     """
-    kind = Path(path).suffix.lstrip(".").lower() or "png"
+    kind = figure_format(path)
     # In memory first: what a full disk is called by the libraries beneath differs.
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=150)

@@ -133,6 +133,11 @@ def test_console_script(tmp_path: Path) -> None:
         (["bench", "--batch-sizes", "1,0"], "--batch-sizes"),
         (["bench", "--cases", "conv1,conv9"], "conv9"),
         (["bench", "--json", "no/such/directory/file.json"], "directory"),
+        (["bench", "--csv", "."], "not a regular file"),
+        (["bench", "--csv", os.devnull], "not a regular file"),
+        (["bench", "--plot", "times.txt"], "--plot times.txt: the name must end as one of a picture"),
+        (["bench", "--only", ","], "--only"),
+        (["bench", "--threads", ""], "--threads"),
         (["check", "--threads", "many"], "--threads"),
         (["info", "extra"], "extra"),
         (["completion"], "shell"),
@@ -203,6 +208,16 @@ def test_cuda_without_cuda(command: str, tmp_path: Path, capsys: pytest.CaptureF
 def test_out_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert "file: File exists" in failure(capsys, "train", "--epochs", 1, "--out", tmp_path / "file")
+
+
+@pytest.mark.parametrize("out", ["folder", ".", "folder/.."])
+def test_a_file_to_write_is_a_folder(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    message = failure(capsys, "export", "mnist", "--format", "safetensors", "--out", out)
+    assert f"error: {out}: Is a directory" in message
 
 
 def test_damaged_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -512,6 +527,55 @@ def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path) -> None:
     assert done.stdout.startswith("| lenet_ext")
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+def broken_output(kind: str) -> io.TextIOWrapper:
+    """A standard output that nobody reads any more, or one on a full device."""
+    if kind == "full":
+        return open("/dev/full", "w")
+    read, write = os.pipe()
+    os.close(read)
+    return open(write, "w")
+
+
+needs_full_device = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+
+
+@pytest.mark.parametrize("kind", ["no reader", pytest.param("full", marks=needs_full_device)])
+@pytest.mark.parametrize("args", [["info"], ["--help"], ["train", "--help"], ["--version"]], ids=" ".join)
+def test_output_that_cannot_be_written(
+    args: list[str], kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = broken_output(kind)
+    monkeypatch.setattr(sys, "stdout", output)
+    assert main(args) == 1
+    stderr = capsys.readouterr().err
+    if kind == "full":
+        assert_one_line_error(1, stderr, 1)
+        assert "No space left on device" in stderr
+    else:
+        assert stderr == ""
+    output.close()  # as when Python ends: nothing is left that could not be written
+
+
+@needs_full_device
+def test_output_that_cannot_be_written_by_a_process(tmp_path: Path) -> None:
+    """Python flushes at its end, and complains once more with an exit code of its own."""
+    command = f"'{sys.executable}' -m lenet_ext --help >/dev/full"
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert_one_line_error(done.returncode, done.stderr, 1)
+
+
+def test_streams_that_are_closed(tmp_path: Path) -> None:
+    """`>&-` and `2>&-`: what would be printed there goes nowhere, and not to the other stream."""
+    start = f"'{sys.executable}' -m lenet_ext"
+    command = f"{start} info >&- <&-; echo $?; {start} eval absent 2>&-; echo $?"
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("0\n1\n", "")
 
 
 @pytest.mark.extended

@@ -173,6 +173,11 @@ def test_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     header, row = csv.reader(io.StringIO(predict(capsys, "--csv", "--top", 2, path)[1]))
     assert header == ["path", "label", "probability", "label_2", "probability_2"]
     assert len(row) == 5
+    # A table without rows.
+    code, out, errors = predict(capsys, "--csv", "--top", 2, tmp_path / "absent.png")
+    assert (code, out, len(errors)) == (1, ",".join(header) + "\n", 1)
+    header, *rows = csv.reader(io.StringIO(predict(capsys, "--csv", "--multiple", tmp_path / "absent.png")[1]))
+    assert (header, rows) == (["path", "label", "probability", "left", "top", "right", "bottom"], [])
 
 
 def test_the_most_probable_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,5 @@
 // Kernels with the mistakes that the stand-in for CUDA exists to find. `broken NAME` runs one and prints what the
-// launch says, then the results under the three schedules; tests/test_cuda_on_cpu.py knows what to expect.
+// launch says, then the results under the three schedules; test_cuda_on_cpu.py knows what to expect.
 #include <cstdio>
 #include <string>
 

@@ -93,6 +93,20 @@ def test_named_files_are_there(page: str) -> None:
     assert not missing
 
 
+SOURCES = ("build_backend/*.py", "lenet_ext/**/*.py", "csrc/*/*.h", "csrc/*/*.cpp", "tests/*/*.cpp", "tests/*/*.cu")
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_files_that_comments_name_are_there(kind: str) -> None:
+    rooms = "benchmarks|build_backend|csrc|docs|examples|lenet_ext|tests|tools"
+    sources = list(ROOT.glob(kind))
+    assert sources
+    for source in sources:
+        named = re.findall(rf"(?<![\w/.-])((?:{rooms})/[\w./-]+\.\w+)", source.read_text(encoding="utf-8"))
+        missing = [path for path in named if not (ROOT / path).exists()]
+        assert not missing, source
+
+
 def test_the_reference_of_the_command_line_is_that_of_the_parsers() -> None:
     spec = importlib.util.spec_from_file_location("command_line", DOCS / "command_line.py")
     assert spec

@@ -586,3 +586,24 @@ def test_verbose_prints_the_report(capsys, monkeypatch):
     printed = capsys.readouterr().out
     for text in ("lenet_ext.fuse: Whole", "conv", "Conv2d + ReLU + MaxPool2d", "yes", "no", "its output is"):
         assert text in printed
+
+
+def test_the_printed_report_quotes_brackets(capsys, monkeypatch):
+    """`[first]` is a style, and `[/]` the end of one, to whoever prints it as markup."""
+
+    class Indexed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.other = nn.Linear(4, 4)
+
+        def forward(self, x, first=0):
+            x = self.fc(x)[first]
+            return {"[/x]": self.other(x)}["[/x]"]
+
+    monkeypatch.setenv("COLUMNS", "160")
+    fused = fuse(Indexed(), verbose=True)
+    printed = capsys.readouterr().out
+    assert "[first]" in fused.fusion_report[0].reason
+    assert "[/x]" in fused.fusion_report[1].reason
+    assert all(record.reason in printed for record in fused.fusion_report)

@@ -614,6 +614,29 @@ def test_gradient_of_some_parameters_only():
             assert_equal(p, q.float(), name)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
+def test_several_gradients_at_once(how, create_graph):
+    """As for a Jacobian: by layers, whose operators have rules for vmap."""
+    ours, stock, x = integer_nets(3)
+    exact = copy.deepcopy(stock).double()
+    several = integers(2, 3, 10, low=-1, high=1)
+    results = []
+    for net, dtype in ((ours, torch.float32), (exact, torch.float64)):
+        image = x.to(dtype).requires_grad_()
+        output, wanted = net(image), [image, *net.parameters()]
+
+        def gradients(vectors, output=output, wanted=wanted, **options):
+            return torch.autograd.grad(output, wanted, vectors, create_graph=create_graph, **options)
+
+        if how == "vmap":
+            results.append(torch.func.vmap(gradients)(several.to(dtype)))
+        else:
+            results.append(gradients(several.to(dtype), is_grads_batched=True))
+    for name, p, q in zip(["image", *NAMES], *results, strict=True):
+        assert_equal(p, q.float(), name)
+
+
 def test_backward_twice():
     net = Net()
     loss = net(torch.randn(2, 1, 32, 32)).sum()
@@ -633,6 +656,30 @@ def test_parameters_changed_before_backward():
         net.conv2.weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+@pytest.mark.parametrize("name", [f"{layer}.bias" for layer in ("conv1", "conv2", "fc1", "fc2", "fc3")])
+def test_a_bias_changed_before_backward(name):
+    """No gradient depends on it, and stock does not keep it."""
+    ours, stock, x = integer_nets(3)
+    exact = copy.deepcopy(stock).double()
+    for net, batch in ((ours, x), (exact, x.double())):
+        output = net(batch)
+        with torch.no_grad():
+            net.get_parameter(name).add_(1)
+        output.sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), exact.parameters(), strict=True):
+        assert_equal(p.grad, q.grad.float(), name)
+
+
+def test_a_bias_changed_before_a_backward_pass_that_is_differentiated():
+    """There the layers are computed anew: an error, not a wrong gradient."""
+    net = Net()
+    output = net(torch.randn(2, 1, 32, 32))
+    with torch.no_grad():
+        net.fc1.bias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(output.sum(), net.fc1.weight, create_graph=True)
 
 
 def test_output_changed_in_place():

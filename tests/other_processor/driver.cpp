@@ -1,6 +1,6 @@
 // Runs the plain kernels, those that are compiled without an instruction set of x86, on whatever processor it was built
 // for, on several threads. Problems come on the standard input and results go to the standard output, as raw arrays in
-// the order in which tests/test_other_processor.py writes and reads them.
+// the order in which test_other_processor.py writes and reads them.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>

@@ -245,6 +245,22 @@ def test_half_an_environment_is_an_error_that_names_the_rest(monkeypatch: pytest
         join_processes("cpu").__enter__()
 
 
+@pytest.mark.parametrize("changed", [{"WORLD_SIZE": "two"}, {"WORLD_SIZE": "-1"}, {"RANK": "first"}])
+def test_an_environment_without_numbers_is_one_line(
+    changed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rank is asked for by what tells an error, too."""
+    given = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**given, **changed}.items():
+        monkeypatch.setenv(name, value)
+    (name, value), *_ = changed.items()
+    assert main(["train", "--device", "cpu", "--epochs", "0", "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"lenet-ext train: error: {name} must be a number from "), error
+    assert repr(value) in error
+    assert len(error.splitlines()) == 1
+
+
 def test_a_failure_says_in_which_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -395,6 +396,35 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write()
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_is_no_file_stays(tmp_path: Path) -> None:
+    """As root, a write to /dev/null put a file in the place of the device."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("pipe")
+    before = sorted(tmp_path.rglob("*"))
+    for name, reason in (("pipe", "Not a regular file"), ("folder", "Is a directory"), ("link", "Not a regular file")):
+        with pytest.raises(OSError, match=reason) as caught, files.atomic_path(tmp_path / name) as temporary:
+            temporary.write_text("new")
+        assert caught.value.filename == str(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_one(there: bool, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    target, link = tmp_path / "folder" / "file", tmp_path / "link"
+    link.symlink_to(target)
+    if there:
+        target.write_text("old")
+    with files.atomic_path(link) as temporary:
+        temporary.write_text("new")
+    assert target.read_text() == "new"
+    assert link.is_symlink()
+    assert sorted(tmp_path.rglob("*")) == sorted([tmp_path / "folder", target, link])
 
 
 def test_json_refuses_nan(tmp_path: Path) -> None:

@@ -286,3 +286,28 @@ def test_float16_on_the_cpu_goes_through_stock():
     x, w, b = _operands("conv_relu_max_pool2d", [torch.float32] * 3, "cpu")
     with torch.autocast("cpu", dtype=torch.float16):
         assert_equal(functional.conv_relu_max_pool2d(x, w, b), reference.conv_relu_max_pool2d(x, w, b), "output")
+
+
+@pytest.mark.parametrize("dtypes", MIXTURES[1:3], ids=["input", "weight"])
+@pytest.mark.parametrize(("low", "options"), [(torch.float16, {}), (torch.bfloat16, {"pool_kernel_size": 16})], ids=str)
+def test_a_mixture_that_goes_through_stock(dtypes, low, options):
+    """No kernel for the dtype, or for the window: conv2d casts, as it does in a second layer, behind a cast one."""
+    tensors = [
+        integers(2, 3, 20, 20, low=-1, high=1),
+        *_operands("conv_relu_max_pool2d", [torch.float32] * 3, "cpu")[1:],
+    ]
+    tensors = [t.to(low if dtype == torch.bfloat16 else dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+    with torch.autocast("cpu", dtype=low):
+        output = functional.conv_relu_max_pool2d(*tensors, **options)
+        assert output.dtype == low
+        assert_equal(output, reference.conv_relu_max_pool2d(*tensors, **options), "output")
+        with pytest.raises(RuntimeError, match="input must have 3 channels"):
+            functional.conv_relu_max_pool2d(tensors[0][:, :2], *tensors[1:], **options)
+
+
+def test_net_in_float16_on_the_cpu():
+    ours, image = Net(), torch.randn(2, 1, 32, 32)
+    stock = ReferenceNet()
+    stock.load_state_dict(ours.state_dict())
+    with torch.autocast("cpu", dtype=torch.float16):
+        torch.testing.assert_close(ours(image), stock(image))
