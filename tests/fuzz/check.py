@@ -140,7 +140,12 @@ def _ours(call: Call) -> Function:
     operator = getattr(torch.ops.lenet_ext, call.name)
     if call.name != "conv_relu_max_pool2d":
         return operator
-    return lambda *operands: operator(*operands, *functional.normalize_options(**options, kernel_size=call.kernel))
+
+    def function(input: Any, weight: Any, bias: Any) -> Tensor:
+        kernel = (*weight.shape[-2:],) if isinstance(weight, Tensor) and weight.dim() >= 2 else call.kernel
+        return operator(input, weight, bias, *functional.normalize_options(**options, kernel_size=kernel))
+
+    return function
 
 
 def _stock(call: Call) -> Function:

@@ -63,6 +63,7 @@ FOUND = [
     Call(**CONV, batch=0, padding=(2, 2), margin=(-2, -1)),
     Call(**CONV, batch=0, padding=(2, 2), margin=(-2, -1), mode="backward"),
     Call(**CONV, batch=0, padding=(2, 2), margin=(-2, -1), device="meta"),
+    Call(**CONV, way="ops", wrong=("weight", "shorter"), kernel=(2, 2), padding="same"),
 ]
 
 
