@@ -90,16 +90,15 @@ def normalize_options(
 ) -> tuple:
     """The options as the operators take them. Raises TypeError, ValueError, RuntimeError where stock would."""
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    # Stock calls the convolution first, so of two faults it tells that of the convolution.
+    convolution = stride, _padding(padding, stride, dilation, kernel_size), dilation, _integer("groups", groups)
     if not isinstance(ceil_mode, bool):
         raise TypeError(f"conv_relu_max_pool2d: ceil_mode must be a bool, got {ceil_mode!r}")
     pool_kernel_size = _pair("pool_kernel_size", pool_kernel_size)
     if pool_stride is None or (isinstance(pool_stride, (tuple, list)) and not pool_stride):
         pool_stride = pool_kernel_size
     return (
-        stride,
-        _padding(padding, stride, dilation, kernel_size),
-        dilation,
-        _integer("groups", groups),
+        *convolution,
         pool_kernel_size,
         _pair("pool_stride", pool_stride),
         _pair("pool_padding", pool_padding),
