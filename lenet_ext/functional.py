@@ -69,8 +69,10 @@ def _padding(
     return vertical, vertical, horizontal, horizontal
 
 
-def kernel_size_of(weight: Tensor) -> tuple[int, int]:
+def kernel_size_of(weight: Any) -> tuple[int, int]:
     """What padding="same" depends on. As numbers, where a tracer has symbols: padding is one of the operator's."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"conv_relu_max_pool2d: weight must be a Tensor, got {type(weight).__name__}")
     if weight.dim() != 4:
         raise RuntimeError(f"conv_relu_max_pool2d: weight must be 4-D, got shape {tuple(weight.shape)}")
     return int(weight.shape[2]), int(weight.shape[3])
