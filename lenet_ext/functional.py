@@ -92,8 +92,9 @@ def normalize_options(
 ) -> tuple:
     """The options as the operators take them. Raises TypeError, ValueError, RuntimeError where stock would."""
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
-    # Stock calls the convolution first, so of two faults it tells that of the convolution.
-    convolution = stride, _padding(padding, stride, dilation, kernel_size), dilation, _integer("groups", groups)
+    # Stock calls the convolution first, and looks at types before it looks at values: of two faults it tells that one.
+    groups = _integer("groups", groups)
+    convolution = stride, _padding(padding, stride, dilation, kernel_size), dilation, groups
     if not isinstance(ceil_mode, bool):
         raise TypeError(f"conv_relu_max_pool2d: ceil_mode must be a bool, got {ceil_mode!r}")
     pool_kernel_size = _pair("pool_kernel_size", pool_kernel_size)
