@@ -69,8 +69,10 @@ def _padding(
     return vertical, vertical, horizontal, horizontal
 
 
-def kernel_size_of(weight: Tensor) -> tuple[int, int]:
+def kernel_size_of(weight: Any) -> tuple[int, int]:
     """What padding="same" depends on. As numbers, where a tracer has symbols: padding is one of the operator's."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"conv_relu_max_pool2d: weight must be a Tensor, got {type(weight).__name__}")
     if weight.dim() != 4:
         raise RuntimeError(f"conv_relu_max_pool2d: weight must be 4-D, got shape {tuple(weight.shape)}")
     return int(weight.shape[2]), int(weight.shape[3])
@@ -90,16 +92,16 @@ def normalize_options(
 ) -> tuple:
     """The options as the operators take them. Raises TypeError, ValueError, RuntimeError where stock would."""
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    # Stock calls the convolution first, and looks at types before it looks at values: of two faults it tells that one.
+    groups = _integer("groups", groups)
+    convolution = stride, _padding(padding, stride, dilation, kernel_size), dilation, groups
     if not isinstance(ceil_mode, bool):
         raise TypeError(f"conv_relu_max_pool2d: ceil_mode must be a bool, got {ceil_mode!r}")
     pool_kernel_size = _pair("pool_kernel_size", pool_kernel_size)
     if pool_stride is None or (isinstance(pool_stride, (tuple, list)) and not pool_stride):
         pool_stride = pool_kernel_size
     return (
-        stride,
-        _padding(padding, stride, dilation, kernel_size),
-        dilation,
-        _integer("groups", groups),
+        *convolution,
         pool_kernel_size,
         _pair("pool_stride", pool_stride),
         _pair("pool_padding", pool_padding),

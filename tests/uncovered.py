@@ -2,8 +2,8 @@
 
     python uncovered.py PYTHON.json CXX.json > coverage.md     # of `coverage json` and `gcovr --json`
 
-A line or branch that no test takes stands under the reason that `REASONS` has for it, or, if there is none, first of
-all.
+The number of a line or branch that no test takes stands under the reason that `REASONS` has for it, or, if there is
+none, first of all, with its source.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def of_python(report: dict[str, Any]) -> list[File]:
         places += [
             Place(name, begin, source[begin].strip(), f"to {end}" if end > 0 else "to the end")
             for begin, end in found["missing_branches"]
-            if begin not in gone
+            if not gone & {begin, end}  # a line that is missing says it
         ]
         lines = summary["covered_lines"], summary["num_statements"]
         files.append(File(name, lines, (summary["covered_branches"], summary["num_branches"]), places))
@@ -136,7 +136,7 @@ def _table(files: list[File]) -> list[str]:
         rows += [
             f"| {f.name} | {f.lines[1]} | {_percent(f.lines)} | {f.branches[1]} | {_percent(f.branches)} |"
             for f in part
-            if f.lines[1]
+            if f.places
         ]
     return rows
 
@@ -145,21 +145,34 @@ def of_kind(files: list[File], *endings: str) -> list[File]:
     return sorted((file for file in files if file.name.endswith(endings)), key=lambda file: file.name)
 
 
-def _listed(places: list[Place]) -> list[str]:
-    """A line for each place; lines that follow one another are one place."""
-    listed: list[tuple[Place, int]] = []
+def _ranges(places: list[Place]) -> list[tuple[Place, int]]:
+    """In order, each with its last line: lines that follow one another are one place."""
+    found: list[tuple[Place, int]] = []
     for place in sorted(places, key=lambda place: (place.file, place.line)):
-        if listed and place.missing == "line" == listed[-1][0].missing:
-            first, last = listed[-1]
+        if found and place.missing == "line" == found[-1][0].missing:
+            first, last = found[-1]
             if first.file == place.file and place.line - last <= 2:
-                listed[-1] = (first, place.line)
+                found[-1] = (first, place.line)
                 continue
-        listed.append((place, place.line))
-    return [
-        f"- `{place.file}:{place.line}{f'-{last}' if last > place.line else ''}`"
-        f"{'' if place.missing == 'line' else f' ({place.missing})'}: `{place.source[:100]}`"
-        for place, last in listed
-    ]
+        found.append((place, place.line))
+    return found
+
+
+def _number(place: Place, last: int) -> str:
+    if place.missing != "line":
+        return f"{place.line} ({place.missing})"
+    return f"{place.line}-{last}" if last > place.line else f"{place.line}"
+
+
+def _with_source(places: list[Place]) -> list[str]:
+    return [f"- `{place.file}` {_number(place, last)}: `{place.source[:100]}`" for place, last in _ranges(places)]
+
+
+def _by_file(places: list[Place]) -> list[str]:
+    numbers: dict[str, list[str]] = {}
+    for place, last in _ranges(places):
+        numbers.setdefault(place.file, []).append(_number(place, last))
+    return [f"- `{file}`: {', '.join(found)}" for file, found in numbers.items()]
 
 
 def report(files: list[File]) -> str:
@@ -172,14 +185,15 @@ def report(files: list[File]) -> str:
         "",
         f"By `make coverage`, {datetime.date.today()}: the unmarked tests, and those of the kernels under every",
         "instruction set and algorithm. A condition in C++ counts as two branches, also where it has several parts",
-        "or is in a template of several types.",
+        "or is in a template of several types. A file that is not in the table is run whole.",
         "",
         *_table(files),
     ]
     order = [None, *dict.fromkeys(reason for reason, _, _ in REASONS)]
     for reason in order:
         if reason in by_reason:
-            text += ["", f"## {reason or 'Without a reason'}", "", *_listed(by_reason[reason])]
+            listed = _with_source if reason is None else _by_file
+            text += ["", f"## {reason or 'Without a reason'}", "", *listed(by_reason[reason])]
     return "\n".join(text) + "\n"
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,8 @@ __all__ = ["atomic_path", "naming", "write_json"]
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Hands out a temporary path beside `path`, and renames it to `path` when the block ends without an error.
+
+    What processes left there that were killed while they wrote `path` is removed first.
 
     Args:
         path: the file to write; its directory is created. A link stays one, and what it leads to is written.
@@ -42,6 +46,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise OSError(errno.EINVAL, "Not a regular file", str(path))
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -57,6 +62,30 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # nothing is left to remove; or the disk is read-only, and refuses whatever is there
             temporary.unlink()
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes the temporary files for `path` that no process writes any more.
+
+    A number that no process has here could be another machine's or container's, with the folder in common: what was
+    written within the last minute is left for a later call.
+    """
+    of_a_process = re.compile(rf"\.{re.escape(path.name)}\.(\d{{1,9}})\.tmp")
+    with suppress(OSError):  # a folder that may be written but not read; a file that another process removed
+        for other in path.parent.iterdir():
+            found = of_a_process.fullmatch(other.name)
+            if found and not _is_running(int(found[1])) and other.stat().st_mtime < time.time() - 60:
+                other.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
 
 
 @contextmanager

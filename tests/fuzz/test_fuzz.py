@@ -63,6 +63,16 @@ FOUND = [
     Call(**CONV, batch=0, padding=(2, 2), margin=(-2, -1)),
     Call(**CONV, batch=0, padding=(2, 2), margin=(-2, -1), mode="backward"),
     Call(**CONV, batch=0, padding=(2, 2), margin=(-2, -1), device="meta"),
+    Call(**CONV, way="ops", wrong=("weight", "shorter"), kernel=(2, 2), padding="same"),
+    Call(**CONV, way="nn", wrong=("weight", "None"), padding="valid"),
+    Call(**CONV, wrong=("ceil_mode", "2**63"), stride=(1, 2), padding="same"),
+    Call(**CONV, wrong=("groups", "(1,)"), stride=(2, 2), padding="same"),
+    Call(mode="backward", compiled=True, layouts=("contiguous", "contiguous", "sliced", "parameter")),
+    Call(
+        layouts=("all expanded", "contiguous", "all expanded", "transposed"),
+        wrong=("weight", "a dimension less"),
+        leading=(2, 1, 2, 2),
+    ),
 ]
 
 

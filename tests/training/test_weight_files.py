@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -270,6 +271,27 @@ def test_every_file_names_itself_when_the_disk_is_full(
     stderr = one_line(capsys, "train", "--epochs", 0, "--threads", 1, "--out", tmp_path)
     assert stderr.endswith(f"error: {tmp_path}/{name}: No space left on device\n")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_a_killed_save_left_goes_with_a_later_one(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = [tmp_path / f".a[1].pt.{process}.tmp" for process in (ended.pid, os.getppid())]
+    others = [tmp_path / f".{name}.{ended.pid}.tmp" for name in ("a1.pt", "b.a[1].pt", "a[1].pt.x")]
+    others += [tmp_path / f".a[1].pt.{name}" for name in ("tmp", "x.tmp", "9999999999999999.tmp", f"{ended.pid}.tmp2")]
+
+    def save() -> set[Path]:
+        with files.atomic_path(tmp_path / "a[1].pt") as temporary:
+            temporary.write_text("whole")
+        return {*tmp_path.iterdir()}
+
+    for path in (*left, *others):
+        path.touch()
+    whole = {tmp_path / "a[1].pt", *left, *others}
+    assert save() == whole  # just written: perhaps by a machine whose processes have other numbers
+    for path in (*left, *others):
+        os.utime(path, (0, 0))
+    assert save() == whole - {left[0]}
 
 
 def test_an_error_without_a_name_gets_one(tmp_path: Path) -> None:
