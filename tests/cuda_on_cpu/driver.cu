@@ -35,6 +35,7 @@ int main(int argc, char** argv) {
     test_convolution("conv2" + suffix, DType::kFloat32, plain(batch, 6, 14, 16, 5));
     test_lenet(DType::kFloat32, false, {batch, 10, true});
   }
+  test_lenet(DType::kFloat32, false, {257, 10, false});  // which looks for no winners
   const LenetForwardOf<void> none{};
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
     if (lenet_cluster_blocks(dtype, 1, 1, 1) == 0) break;  // on this GPU

@@ -609,6 +609,21 @@ def test_an_image_is_the_same_in_a_batch_of_any_size(ops, control, classes):
             torch.testing.assert_close(output, got[0], rtol=0, atol=0, equal_nan=True)
 
 
+def test_inference_of_many_images_looks_for_no_winners(ops, control):
+    """Bit by bit with the values that training keeps, in the whole network and in its layers."""
+    _, parameters = reference_net(1, 10, torch.float32)
+    x = torch.randn(257, 1, 32, 32)
+    x[100] = x[100].sign()  # ties
+    x[3, 0, 9, 14], x[256, 0, 31, 0] = float("nan"), float("inf")
+    output, pooled1, *_ = ops.lenet_with_activations(x, parameters)
+    torch.testing.assert_close(ops.lenet(x, parameters), output, rtol=0, atol=0, equal_nan=True)
+    control.cuda_on_cpu_configure(DIRECT, 2, 1)
+    for images, (w, b) in ((x, parameters[:2]), (pooled1, parameters[2:4])):
+        got = ops.conv_relu_max_pool2d(images, w, b, *PLAIN.values(), False)
+        expected = ops.conv_relu_max_pool2d_with_indices(images, w, b, *PLAIN.values(), False)[0]
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("precision", SIXTEEN_BITS)
 def test_an_image_is_the_same_in_clusters_of_any_size(ops, precision):
     dtype = dtype_of(precision)
