@@ -229,13 +229,13 @@ def bench_steps(mnist_root: str | None) -> list[Step]:
     steps += [Step(f"net {precision}", 60, measurement("net", precision), needs) for precision in PRECISIONS]
     steps += [Step(f"layers {precision}", 40, measurement("layers", precision), needs) for precision in PRECISIONS]
     steps.append(Step("sweep", 45, measurement("sweep", "rule"), needs))
-    steps.append(Step("backward", 30, measurement("backward", "rule"), needs))
+    steps.append(Step("backward", 45, measurement("backward", "rule"), needs))
     steps.append(Step("mnist", 45, mnist(mnist_root), needs))
     for algorithm in ("direct", "vendor"):
         run = measurement("sweep", algorithm, LENET_EXT_ALGORITHM=algorithm)
         steps.append(Step(f"sweep {algorithm}", 45, run, needs))
         run = measurement("backward", algorithm, LENET_EXT_ALGORITHM=algorithm)
-        steps.append(Step(f"backward {algorithm}", 30, run, needs))
+        steps.append(Step(f"backward {algorithm}", 45, run, needs))
     return [
         *steps,
         Step("driver build", 150, built_once("driver", build_driver)),

@@ -5,6 +5,7 @@ Random data, except for MNIST; FILE is rewritten as results come, so that what w
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
@@ -217,13 +218,13 @@ def measure_sweep(save: Callable[[Any], Any], algorithm: str) -> None:
 
 
 def measure_backward(save: Callable[[Any], Any], algorithm: str) -> None:
-    """The whole network's backward pass in 16 bits, for its cost rule (csrc/lenet/cuda.cpp), a process for each
+    """The whole network's backward pass on tensor cores, for its cost rule (csrc/lenet/cuda.cpp), a process for each
     algorithm (LENET_EXT_ALGORITHM). By the rule, 2048 and 2050 images go two ways. Forced to be direct the linear
     layers are, too, which they are by the rule up to 64 images.
     """
-    dtype = set_precision("bfloat16")
     rows: list[dict[str, Any]] = []
-    for batch in BACKWARD_BATCHES:
+    for precision, batch in itertools.product(("bfloat16", "tf32"), BACKWARD_BATCHES):
+        dtype = set_precision(precision)
         parameters = [parameter.detach() for parameter in lenet_ext.Net(device=DEVICE, dtype=dtype).parameters()]
         x = torch.randn(batch, 1, 32, 32, device=DEVICE, dtype=dtype)
         g = torch.randn(batch, 10, device=DEVICE, dtype=dtype)
@@ -233,7 +234,7 @@ def measure_backward(save: Callable[[Any], Any], algorithm: str) -> None:
             return torch.ops.lenet_ext.lenet_backward(g, x, parameters, *kept, False)
 
         us = timed({"ours graph": graphed(backward)}, limit=0.5)
-        rows.append({"case": f"backward batch {batch}", "precision": "bfloat16", "algorithm": algorithm, "us": us})
+        rows.append({"case": f"backward batch {batch}", "precision": precision, "algorithm": algorithm, "us": us})
         save(rows)
 
 

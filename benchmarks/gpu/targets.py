@@ -30,10 +30,12 @@ PREDICTED_US = {
     ("float32", "step batch 64"): 21,
     ("float32", "step batch 1024"): 62,
     ("float32", "step batch 65536"): 3700,
-    # The linear layers as the H100 took for them (103 and 350), the convolutions by their count of instructions
-    # (csrc/lenet/cuda.cpp), at 2,000 clocks an image, half of them waiting.
+    # The linear layers as the H100 took for them (103 and 350, in TF32 105 and 500), the convolutions by their count of
+    # instructions (csrc/lenet/cuda.cpp), at 2,000 clocks an image, half of them waiting, and 5,000 in TF32.
     ("bfloat16", "backward batch 4096"): 140,
     ("bfloat16", "backward batch 65536"): 900,
+    ("tf32", "backward batch 4096"): 195,
+    ("tf32", "backward batch 65536"): 1900,
     # On an H100, between its times for 1024 and for 8192 images as if they lay on a line (csrc/lenet/cuda.cpp): the
     # whole network in float32, and layers whose convolutions are in TF32.
     ("float32", "kernelbench_float32"): 155,
@@ -56,15 +58,15 @@ def rows_of(report: Report, step: str) -> list[dict[str, Any]]:
     return report["steps"].get(step, {}).get("result") or []
 
 
-def _median(report: Report, step: str, case: str, provider: str) -> float | None:
+def _median(report: Report, step: str, case: str, provider: str, precision: str | None = None) -> float | None:
     for row in rows_of(report, step):
-        if row["case"] == case and provider in row["us"]:
+        if row["case"] == case and provider in row["us"] and precision in (None, row.get("precision")):
             return float(row["us"][provider]["median"])
     return None
 
 
-def _time(step: str, case: str) -> Callable[[Report], float | None]:
-    return lambda report: _median(report, step, case, "ours graph")
+def _time(step: str, case: str, precision: str | None = None) -> Callable[[Report], float | None]:
+    return lambda report: _median(report, step, case, "ours graph", precision)
 
 
 def _ratio(step: str, case: str) -> Callable[[Report], float | None]:
@@ -116,7 +118,20 @@ TARGETS = [
     Target("batch 64 training step: over stock", 4.5, 7, False, _ratio("net float32", "step batch 64")),
     Target("batch 65536, float32: million images/s", 40, 50, False, _millions_a_second("float32")),
     Target("batch 65536, TF32: million images/s", 80, 120, False, _millions_a_second("tf32")),
-    Target("batch 65536 backward, bfloat16: microseconds", 1500, 900, True, _time("backward", "backward batch 65536")),
+    Target(
+        "batch 65536 backward, bfloat16: microseconds",
+        1500,
+        900,
+        True,
+        _time("backward", "backward batch 65536", "bfloat16"),
+    ),
+    Target(
+        "batch 65536 backward, TF32: microseconds",
+        2600,
+        1900,
+        True,
+        _time("backward", "backward batch 65536", "tf32"),
+    ),
     Target("batch 65536, bfloat16: million images/s", 150, 250, False, _millions_a_second("bfloat16")),
     Target("conv1 forward: over stock", 5, 12, False, _ratio("layers float32", "conv1 forward batch 65536")),
     Target("conv1 forward, TF32: over stock", 5, 12, False, _ratio("layers tf32", "conv1 forward batch 65536")),

@@ -23,8 +23,9 @@ int64_t forward_shared_bytes(int images) {
 }
 
 // block -> `images` images; thread as convolve_images says. With 10 images: conv1 5 x 196 = 980 items for 256 threads,
-// 42 KB; conv2 5 x 25 x 2 = 250 items, 57 KB. By registers two blocks fit a multiprocessor.
-template <typename T, typename L, ThreadTile kTile>
+// 42 KB; conv2 5 x 25 x 2 = 250 items, 57 KB. By registers two blocks fit a multiprocessor. Without kMayKeep `indices`
+// is null.
+template <typename T, typename L, ThreadTile kTile, bool kMayKeep>
 __global__ void __launch_bounds__(kThreads, 2)
     lenet_conv_forward_kernel(int64_t batch, int images, const T* __restrict__ input, const T* __restrict__ weight,
                               const T* __restrict__ bias, T* __restrict__ output, uint8_t* __restrict__ indices) {
@@ -41,12 +42,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     lx::copy_to_shared(pixels, input + first * L::kImage, present * L::kImage);
     lx::fill_shared(pixels + present * L::kImage, (images - present) * L::kImage, 0.0f);
     __syncthreads();
-    convolve_images<L, kTile>(pixels, weights, biases, images, present,
-                              [&](int image, int channel, int window, const Winner<float>& winner) {
-                                const int64_t to = (first + image) * L::kPooled + channel * L::kWindows + window;
-                                output[to] = lx::narrow<T>(winner.pooled());
-                                if (indices != nullptr) indices[to] = winner.code();
-                              });
+    convolve_images<L, kTile, kMayKeep>(
+        pixels, weights, biases, images, present, [&](int image, int channel, int window, const auto& winner) {
+          const int64_t to = (first + image) * L::kPooled + channel * L::kWindows + window;
+          output[to] = lx::narrow<T>(winner.pooled());
+          if constexpr (kMayKeep) {
+            if (indices != nullptr) indices[to] = winner.code();
+          }
+        });
   }
 }
 
@@ -201,9 +204,10 @@ LaunchResult forward_layer(const ConvPoolForward& c, cudaStream_t stream) {
   const int images = images_per_block(c.shape.batch, kForwardImages, forward_shared_bytes<L>);
   const ThreadTile tile = tile_for(images);
   lx::launch(result, "lenet_conv_forward_kernel",
-             tile == ThreadTile::kSingle ? lenet_conv_forward_kernel<T, L, ThreadTile::kSingle>
-             : tile == ThreadTile::kPair ? lenet_conv_forward_kernel<T, L, ThreadTile::kPair>
-                                         : lenet_conv_forward_kernel<T, L, ThreadTile::kLarge>,
+             tile == ThreadTile::kSingle ? lenet_conv_forward_kernel<T, L, ThreadTile::kSingle, true>
+             : tile == ThreadTile::kPair ? lenet_conv_forward_kernel<T, L, ThreadTile::kPair, true>
+             : c.indices == nullptr      ? lenet_conv_forward_kernel<T, L, ThreadTile::kLarge, false>
+                                         : lenet_conv_forward_kernel<T, L, ThreadTile::kLarge, true>,
              lx::grid_for(c.shape.batch, images), kThreads, forward_shared_bytes<L>(images), stream, c.shape.batch,
              images, static_cast<const T*>(c.input), static_cast<const T*>(c.weight), static_cast<const T*>(c.bias),
              static_cast<T*>(c.output), c.indices);

@@ -64,6 +64,17 @@ LX_DEVICE bool is_nan(A x) {
   return x != x;
 }
 
+// The larger one; NaN if one is.
+LX_DEVICE float max_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#else
+  return a > b || is_nan(a) ? a : b;
+#endif
+}
+
 LX_DEVICE float widen(float x) { return x; }
 LX_DEVICE double widen(double x) { return x; }
 LX_DEVICE float widen(bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }

@@ -168,8 +168,8 @@ int64_t lenet_backward_slice_images(int64_t batch);
 int64_t lenet_backward_workspace(int64_t batch, int64_t in_channels, int64_t slice_images);
 LaunchResult launch_lenet_backward(DType dtype, const LenetBackwardOf<void>& call, cudaStream_t stream);
 
-// The gradients of both convolutions on the tensor cores in float16 and bfloat16, for large batches of one channel, in
-// two launches. All tensors are contiguous, `input`, `pooled1` and `indices1` 16-byte aligned.
+// The gradients of both convolutions on the tensor cores in float16, bfloat16 and, for float32, TF32, for large batches
+// of one channel, in two launches. All tensors are contiguous, `input`, `pooled1` and `indices1` 16-byte aligned.
 template <typename T>
 struct LenetConvolutionsBackwardOf {
   int64_t batch;
@@ -243,5 +243,10 @@ LaunchResult launch_lenet_tensor_core_layer(DType dtype, const ConvPoolForward& 
 bool has_lenet_lean_forward(DType dtype, int64_t channels, int64_t classes);
 LaunchResult launch_lenet_lean_forward(DType dtype, const LenetForwardOf<void>& call, void* features,
                                        cudaStream_t stream);
+
+// Its convolutions alone for float32, in TF32, in one launch: pooled2 of the call is wanted, pooled1 and both indices
+// together or not at all.
+bool has_lenet_lean_convolutions(DType dtype, int64_t channels);
+LaunchResult launch_lenet_lean_convolutions(const LenetForward& call, cudaStream_t stream);
 
 }  // namespace lenet_ext::cuda

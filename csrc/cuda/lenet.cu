@@ -20,8 +20,8 @@ int64_t shared_bytes(int images) {
 // block -> `images` images at a time, until the batch is done; all activations of a pass stay in shared memory, each
 // in the place of one that is no longer needed. Shared memory: 98 KB with 10 images of one channel, two blocks per
 // multiprocessor. The convolutions' weights are in shared memory for the block's life; those of the linear layers are
-// read from L2 in each pass, 24 KB an image.
-template <typename First, ThreadTile kTile>
+// read from L2 in each pass, 24 KB an image. Without kMayKeep nothing is kept for a backward pass.
+template <typename First, ThreadTile kTile, bool kMayKeep>
 __global__ void __launch_bounds__(kThreads, 2) lenet_forward_kernel(LenetForward call, int images) {
   LX_SMEM(shared);
   float* pixels = lx::take<float>(shared, images * First::kImage);
@@ -43,23 +43,24 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_forward_kernel(LenetForward
     lx::copy_to_shared(pixels, call.input + first * First::kImage, present * First::kImage);
     lx::fill_shared(pixels + present * First::kImage, (images - present) * First::kImage, 0.0f);
     __syncthreads();
-    convolve_images<First, kTile>(pixels, weights1, biases1, images, present,
-                                  [&](int image, int channel, int window, const Winner<float>& winner) {
-                                    const int at = image * First::kPooled + channel * First::kWindows + window;
-                                    pooled1[at] = winner.pooled();
-                                    if (call.pooled1 == nullptr) return;
-                                    call.pooled1[first * First::kPooled + at] = winner.pooled();
-                                    call.indices1[first * First::kPooled + at] = winner.code();
-                                  });
+    // A layer's outputs are stored for the next one, and kept.
+    auto stores = [&](auto layer, float* to, float* kept, uint8_t* indices) {
+      using L = decltype(layer);
+      return [=](int image, int channel, int window, const auto& winner) {
+        const int at = image * L::kPooled + channel * L::kWindows + window;
+        to[at] = winner.pooled();
+        if constexpr (kMayKeep) {
+          if (kept == nullptr) return;
+          kept[first * L::kPooled + at] = winner.pooled();
+          indices[first * L::kPooled + at] = winner.code();
+        }
+      };
+    };
+    convolve_images<First, kTile, kMayKeep>(pixels, weights1, biases1, images, present,
+                                            stores(First{}, pooled1, call.pooled1, call.indices1));
     __syncthreads();
-    convolve_images<Conv2, kTile>(pooled1, weights2, biases2, images, present,
-                                  [&](int image, int channel, int window, const Winner<float>& winner) {
-                                    const int at = image * Conv2::kPooled + channel * Conv2::kWindows + window;
-                                    features[at] = winner.pooled();
-                                    if (call.pooled2 == nullptr) return;
-                                    call.pooled2[first * Conv2::kPooled + at] = winner.pooled();
-                                    call.indices2[first * Conv2::kPooled + at] = winner.code();
-                                  });
+    convolve_images<Conv2, kTile, kMayKeep>(pooled1, weights2, biases2, images, present,
+                                            stores(Conv2{}, features, call.pooled2, call.indices2));
     __syncthreads();
     // One copy of the code for the three layers: with three, what the compiler prepares for each outside of the loop
     // over the passes does not fit the registers.
@@ -93,9 +94,10 @@ LaunchResult forward(const LenetForward& call, cudaStream_t stream) {
   const unsigned grid = std::min(lx::grid_for(call.batch, images), static_cast<unsigned>(2 * multiprocessors));
   const ThreadTile tile = tile_for(images);
   lx::launch(result, "lenet_forward_kernel",
-             tile == ThreadTile::kSingle ? lenet_forward_kernel<First, ThreadTile::kSingle>
-             : tile == ThreadTile::kPair ? lenet_forward_kernel<First, ThreadTile::kPair>
-                                         : lenet_forward_kernel<First, ThreadTile::kLarge>,
+             tile == ThreadTile::kSingle ? lenet_forward_kernel<First, ThreadTile::kSingle, true>
+             : tile == ThreadTile::kPair ? lenet_forward_kernel<First, ThreadTile::kPair, true>
+             : call.pooled1 == nullptr   ? lenet_forward_kernel<First, ThreadTile::kLarge, false>
+                                         : lenet_forward_kernel<First, ThreadTile::kLarge, true>,
              grid, kThreads, shared_bytes<First>(images), stream, call, images);
   return result;
 }

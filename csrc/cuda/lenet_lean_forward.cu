@@ -1,19 +1,22 @@
-// LeNet's forward pass in float16 and bfloat16 for large batches, on the tensor cores, in two launches: both
-// convolutions with ReLU and pooling, then the three linear layers; with kKeep, what a backward pass needs goes to
-// global memory on the way.
+// LeNet's forward pass for large batches, on the tensor cores: both convolutions with ReLU and pooling in one launch,
+// in float16, bfloat16 and float32 by way of TF32, and in the 16-bit types the three linear layers in another; with
+// kKeep, what a backward pass needs goes to global memory on the way. In TF32 the linear layers' weights, 240 KB, are
+// more than a block can hold: they are the vendor's.
 //
 // In lenet_tensor_core.cu one instruction of twenty is a product. The others choose winners, which nobody asks for in
 // inference, compute addresses, and store values one by one. Here
-//   - the largest of a window's values is found by max.NaN and gets its bias once; one instruction is ReLU and rounding
-//     of two values; the winner, where it is wanted, is the first value that equals the largest;
+//   - the largest of a window's values is found by max.NaN and gets its bias once; in 16 bits one instruction is ReLU
+//     and rounding of two values; the winner, where it is wanted, is the first value that equals the largest;
 //   - the columns of each product are in such an order that what a lane has as a result is, two values a word, what one
-//     lane of the next product wants as its operand. So conv1 stores three channels of a pixel as 8 bytes, conv2 four
+//     lane of the next product wants as its operand. So conv1 stores three channels of a pixel at once, conv2 four
 //     channels, and the linear layers store nothing but the logits;
 //   - patches and windows are walked so that their addresses differ by constants.
 // Counted in the machine code for sm_90 (benchmarks/gpu/machine_code_sm_90.json): 74 instructions for 16 patches of
 // conv1 where the other kernel has 357, 114 for 8 windows of conv2 in place of 245; 156 and 215 with what is kept. The
 // products are what then limits: 318 an image, 510 clocks of a multiprocessor if it begins 0.62 of them a clock, as
-// others have measured on an H100. No GPU has run these kernels yet.
+// others have measured on an H100. In TF32, 125 and 211 (206 and 297), and an image's convolutions are 523 products of
+// half the depth, 840 clocks so, and 1,010 loads and stores of 128 bytes of shared memory. No GPU has run these kernels
+// yet.
 //
 // In both loops an operand's four words are loaded for each product, even those that an earlier one had: a product
 // takes them from four registers in a row, and to compose them of words that another operand has as well takes four
@@ -33,58 +36,86 @@ constexpr int kFeatures = Conv2::kPooled, kHidden1 = 120, kHidden2 = 84;
 
 constexpr unsigned kThreads = kTensorCoreThreads;
 constexpr int kWarps = kTensorCoreWarps;
-constexpr int kImages = 16;  // of a pass: two for each warp of conv1
-// conv1's output is in shared memory as lenet_pixels.cuh says, with zeros in its empty slots; the pixel that belongs to
-// no place stays zero.
-constexpr int kImageBytes = Conv1::kImage * 2;
 
 // conv1 as a banded matrix, as convolve1 has it (lenet_tensor_core_tiles.cuh), with the columns in another order:
 // column n of tile 3 dy + c has channel 3 (n / 4) + c at the position (dy, n % 4) of the patch. The columns 2 t and 2 t
-// + 1 of tiles c and 3 + c are one pooling window, and a lane has three channels of it.
-constexpr int kSteps1 = 3, kTiles1 = 6, kMatrix1Words = kSteps1 * kTiles1 * 64;
+// + 1 of tiles c and 3 + c are one pooling window, and a lane has three channels of it. A step is one row of the
+// patch's pixels in TF32, two rows in 16 bits.
+//
+// conv2 in 16 bits in 13 products of two taps: of rows 0 and 1, of rows 2 and 3, and in row 4 of columns 0 and 2, of 1
+// and 3, and column 4 alone; in TF32 in 25 of one tap. What a product wants for the positions at dx = 1 is then what
+// the next column's wants at dx = 0.
+template <typename T>
+struct Lean {
+  static constexpr int kPerWord = lx::Operand<T>::kPerWord;
+  static constexpr int kImages = 8 * kPerWord;  // of a pass: two for each warp of conv1, or one
+  static constexpr int kImagesOfWarp = kImages / kWarps;
+  static constexpr int kRowBytes = Conv1::kSize * sizeof(T), kImageBytes = Conv1::kImage * sizeof(T);
 
-// conv2 in 13 products of two taps: of rows 0 and 1, of rows 2 and 3, and in row 4 of columns 0 and 2, of 1 and 3, and
-// column 4 alone. What a product wants for the positions at dx = 1 is then what the next column's wants at dx = 0.
-constexpr int kSteps2 = 13, kMatrix2Words = kSteps2 * 128;
-LX_DEVICE constexpr int first_tap(int step) {
-  return step < 5 ? step : step < 10 ? step + 5 : step < 12 ? step + 10 : 24;
-}
-LX_DEVICE constexpr int second_tap(int step) {
-  return step < 5 ? step + 5 : step < 10 ? step + 10 : step < 12 ? step + 12 : kTaps;  // kTaps: there is none
-}
+  // conv1's output is in shared memory as PixelLayout says, with zeros in its empty slots; the pixel that belongs to no
+  // place stays zero.
+  using Pixels = PixelLayout<T>;
+  static constexpr int kPlane = vectors_apart(kImages * Pixels::kImage) * kVectorBytes;
+  static constexpr int kPooledBytes = kPerWord == 2 ? kImages * Pixels::kImage * kVectorBytes : 2 * kPlane;
 
-constexpr int64_t kConvolutionsShared = lx::taken<unsigned char>(kImages * kImageBytes + kPixelBytes) +
-                                        lx::taken<unsigned char>(kImages * kImagePixels * kPixelBytes) +
-                                        lx::taken<uint32_t>(kMatrix1Words) + lx::taken<uint32_t>(kMatrix2Words) +
-                                        lx::taken<uint32_t>(kImages * Conv2::kWindows);
+  static constexpr int kSteps1 = kPatchDepth / (8 * kPerWord), kTiles1 = 6;
+  // Which matrix of weights a product of conv1 takes; -1: they are all zeros. A row of pixels meets row `step` of the
+  // taps for the positions at dy = 0 and the row above for those at dy = 1.
+  static constexpr int kMatrices1 = kPerWord == 2 ? kSteps1 * kTiles1 : kTap * 3;
+  static LX_DEVICE constexpr int matrix1(int step, int tile) {
+    if (kPerWord == 2) return step * kTiles1 + tile;
+    const int row = step - tile / 3;
+    return row < 0 || row >= kTap ? -1 : row * 3 + tile % 3;
+  }
+  static constexpr int kMatrix1Words = (kMatrices1 + 1) / 2 * 128;
 
-// The matrices in the order in which lanes load them: conv1's [step][pair of tiles][lane][tile of the pair][word],
+  static constexpr int kSteps2 = kPerWord == 2 ? 13 : kTaps, kMatrix2Words = kSteps2 * 128;
+  static constexpr bool kResident = kPerWord == 2;            // conv2's weights stay in registers
+  static constexpr int kRowSteps = kPerWord == 2 ? 2 : kTap;  // of steps that take one column after the other
+  // The tap that word t (second: word t + 4) of a step belongs to; kTaps: none.
+  static LX_DEVICE constexpr int tap_of(int step, bool second) {
+    if (kPerWord == 1) return step;
+    if (second) return step < 5 ? step + 5 : step < 10 ? step + 10 : step < 12 ? step + 12 : kTaps;
+    return step < 5 ? step : step < 10 ? step + 5 : step < 12 ? step + 10 : 24;
+  }
+
+  static constexpr int64_t shared_bytes() {
+    return lx::taken<unsigned char>(kImages * kImageBytes + kVectorBytes) + lx::taken<unsigned char>(kPooledBytes) +
+           lx::taken<uint32_t>(kMatrix1Words) + lx::taken<uint32_t>(kMatrix2Words) +
+           lx::taken<uint32_t>(kImages * Conv2::kWindows);
+  }
+};
+
+// The matrices in the order in which lanes load them: conv1's [pair of matrices][lane][matrix of the pair][word],
 // conv2's [step][lane][tile][word].
 template <typename T>
-__device__ __forceinline__ void prepare_lean_conv1(uint32_t* matrix, const T* weight) {
-  for (int at = threadIdx.x; at < kMatrix1Words; at += kThreads) {
-    const int word = at % 2, tile = at / 128 % 3 * 2 + at / 2 % 2, lane = at / 4 % 32, step = at / 384;
-    const int column = lane / 4, channel = 3 * (column / 4) + tile % 3;
-    // Of a patch's 6 x 8 pixels, word t of a step is 4 (t % 2) and the next in row 2 step + t / 2, word t + 4 the two
-    // behind them.
-    const int i = 2 * step + lane % 4 / 2 - tile / 3, j = 4 * (lane % 2) + 2 * word - column % 4;
-    auto tap = [&](int j) {
-      const bool band = i >= 0 && i < kTap && j >= 0 && j < kTap;
-      return band ? weight[channel * kTaps + i * kTap + j] : T{0};
-    };
-    matrix[at] = lx::word_of(tap(j), tap(j + 1));
+__device__ __forceinline__ void prepare_lean_conv1(uint32_t* words, const T* weight) {
+  using L = Lean<T>;
+  for (int at = threadIdx.x; at < L::kMatrix1Words; at += kThreads) {
+    const int second = at % 2, matrix = at / 128 * 2 + at / 2 % 2, t = at / 4 % 4, column = at / 16 % 8;
+    const int channel = 3 * (column / 4) + matrix % 3;
+    // Of a patch's 6 x 8 pixels, in 16 bits word t of a step is 4 (t % 2) and the next in row 2 step + t / 2, word t +
+    // 4 the two behind them; in TF32 word t of a row is pixel t.
+    const int i = L::kPerWord == 2 ? matrix / 6 * 2 + t / 2 - matrix / 3 % 2 : matrix / 3;
+    const int j = (L::kPerWord == 2 ? t % 2 * 4 + second * 2 : t + second * 4) - column % 4;
+    words[at] = lx::operand_word<T>([&](int k) {
+      const bool band = i >= 0 && i < kTap && j + k >= 0 && j + k < kTap;
+      return band ? weight[channel * kTaps + i * kTap + j + k] : T{0};
+    });
   }
 }
 template <typename T>
-__device__ __forceinline__ void prepare_lean_conv2(uint32_t* matrix, const T* weight) {
-  for (int at = threadIdx.x; at < kMatrix2Words; at += kThreads) {
-    const int word = at % 2, tile = at / 2 % 2, lane = at / 4 % 32, step = at / 128;
-    const int tap = word == 0 ? first_tap(step) : second_tap(step), out = 8 * tile + lane / 4;
-    auto value = [&](int slot) {
+__device__ __forceinline__ void prepare_lean_conv2(uint32_t* words, const T* weight) {
+  using L = Lean<T>;
+  for (int at = threadIdx.x; at < L::kMatrix2Words; at += kThreads) {
+    const int second = at % 2, tile = at / 2 % 2, lane = at / 4 % 32, step = at / 128;
+    const int tap = L::tap_of(step, second == 1), out = 8 * tile + lane / 4;
+    const int first_slot = L::kPerWord == 2 ? lane % 4 * 2 : lane % 4 + second * 4;
+    words[at] = lx::operand_word<T>([&](int k) {
+      const int slot = first_slot + k;
       const bool channel = slot % 4 < 3 && tap < kTaps;
       return channel ? weight[(out * Conv2::kIn + slot / 4 * 3 + slot % 4) * kTaps + tap] : T{0};
-    };
-    matrix[at] = lx::word_of(value(2 * (lane % 4)), value(2 * (lane % 4) + 1));
+    });
   }
 }
 
@@ -94,10 +125,14 @@ LX_DEVICE T* kept_at(T* begin, int64_t offset) {
   return kKeep ? begin + offset : nullptr;
 }
 
-// One of a word's two values.
-template <typename T>
-LX_DEVICE T half_of(uint32_t word, int which) {
-  return {static_cast<uint16_t>(which == 0 ? word : word >> 16)};
+// The i-th of some pooled values as it is kept, `words` of which are the operands: in TF32 it has not been rounded.
+template <typename T, int N>
+LX_DEVICE T kept_value(const Pack<uint32_t, N>& words, const float* values, int i) {
+  if constexpr (lx::Operand<T>::kPerWord == 1) {
+    return lx::max_or_nan(values[i], 0.0f);
+  } else {
+    return {static_cast<uint16_t>(i % 2 == 0 ? words[i / 2] : words[i / 2] >> 16)};
+  }
 }
 
 // A load that the compiler neither merges with its neighbour nor takes from an earlier one.
@@ -121,10 +156,13 @@ LX_DEVICE uint8_t winner_code(float v0, float v1, float v2, float v3, float pool
   return pooled <= 0 ? kDead : static_cast<uint8_t>(position);
 }
 
-// A warp computes conv1 of one image value by value. kept, codes: of this image in global memory, with kKeep.
+// A warp computes conv1 of one image value by value. pooled: of this image; kept, codes: too, in global memory, with
+// kKeep.
 template <bool kKeep, typename T>
-__device__ __forceinline__ void convolve1_without_zeros(const T* pixels, const T* weight, const T* bias, T* pooled,
-                                                        T* kept, uint8_t* codes) {
+__device__ __forceinline__ void convolve1_without_zeros(const T* pixels, const T* weight, const T* bias,
+                                                        unsigned char* pooled, T* kept, uint8_t* codes) {
+  using L = Lean<T>;
+  constexpr int kInVector = 4 * L::kPerWord;
 #pragma unroll 1
   for (int item = threadIdx.x % 32; item < Conv1::kPooled; item += 32) {
     const int channel = item / Conv1::kWindows, y = item % Conv1::kWindows / Conv1::kPool, x = item % Conv1::kPool;
@@ -135,75 +173,89 @@ __device__ __forceinline__ void convolve1_without_zeros(const T* pixels, const T
 #pragma unroll 1
       for (int tap = 0; tap < kTaps; ++tap) {
         const int row = 2 * y + position / 2 + tap / kTap, column = 2 * x + position % 2 + tap % kTap;
-        sum += lx::widen(pixels[row * Conv1::kSize + column]) * lx::widen(weight[channel * kTaps + tap]);
+        sum +=
+            lx::widen(pixels[row * Conv1::kSize + column]) * lx::widen(lx::to_operand(weight[channel * kTaps + tap]));
       }
       winner.consider(sum, position);
     }
     winner.best += lx::widen(bias[channel]);
     const T value = lx::narrow<T>(winner.pooled());
-    pooled[pixel_at(y, x) * 8 + slot_of(channel)] = value;
+    const int slot = slot_of(channel);
+    unsigned char* const to = pooled + slot / kInVector * L::kPlane + L::Pixels::at(y, x) * kVectorBytes;
+    reinterpret_cast<T*>(to)[slot % kInVector] = lx::to_operand(value);
     if constexpr (kKeep) kept[item] = value, codes[item] = winner.code();
   }
 }
 
-// conv1 of two images of the pass, those of this warp. Rows of the product are the 8 patches of two rows of windows, of
-// which the 8th is behind the end of the row: its values go to pixels that nobody reads. kept, codes: of the pass, in
-// global memory.
+// conv1 of some images of the pass, those of this warp. Rows of the product are the 8 patches of two rows of windows,
+// of which the 8th is behind the end of the row: its values go to pixels that nobody reads, where there are such. kept,
+// codes: of the pass, in global memory.
 template <bool kKeep, typename T>
-__device__ __forceinline__ void lean_conv1(const unsigned char* pixels, const uint32_t* matrix, int present,
+__device__ __forceinline__ void lean_conv1(const unsigned char* pixels, const uint32_t* matrices, int present,
                                            const T* weight, const T* bias, unsigned char* pooled, T* kept,
                                            uint8_t* codes) {
+  using L = Lean<T>;
+  using Pixels = typename L::Pixels;
+  constexpr int kSecond = L::kPerWord == 2 ? 4 : 16;  // from word t of a step to word t + 4, in bytes
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
-  uint32_t b[kSteps1][kTiles1][2];
+  uint32_t b[(L::kMatrices1 + 1) / 2 * 2][2];
 #pragma unroll
-  for (int i = 0; i < kSteps1 * kTiles1 / 2; ++i) {
-    const Pack<uint32_t, 4> pair = lx::load_pack<4>(matrix + (i * 32 + lane) * 4);
+  for (int i = 0; i < (L::kMatrices1 + 1) / 2; ++i) {
+    const Pack<uint32_t, 4> pair = lx::load_pack<4>(matrices + (i * 32 + lane) * 4);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) b[i / 3][i % 3 * 2 + k / 2][k % 2] = pair[k];
+    for (int k = 0; k < 4; ++k) b[2 * i + k / 2][k % 2] = pair[k];
   }
   float biases[3];
 #pragma unroll
   for (int c = 0; c < 3; ++c) biases[c] = lx::widen(bias[3 * (t / 2) + c]);
 #pragma unroll 1
-  for (int image = 2 * warp; image < 2 * warp + 2; ++image) {
+  for (int image = L::kImagesOfWarp * warp; image < L::kImagesOfWarp * (warp + 1); ++image) {
     if (image >= present) break;  // of the whole warp
-    const unsigned char* const in = pixels + image * kImageBytes + t / 2 * 64 + t % 2 * 8 + g * 8;
-    unsigned char* const out = pooled + (image * kImagePixels + t % 2 * kOddColumn + g) * kPixelBytes + t / 2 * 8;
+    const unsigned char* const in = pixels + image * L::kImageBytes + g * static_cast<int>(4 * sizeof(T)) +
+                                    (L::kPerWord == 2 ? t / 2 * L::kRowBytes + t % 2 * 8 : t * 4);
+    unsigned char* const out = pooled + (image * Pixels::kImage + t % 2 * Pixels::kOddColumn + g) * kVectorBytes +
+                               t / 2 * (L::kPerWord == 2 ? kVectorBytes / 2 : L::kPlane);
     float largest = 0;
 #pragma unroll 1
     for (int rows = 0; rows < Conv1::kPool / 2; ++rows) {
-      float sums[kTiles1][4];
+      float sums[L::kTiles1][4];
 #pragma unroll
-      for (int step = 0; step < kSteps1; ++step) {
-        const unsigned char* const at = in + rows * 256 + step * 128;
-        const uint32_t a[4] = {load_word(at), load_word(at + 128), load_word(at + 4), load_word(at + 132)};
+      for (int step = 0; step < L::kSteps1; ++step) {
+        const unsigned char* const at = in + (rows * 4 + step * L::kPerWord) * L::kRowBytes;
+        const uint32_t a[4] = {load_word(at), load_word(at + 2 * L::kRowBytes), load_word(at + kSecond),
+                               load_word(at + 2 * L::kRowBytes + kSecond)};
 #pragma unroll
-        for (int tile = 0; tile < kTiles1; ++tile) {
-          if (step == 0) {
-            lx::multiply<T>(sums[tile], a, b[step][tile][0], b[step][tile][1]);
+        for (int tile = 0; tile < L::kTiles1; ++tile) {
+          const int matrix = L::matrix1(step, tile);
+          if (matrix < 0) continue;
+          if (step == 0 || L::matrix1(step - 1, tile) < 0) {
+            lx::multiply<T>(sums[tile], a, b[matrix][0], b[matrix][1]);
           } else {
-            lx::multiply_accumulate<T>(sums[tile], a, b[step][tile][0], b[step][tile][1]);
+            lx::multiply_accumulate<T>(sums[tile], a, b[matrix][0], b[matrix][1]);
           }
         }
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float v[3];
+        float v[4] = {};
 #pragma unroll
         for (int c = 0; c < 3; ++c) {
           v[c] = pooled_value(sums[c][2 * half], sums[c][2 * half + 1], sums[3 + c][2 * half],
                               sums[3 + c][2 * half + 1], biases[c]);
         }
         largest = lx::max_or_nan(lx::max_or_nan(largest, v[0]), lx::max_or_nan(v[1], v[2]));
-        const Pack<uint32_t, 2> words = {{lx::activated_word<T>(v[0], v[1]), lx::activated_word<T>(v[2], 0.0f)}};
-        *reinterpret_cast<Pack<uint32_t, 2>*>(out + (rows * kRowPair + half * kOddRow) * kPixelBytes) = words;
+        const auto words = lx::rounded<T, true>(v);
+        if (Pixels::kSpare || g < Conv1::kPool / 2) {
+          *reinterpret_cast<lx::Operands<T, 4>*>(out + (rows * Pixels::kRowPair + half * Pixels::kOddRow) *
+                                                           kVectorBytes) = words;
+        }
         if constexpr (kKeep) {
           if (g == Conv1::kPool / 2) continue;
 #pragma unroll
           for (int c = 0; c < 3; ++c) {
             const int at = image * Conv1::kPooled + (3 * (t / 2) + c) * Conv1::kWindows +
                            (2 * rows + half) * Conv1::kPool + 2 * g + t % 2;
-            kept[at] = half_of<T>(words[c / 2], c % 2);
+            kept[at] = kept_value<T>(words, v, c);
             // With NaN the whole image is computed anew.
             codes[at] = winner_code<false>(sums[c][2 * half], sums[c][2 * half + 1], sums[3 + c][2 * half],
                                            sums[3 + c][2 * half + 1], v[c]);
@@ -211,45 +263,54 @@ __device__ __forceinline__ void lean_conv1(const unsigned char* pixels, const ui
         }
       }
     }
-    // The band's zeros make NaN of every value that does not see an infinite or NaN pixel of its patch. No sum of
-    // finite values is NaN, unless infinities meet in it, so that an image without NaN is right.
+    // The band's zeros make NaN of values that do not see an infinite or NaN pixel of their patch. No sum of finite
+    // values is NaN, unless infinities meet in it, so that an image without NaN is right.
     const float sum = lx::warp_sum(g < 7 ? largest : 0.0f);
     if (lx::is_nan(sum)) {
       __syncwarp();
-      convolve1_without_zeros<kKeep>(reinterpret_cast<const T*>(pixels + image * kImageBytes), weight, bias,
-                                     reinterpret_cast<T*>(pooled + image * kImagePixels * kPixelBytes),
+      convolve1_without_zeros<kKeep>(reinterpret_cast<const T*>(pixels + image * L::kImageBytes), weight, bias,
+                                     pooled + image * Pixels::kImage * kVectorBytes,
                                      kept_at<kKeep>(kept, image * Conv1::kPooled),
                                      kept_at<kKeep>(codes, image * Conv1::kPooled));
     }
   }
 }
 
-// conv2 of all images of the pass, whose channels go to `features`, with kKeep in the layout of pooled2 and with their
-// codes.
+// conv2 of all images of the pass, whose channels go to `features`: in the layout of pooled2 with kKeep, then with
+// their codes, and in TF32.
 //
 // warp -> 8 windows at a time. Rows g and g + 8 of a product are window g at dy = 0 and 1.
 template <bool kKeep, typename T>
 __device__ __forceinline__ void lean_conv2(const unsigned char* pooled, const uint32_t* matrix, const uint32_t* corners,
                                            int present, const T* bias, T* features, uint8_t* codes) {
+  using L = Lean<T>;
+  using Pixels = typename L::Pixels;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
-  uint32_t b[kSteps2][4];
-#pragma unroll
-  for (int step = 0; step < kSteps2; ++step) {
+  uint32_t b[L::kSteps2][4];
+  auto load_weights = [&](int step) {
     const Pack<uint32_t, 4> words = lx::load_pack<4>(matrix + (step * 32 + lane) * 4);
 #pragma unroll
     for (int k = 0; k < 4; ++k) b[step][k] = words[k];
+  };
+  if constexpr (L::kResident) {
+#pragma unroll
+    for (int step = 0; step < L::kSteps2; ++step) load_weights(step);
   }
   float biases[4];
 #pragma unroll
   for (int c = 0; c < 4; ++c) biases[c] = lx::widen(bias[c / 2 * 8 + 2 * t + c % 2]);
-  // A lane names a row of one of the operand's four matrices: dy = 0 and 1 of the first tap, then of the second one.
+  // A lane names a row of one of the operand's four matrices: dy = 0 and 1 of the first tap, then of the second one, or
+  // in TF32 of the first channels, then of the others.
   const int dy = lane / 8 % 2, second = lane / 16;
-  const int row_apart = (dy + second == 2 ? kRowPair : (dy + second) * kOddRow) * kPixelBytes;
-  const int columns_apart = (2 * kRowPair + dy * kOddRow + second) * kPixelBytes;
-  const int alone = (2 * kRowPair + dy * kOddRow) * kPixelBytes;
-  uint32_t* const to = reinterpret_cast<uint32_t*>(features) + g * 8 + 2 * t;
+  int rows_apart[2];  // of an even row of taps, of an odd one
+#pragma unroll
+  for (int odd = 0; odd < 2; ++odd) {
+    rows_apart[odd] = L::kPerWord == 2 ? Pixels::at(dy + second, 0) * kVectorBytes
+                                       : Pixels::at(dy + odd, 0) * kVectorBytes + second * L::kPlane;
+  }
+  T* const to = features + g * 16 + 4 * t;
 #pragma unroll 1
-  for (int trip = warp; trip < kImages * Conv2::kWindows / 8; trip += kWarps) {
+  for (int trip = warp; trip < L::kImages * Conv2::kWindows / 8; trip += kWarps) {
     const unsigned char* const corner = pooled + corners[trip * 8 + lane % 8];
     float sums[2][2][4];  // [dx][tile]
     auto load = [](uint32_t (&a)[4], const unsigned char* row) {
@@ -266,27 +327,34 @@ __device__ __forceinline__ void lean_conv2(const unsigned char* pooled, const ui
       }
     };
 #pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
+    for (int row = 0; row < L::kRowSteps; ++row) {
+      const int pair = L::kPerWord == 2 ? row : row / 2, odd = L::kPerWord == 2 ? 0 : row % 2;
 #pragma unroll
       for (int column = 0; column <= kTap; ++column) {
+        if (!L::kResident && column < kTap) load_weights(row * kTap + column);
         uint32_t a[4];
-        load(a, corner + row_apart + (pair * kRowPair + pixel_at(0, column)) * kPixelBytes);
-        if (column < kTap) add(pair * kTap + column, 0, a);
-        if (column > 0) add(pair * kTap + column - 1, 1, a);
+        load(a, corner + rows_apart[odd] + (pair * Pixels::kRowPair + Pixels::at(0, column)) * kVectorBytes);
+        if (column < kTap) add(row * kTap + column, 0, a);
+        if (column > 0) add(row * kTap + column - 1, 1, a);
       }
     }
+    if constexpr (L::kPerWord == 2) {
+      const int columns_apart = (2 * Pixels::kRowPair + dy * Pixels::kOddRow + second) * kVectorBytes;
+      const int alone = (2 * Pixels::kRowPair + dy * Pixels::kOddRow) * kVectorBytes;
 #pragma unroll
-    for (int column = 0; column < 3; ++column) {
-      uint32_t a[4];
-      load(a, corner + columns_apart + pixel_at(0, column) * kPixelBytes);
-      if (column < 2) add(10 + column, 0, a);
-      if (column > 0) add(9 + column, 1, a);
-    }
+      for (int column = 0; column < 3; ++column) {
+        uint32_t a[4];
+        load(a, corner + columns_apart + Pixels::at(0, column) * kVectorBytes);
+        if (column < 2) add(10 + column, 0, a);
+        if (column > 0) add(9 + column, 1, a);
+      }
 #pragma unroll
-    for (int dx = 0; dx < 2; ++dx) {
-      uint32_t a[4];
-      load(a, second == 0 ? corner + alone + pixel_at(0, 4 + dx) * kPixelBytes : pooled + kUnusedPixel * kPixelBytes);
-      add(12, dx, a);
+      for (int dx = 0; dx < 2; ++dx) {
+        uint32_t a[4];
+        load(a, second == 0 ? corner + alone + Pixels::at(0, 4 + dx) * kVectorBytes
+                            : pooled + Pixels::kUnused * kVectorBytes);
+        add(12, dx, a);
+      }
     }
     float v[4];
 #pragma unroll
@@ -295,63 +363,81 @@ __device__ __forceinline__ void lean_conv2(const unsigned char* pooled, const ui
       v[c] = pooled_value(sums[0][tile][k], sums[1][tile][k], sums[0][tile][2 + k], sums[1][tile][2 + k], biases[c]);
     }
     if (trip * 8 + g >= present * Conv2::kWindows) continue;
-    const Pack<uint32_t, 2> words = {{lx::activated_word<T>(v[0], v[1]), lx::activated_word<T>(v[2], v[3])}};
-    if constexpr (kKeep) {
+    const auto words = lx::rounded<T, true>(v);
+    if constexpr (kKeep || L::kPerWord == 1) {
       const int window = trip * 8 + g;
       const int first = window / Conv2::kWindows * Conv2::kPooled + 2 * t * Conv2::kWindows + window % Conv2::kWindows;
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const int tile = c / 2, k = c % 2, at = first + (8 * tile + k) * Conv2::kWindows;
-        features[at] = half_of<T>(words[tile], k);
-        codes[at] =
-            winner_code<true>(sums[0][tile][k], sums[1][tile][k], sums[0][tile][2 + k], sums[1][tile][2 + k], v[c]);
+        features[at] = kept_value<T>(words, v, c);
+        if constexpr (kKeep) {
+          codes[at] =
+              winner_code<true>(sums[0][tile][k], sums[1][tile][k], sums[0][tile][2 + k], sums[1][tile][2 + k], v[c]);
+        }
       }
     } else {
-      *reinterpret_cast<Pack<uint32_t, 2>*>(to + trip * 64) = words;
+      *reinterpret_cast<lx::Operands<T, 4>*>(to + trip * 128) = words;
     }
   }
 }
 
-// block -> 16 images at a time, until the batch is done; while conv2 computes, the next ones' pixels arrive. Shared
-// memory: 111 KB, two blocks a multiprocessor.
+// block -> 16 images at a time, in TF32 8, until the batch is done; while conv2 computes, the next ones' pixels arrive.
+// Shared memory: 111 KB, in TF32 102 KB, two blocks a multiprocessor.
 //
 // features: [image][window][16], of which thread t of a window has the channels 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t, at 4
-// t; with kKeep it is pooled2.
+// t; with kKeep and in TF32 it is pooled2.
 template <typename T, bool kKeep>
 __global__ void __launch_bounds__(kThreads, 2) lenet_lean_convolutions_kernel(LenetForwardOf<T> call, T* features) {
+  using L = Lean<T>;
   LX_SMEM(shared);
-  unsigned char* const pixels = lx::take<unsigned char>(shared, kImages * kImageBytes + kPixelBytes);
-  unsigned char* const pooled = lx::take<unsigned char>(shared, kImages * kImagePixels * kPixelBytes);
-  uint32_t* const matrix1 = lx::take<uint32_t>(shared, kMatrix1Words);
-  uint32_t* const matrix2 = lx::take<uint32_t>(shared, kMatrix2Words);
-  uint32_t* const corners = lx::take<uint32_t>(shared, kImages * Conv2::kWindows);  // in bytes
-  const int batch = static_cast<int>(call.batch);                                   // 2^31 images would be 4 TB
+  unsigned char* const pixels = lx::take<unsigned char>(shared, L::kImages * L::kImageBytes + kVectorBytes);
+  unsigned char* const pooled = lx::take<unsigned char>(shared, L::kPooledBytes);
+  uint32_t* const matrix1 = lx::take<uint32_t>(shared, L::kMatrix1Words);
+  uint32_t* const matrix2 = lx::take<uint32_t>(shared, L::kMatrix2Words);
+  uint32_t* const corners = lx::take<uint32_t>(shared, L::kImages * Conv2::kWindows);  // in bytes
+  const int batch = static_cast<int>(call.batch);                                      // 2^31 images would be 4 TB
 
-  auto fetch = [&](int first) {
-    const int bytes = (batch - first < kImages ? batch - first : kImages) * kImageBytes;
-    const unsigned char* from = reinterpret_cast<const unsigned char*>(call.input + int64_t{first} * Conv1::kImage);
+  // What this thread copies: touch(place) for each 16 bytes of the images from `first` on.
+  auto for_each_vector = [&](int first, auto touch) {
+    const int bytes = (batch - first < L::kImages ? batch - first : L::kImages) * L::kImageBytes;
 #pragma unroll
-    for (int k = 0; k < kImages * kImageBytes / 16 / static_cast<int>(kThreads); ++k) {
-      const int at = (threadIdx.x + k * kThreads) * 16;
-      if (at < bytes) lx::copy_async<16>(pixels + at, from + at);
+    for (int k = 0; k < L::kImages * L::kImageBytes / kVectorBytes / static_cast<int>(kThreads); ++k) {
+      const int at = (threadIdx.x + k * kThreads) * kVectorBytes;
+      if (at < bytes) touch(at);
     }
+  };
+  auto fetch = [&](int first) {
+    const unsigned char* from = reinterpret_cast<const unsigned char*>(call.input + int64_t{first} * Conv1::kImage);
+    for_each_vector(first, [&](int at) { lx::copy_async<kVectorBytes>(pixels + at, from + at); });
     lx::end_copy_group();
   };
-  const int stride = gridDim.x * kImages;
-  int first = blockIdx.x * kImages;
+  const int stride = gridDim.x * L::kImages;
+  int first = blockIdx.x * L::kImages;
   fetch(first);
   prepare_lean_conv1(matrix1, call.parameters[0]);
   prepare_lean_conv2(matrix2, call.parameters[2]);
-  for (int w = threadIdx.x; w < kImages * Conv2::kWindows; w += kThreads) {
-    corners[w] = (w / Conv2::kWindows * kImagePixels + w % Conv2::kWindows / 5 * kRowPair + w % 5) * kPixelBytes;
+  for (int w = threadIdx.x; w < L::kImages * Conv2::kWindows; w += kThreads) {
+    const int image = w / Conv2::kWindows, y = w % Conv2::kWindows / Conv2::kPool, x = w % Conv2::kPool;
+    corners[w] = (image * L::Pixels::kImage + L::Pixels::at(2 * y, 2 * x)) * kVectorBytes;
   }
-  lx::fill_shared(reinterpret_cast<uint32_t*>(pooled), kImages * kImagePixels * kPixelBytes / 4, 0u);
+  lx::fill_shared(reinterpret_cast<uint32_t*>(pooled), L::kPooledBytes / 4, 0u);
   // The last patch of the last image sees what is behind it.
-  if (threadIdx.x < kPixelBytes / 4) reinterpret_cast<uint32_t*>(pixels + kImages * kImageBytes)[threadIdx.x] = 0;
+  if (threadIdx.x < kVectorBytes / 4) {
+    reinterpret_cast<uint32_t*>(pixels + L::kImages * L::kImageBytes)[threadIdx.x] = 0;
+  }
 #pragma unroll 1
   for (; first < batch; first += stride) {
-    const int present = batch - first < kImages ? batch - first : kImages;
+    const int present = batch - first < L::kImages ? batch - first : L::kImages;
     lx::wait_for_copies<0>();
+    if constexpr (L::kPerWord == 1) {
+      for_each_vector(first, [&](int at) {
+        Pack<uint32_t, 4>* const vector = reinterpret_cast<Pack<uint32_t, 4>*>(pixels + at);
+        Pack<uint32_t, 4> words = *vector;
+        for (uint32_t& word : words.values) word = lx::operand_word<T>(word);
+        *vector = words;
+      });
+    }
     __syncthreads();
     lean_conv1<kKeep>(pixels, matrix1, present, call.parameters[0], call.parameters[1], pooled,
                       kept_at<kKeep>(call.pooled1, int64_t{first} * Conv1::kPooled),
@@ -396,9 +482,11 @@ __device__ __forceinline__ void prepare_linear(uint32_t* to, const T* weight, in
   const int words = matrix_words(steps, (outputs + kColumns - 1) / kColumns);
   for (int at = threadIdx.x; at < words; at += kLinearThreads) {
     const int lane = at / 2 % 32, out = at / 64 / steps * kColumns + lane / 4;
-    const int k = at / 64 % steps * 16 + at % 2 * 8 + lane % 4 * 2;
-    auto value = [&](int k) { return out < outputs && k < depth ? weight[out * depth + in_order(k)] : T{0}; };
-    to[at] = lx::word_of(value(k), value(k + 1));
+    const int first = at / 64 % steps * 16 + at % 2 * 8 + lane % 4 * 2;
+    to[at] = lx::operand_word<T>([&](int i) {
+      const int k = first + i;
+      return out < outputs && k < depth ? weight[out * depth + in_order(k)] : T{0};
+    });
   }
 }
 template <typename T>
@@ -484,8 +572,8 @@ __global__ void __launch_bounds__(kLinearThreads, 1)
     // A tile of results is half of a step's operand in the next layer.
     auto activate = [&](uint32_t (&to)[4], int tile, const float (&sums)[4], const float* bias) {
       const Pack<float, 2> offset = lx::load_pack<2>(bias + tile * kColumns + 2 * t);
-      to[tile % 2 * 2] = lx::activated_word<T>(sums[0] + offset[0], sums[1] + offset[1]);
-      to[tile % 2 * 2 + 1] = lx::activated_word<T>(sums[2] + offset[0], sums[3] + offset[1]);
+      to[tile % 2 * 2] = lx::rounded_word<T, true>(sums[0] + offset[0], sums[1] + offset[1]);
+      to[tile % 2 * 2 + 1] = lx::rounded_word<T, true>(sums[2] + offset[0], sums[3] + offset[1]);
     };
     // The tile's values of layer `width` wide, where the backward pass finds them.
     auto keep = [&](T* kept, int width, int tile, const uint32_t (&words)[4]) {
@@ -531,14 +619,20 @@ __global__ void __launch_bounds__(kLinearThreads, 1)
 }
 
 template <typename T, bool kKeep>
+void convolutions(LaunchResult& result, const LenetForwardOf<T>& call, void* features, unsigned most_blocks,
+                  cudaStream_t stream) {
+  lx::launch(result, "lenet_lean_convolutions_kernel", lenet_lean_convolutions_kernel<T, kKeep>,
+             std::min(most_blocks, lx::grid_for(call.batch, Lean<T>::kImages)), kThreads, Lean<T>::shared_bytes(),
+             stream, call, static_cast<T*>(features));
+}
+
+template <typename T, bool kKeep>
 LaunchResult forward(const LenetForwardOf<void>& call, void* features, cudaStream_t stream) {
   LaunchResult result;
   if (call.batch == 0) return result;
   const LenetForwardOf<T> of = typed<T>(call);
   const unsigned most_blocks = blocks_at_once(result, call.batch, 1);  // two for each multiprocessor
-  lx::launch(result, "lenet_lean_convolutions_kernel", lenet_lean_convolutions_kernel<T, kKeep>,
-             std::min(most_blocks, lx::grid_for(call.batch, kImages)), kThreads, kConvolutionsShared, stream, of,
-             static_cast<T*>(features));
+  convolutions<T, kKeep>(result, of, features, most_blocks, stream);
   lx::launch(result, "lenet_lean_linears_kernel", lenet_lean_linears_kernel<T, kKeep>,
              std::min((most_blocks + 1) / 2, lx::grid_for(call.batch, kRows)), kLinearThreads,
              linears_shared(call.classes), stream, of, static_cast<const T*>(features));
@@ -557,13 +651,31 @@ bool has_lenet_lean_forward(DType dtype, int64_t channels, int64_t classes) {
   if (dtype != DType::kFloat16 && dtype != DType::kBFloat16) return false;
   if (channels != Conv1::kIn || classes < 1 || classes > kMostClasses) return false;
   return lx::has_tensor_cores(lenet_lean_linears_kernel<lx::bf16, false>) &&
-         lx::fits_shared_memory(linears_shared(classes)) && lx::fits_shared_memory(kConvolutionsShared);
+         lx::fits_shared_memory(linears_shared(classes)) && lx::fits_shared_memory(Lean<lx::bf16>::shared_bytes());
 }
 
 LaunchResult launch_lenet_lean_forward(DType dtype, const LenetForwardOf<void>& call, void* features,
                                        cudaStream_t stream) {
   return dtype == DType::kFloat16 ? forward<lx::f16>(call, features, stream)
                                   : forward<lx::bf16>(call, features, stream);
+}
+
+bool has_lenet_lean_convolutions(DType dtype, int64_t channels) {
+  return dtype == DType::kFloat32 && channels == Conv1::kIn &&
+         lx::has_tensor_cores(lenet_lean_convolutions_kernel<float, false>) &&
+         lx::fits_shared_memory(Lean<float>::shared_bytes());
+}
+
+LaunchResult launch_lenet_lean_convolutions(const LenetForward& call, cudaStream_t stream) {
+  LaunchResult result;
+  if (call.batch == 0) return result;
+  const unsigned most_blocks = blocks_at_once(result, call.batch, 1);
+  if (call.pooled1 == nullptr) {
+    convolutions<float, false>(result, call, call.pooled2, most_blocks, stream);
+  } else {
+    convolutions<float, true>(result, call, call.pooled2, most_blocks, stream);
+  }
+  return result;
 }
 
 }  // namespace lenet_ext::cuda

@@ -1,45 +1,50 @@
-// The gradients of both convolutions of LeNet in float16 and bfloat16 for large batches, on the tensor cores, in two
-// launches, from the gradient of the second one's pooled output: first slice by slice of the batch, then the sums over
-// the slices. Sums are accumulated in float32, and their order depends on the batch alone. The gradient between the
-// convolutions is rounded to the storage type, as it is where the layers pass it through memory.
+// The gradients of both convolutions of LeNet for large batches on the tensor cores, in float16, bfloat16 and float32
+// by way of TF32, in two launches, from the gradient of the second one's pooled output: first slice by slice of the
+// batch, then the sums over the slices. Sums are accumulated in float32, and their order depends on the batch alone.
+// The gradient between the convolutions is rounded as operands are; to the storage type it is where the layers pass it
+// through memory, too.
 //
-// Counted in the machine code for sm_90 (benchmarks/gpu/machine_code_sm_90.json): an image is 662 products, 1,070
-// clocks of a multiprocessor if it begins 0.62 of them a clock, as others have measured on an H100, and fewer clocks of
-// other instructions; the layers' kernels take 12,600 (measured). No GPU has run these kernels yet.
+// Counted in the machine code for sm_90 (benchmarks/gpu/machine_code_sm_90.json): in 16 bits an image is 662 products,
+// 1,070 clocks of a multiprocessor if it begins 0.62 of them a clock, as others have measured on an H100, and fewer
+// clocks of other instructions; the layers' kernels take 12,600 (measured, in float32 as well). In TF32 it is 1,423
+// products of half the depth, 2,300 clocks so, and 3,250 loads and stores of 128 bytes of shared memory, one a clock,
+// of which nearly a half are the operands of the gradient of conv2's input. No GPU has run these kernels yet.
 #include "lenet_tensor_core_gradients.cuh"
 #include "lenet_weight_sums.cuh"
 
 namespace lenet_ext::cuda {
 namespace {
 
-// block -> one slice of the batch, two images at a time. What the next two need is loaded only when these are done: the
-// other block of the multiprocessor computes meanwhile. Shared memory: 84 KB, two blocks a multiprocessor.
+// block -> one slice of the batch, two images at a time, in TF32 one. What the next ones need is loaded only when these
+// are done: the other block of the multiprocessor computes meanwhile. Shared memory: 84 KB, in TF32 87 KB, two blocks a
+// multiprocessor.
 template <typename T>
 __global__ void __launch_bounds__(kGradientThreads, 2)
     lenet_tensor_core_backward_kernel(LenetConvolutionsBackwardOf<T> call, float* __restrict__ partials1,
                                       float* __restrict__ partials2) {
+  using Pass = GradientPass<T>;
   LX_SMEM(shared);
-  const GradientPass pass(shared);
+  const Pass pass(shared);
   pass.prepare();
-  const PooledGradient<T> pooled_gradient(call.weight2);
-  Conv2WeightSums sums2;
-  Conv1WeightSums sums1;
+  const PooledGradient<T> pooled_gradient(pass, call.weight2);
+  Conv2WeightSums<T> sums2;
+  Conv1WeightSums<T> sums1;
   const int64_t slice_begin = blockIdx.x * call.slice_images;
   const int64_t slice_end = slice_begin + call.slice_images < call.batch ? slice_begin + call.slice_images : call.batch;
 #pragma unroll 1
-  for (int64_t first = slice_begin; first < slice_end; first += kGradientImages) {
-    const int present = slice_end - first < kGradientImages ? 1 : kGradientImages;
+  for (int64_t first = slice_begin; first < slice_end; first += Pass::kImages) {
+    const int present = slice_end - first < Pass::kImages ? 1 : Pass::kImages;
     __syncthreads();  // the last pass is done with the shared memory
     load_pixels(pass, call.input + first * Conv1::kImage, present);
     load_pooled(pass, call.pooled1 + first * Conv1::kPooled, call.indices1 + first * Conv1::kPooled, present);
     load_gradients(pass, call.grad_pooled2 + first * Conv2::kPooled, call.indices2 + first * Conv2::kPooled, present);
     __syncthreads();
-    sums2.template add<T>(pass);
+    sums2.add(pass);
     pooled_gradient.compute(pass);
     __syncthreads();
-    sums1.template add<T>(pass);
+    sums1.add(pass);
   }
-  static_assert(Conv1WeightSums::kBandFloats * 4 <= kGridBytes);
+  static_assert(Conv1WeightSums<T>::kBandFloats * 4 <= Pass::kGridBytes);
   float* const partial1 = partials1 + int64_t{blockIdx.x} * kSums1<Conv1>;
   float* const partial2 = partials2 + int64_t{blockIdx.x} * kSums2;
   sums2.finish([&](int at, float sum) { partial2[at] = sum; });
@@ -92,8 +97,8 @@ LaunchResult backward(const LenetConvolutionsBackwardOf<void>& call, cudaStream_
   ConvolutionGradients<T> gradients;
   for (int i = 0; i < 4; ++i) gradients.of[i] = static_cast<T*>(call.gradients[i]);
   lx::launch(result, "lenet_tensor_core_backward_kernel", lenet_tensor_core_backward_kernel<T>,
-             static_cast<unsigned>(slices), kGradientThreads, GradientPass::shared_bytes(), stream, of, partials.conv1,
-             partials.conv2);
+             static_cast<unsigned>(slices), kGradientThreads, GradientPass<T>::shared_bytes(), stream, of,
+             partials.conv1, partials.conv2);
   const ConvolutionSums conv2{partials.conv2, kSums2, Conv2::kWeights, 2};
   const ConvolutionSums conv1{partials.conv1, kSums1<Conv1>, Conv1::kWeights, 0};
   lx::launch(result, "lenet_convolution_sums_kernel", lenet_convolution_sums_kernel<T>,
@@ -102,17 +107,20 @@ LaunchResult backward(const LenetConvolutionsBackwardOf<void>& call, cudaStream_
   return result;
 }
 
+template <typename T>
+bool supported() {
+  return lx::has_tensor_cores(lenet_tensor_core_backward_kernel<T>) &&
+         lx::fits_shared_memory(GradientPass<T>::shared_bytes());
+}
+
 }  // namespace
 
 bool has_lenet_tensor_core_backward(DType dtype, int64_t channels) {
-  if ((dtype != DType::kFloat16 && dtype != DType::kBFloat16) || channels != Conv1::kIn) return false;
-  return lx::has_tensor_cores(lenet_tensor_core_backward_kernel<lx::bf16>) &&
-         lx::fits_shared_memory(GradientPass::shared_bytes());
+  if (dtype == DType::kFloat64 || channels != Conv1::kIn) return false;
+  LENET_DISPATCH(dtype, supported)
 }
 
-int64_t lenet_tensor_core_backward_slice_images(int64_t batch) {
-  return lx::divide_up(batch, kMostSlices * kGradientImages) * kGradientImages;
-}
+int64_t lenet_tensor_core_backward_slice_images(int64_t batch) { return lx::divide_up(batch, 2 * kMostSlices) * 2; }
 
 int64_t lenet_tensor_core_backward_workspace(int64_t batch, int64_t slice_images) {
   return PartialSums(nullptr, batch == 0 ? 0 : lx::divide_up(batch, slice_images)).bytes;
@@ -120,7 +128,7 @@ int64_t lenet_tensor_core_backward_workspace(int64_t batch, int64_t slice_images
 
 LaunchResult launch_lenet_tensor_core_backward(DType dtype, const LenetConvolutionsBackwardOf<void>& call,
                                                cudaStream_t stream) {
-  return dtype == DType::kFloat16 ? backward<lx::f16>(call, stream) : backward<lx::bf16>(call, stream);
+  LENET_DISPATCH(dtype, backward, call, stream)
 }
 
 }  // namespace lenet_ext::cuda

@@ -1,19 +1,21 @@
-// The gradients of LeNet's convolutions in float16 and bfloat16 on the tensor cores, cut into what a block of four
-// warps does with two images in shared memory.
+// The gradients of LeNet's convolutions on the tensor cores, in float16, bfloat16 and TF32, cut into what a block of
+// four warps does with two images in shared memory, or one in TF32.
 //
 // Dense products, although three quarters of what they multiply by are zeros: for the gradient of conv2's input in
-// 16384 images 7.9 GFLOP, 20 us at the rate of the product of large matrices on an H100, where the kernel on the
-// ordinary units took 480. What makes them lean:
+// 16384 images 7.9 GFLOP, 20 us at the rate of the product of large matrices on an H100 in 16 bits, where the kernel on
+// the ordinary units took 480. What makes them lean:
 //   - The gradient of conv2's output is made dense once, for both of conv2's gradients, as four planes by the parities
 //     of the position, so that a window is one place in each of them: its value in one, zeros in the others.
 //   - The product for conv2's input has patches of 2 x 2 positions as rows. The tiles of their four positions share
-//     every operand, and a tap's weights, which stay in registers, serve all four.
+//     every operand, and a tap's weights serve all four: in 16 bits they stay in registers; in TF32, where they would
+//     take twice as many, each tap's are loaded once a tile.
 //   - A lane that has the gradient of a pooled value writes it at once, with three zeros, to where it is an operand of
 //     conv1's gradient: nothing passes through global memory between the layers.
 //   - A one in an empty slot beside conv1's output makes the bias's gradient a tap's column; a row of ones does for
 //     conv1.
 //   - What is stored with the channels together is loaded transposed where the depth of a product is positions.
-//   - Winners are bits, of which a shift, an and, and a multiplication make the mask of two values.
+//   - Winners are bits, of which in 16 bits a shift, an and, and a multiplication make the mask of two values.
+// What is stored in shared memory is an operand: in TF32 it has been rounded, biases' gradients included.
 #pragma once
 
 #include "lenet_pixels.cuh"
@@ -23,90 +25,111 @@ namespace lenet_ext::cuda {
 
 using lx::Pack;
 
-constexpr int kGradientImages = 2;  // of a pass
 constexpr int kGradientWarps = 4;
 constexpr unsigned kGradientThreads = 32 * kGradientWarps;
-constexpr int kPassWindows = kGradientImages * Conv2::kWindows;  // of conv2
 
-// The images twice, the second time from their fifth column on, so that the patches of conv1, four columns apart, begin
-// at multiples of 16 bytes. Behind the columns of a row there are zeros.
-constexpr int kPixelRow = 96, kPixelCopy = Conv1::kSize * kPixelRow, kPixelImage = 2 * kPixelCopy;  // in bytes
-constexpr int kZeroPixels = 64;                                                                     // where they begin
-
-// The gradient of conv2's output: [plane, by the parities of row and column][half of the channels][window], 16 bytes a
-// window; around the 5 x 5 windows of an image lie two of zeros. Rows are 7 and images 1 modulo 8 windows apart, so
-// that 8 neighbouring patches come from different banks.
-constexpr int kGridRow = 15, kGridImage = 137, kGridHalf = kGradientImages * kGridImage * 16;  // windows; bytes
-constexpr int kGridPlane = 2 * kGridHalf, kGridBytes = 4 * kGridPlane;
-constexpr int kGridRim = 2;
-LX_DEVICE constexpr int grid_plane(int dy, int dx) { return (dy * 2 + dx) * kGridPlane; }
-
-// The gradient of conv1's output: [patch of 2 x 4 positions][2 windows][4 positions][6 channels]; the last patch is
-// none, and zero.
-constexpr int kPatchesOfImage = Conv1::kPool * Conv1::kPool / 2, kPatchBytes = 112, kPatchWindowBytes = 48;
-constexpr int kNoPatch = kGradientImages * kPatchesOfImage, kPatchRows = 6, kPatchPixels = 8, kPatchPlaces = 48;
-static_assert(kPatchWindowBytes == 4 * Conv1::kOut * 2 && kPatchBytes >= 2 * kPatchWindowBytes);
-// The depth of its product with the pixels: the patches in even places of their row (4 of them), then those in odd
-// ones (3, which are in the second copy of the pixels), by 16.
-constexpr int kEvenDepth = kGradientImages * Conv1::kPool * 4, kOddDepth = kGradientImages * Conv1::kPool * 3;
-constexpr int kDepthSteps = kEvenDepth / 16 + (kOddDepth + 15) / 16;
-static_assert(kEvenDepth % 16 == 0);
-
-// The winners of conv1's windows, a bit for each position: [pair of channels][image][window][2].
-constexpr int kWinnerPair = 800;  // bytes; 8 modulo 32 words, so that a warp's lanes read from different banks
-static_assert(kWinnerPair >= kGradientImages * Conv1::kWindows * 2 && kWinnerPair / 4 % 32 == 8);
-
-constexpr int kInputPatches = kGradientImages * Conv2::kSize * Conv2::kSize / 4;  // of 2 x 2 positions in conv2's input
-constexpr int kInputTiles = (kInputPatches + 15) / 16;
+constexpr int kPatchesOfImage = Conv1::kPool * Conv1::kPool / 2;  // of 2 x 4 positions in conv1's output
+constexpr int kPatchRows = 6, kPatchPixels = 8, kPatchPlaces = 8 * Conv1::kOut;
 constexpr int kTapsOfWarp = 7;  // of conv2's weight gradient: 7, 6, 6, 6
 static_assert(kTapsOfWarp + (kGradientWarps - 1) * (kTapsOfWarp - 1) == kTaps);
 
-// In place of pixels that a product of conv2's weight gradient has no window for.
-constexpr int kNoPixels = pixel_at(kTap, kTap) + 1;
-
 // What a pass has in shared memory, and tables of where things lie in it, in bytes.
+template <typename T>
 struct GradientPass {
+  using Pixels = PixelLayout<T>;
+  static constexpr int kPerWord = lx::Operand<T>::kPerWord, kInVector = 4 * kPerWord, kStep = 8 * kPerWord;
+  static constexpr int kImages = kPerWord;  // two blocks share a multiprocessor
+  static constexpr int kWindows = kImages * Conv2::kWindows;
+
+  // The images. In 16 bits twice, the second time from their fifth column on, so that the patches of conv1, four
+  // columns apart, begin at multiples of 16 bytes. Behind the columns of a row there are zeros.
+  static constexpr int kCopies = kPerWord, kRowPixels = 48;
+  static constexpr int kPixelRow = kRowPixels * sizeof(T), kPixelCopy = Conv1::kSize * kPixelRow;
+  static constexpr int kPixelImage = kCopies * kPixelCopy;
+  static constexpr int kZeroPixels = Conv1::kSize * sizeof(T);                  // where they begin
+  static constexpr int kNextPatch = kCopies == 2 ? kPixelCopy : 4 * sizeof(T);  // behind one in an even place
+
+  // conv1's output: [vector of channels][image, pixel as PixelLayout says]; behind the images, zeros in place of pixels
+  // that a product of conv2's weight gradient has no window for.
+  static constexpr int kNoPixels = Pixels::at(kTap, kTap) + 1;
+  static constexpr int kPooledVector = vectors_apart(kImages * Pixels::kImage + kNoPixels) * kVectorBytes;
+  static constexpr int kPooledBytes = 2 / kPerWord * kPooledVector;
+
+  // The gradient of conv2's output: [plane, by the parities of row and column][vector of channels][window], 16 bytes a
+  // window; around the 5 x 5 windows of an image lie two of zeros. Rows are 7 and images 1 modulo 8 windows apart, so
+  // that 8 neighbouring patches come from different banks.
+  static constexpr int kGridRow = 15, kGridImage = 137, kGridRim = 2;  // windows
+  static constexpr int kGridVectors = Conv2::kOut / kInVector;
+  static constexpr int kGridVector = vectors_apart(kImages * kGridImage) * kVectorBytes;
+  static constexpr int kGridPlane = kGridVectors * kGridVector, kGridBytes = 4 * kGridPlane;
+  static LX_DEVICE constexpr int grid_plane(int dy, int dx) { return (dy * 2 + dx) * kGridPlane; }
+
+  // The gradient of conv1's output: [patch of 2 x 4 positions][2 windows][4 positions][6 channels]; the last patch is
+  // none, and zero.
+  static constexpr int kPatchBytes = 56 * sizeof(T), kPatchWindowBytes = 4 * Conv1::kOut * sizeof(T);
+  static constexpr int kNoPatch = kImages * kPatchesOfImage;
+  static_assert(kPatchBytes >= 2 * kPatchWindowBytes);
+  // The depth of its product with the pixels: the patches in even places of their row (4 of them), then those in odd
+  // ones (3), step by step.
+  static constexpr int kEvenDepth = kImages * Conv1::kPool * 4, kOddDepth = kImages * Conv1::kPool * 3;
+  static constexpr int kDepthSteps = kEvenDepth / kStep + (kOddDepth + kStep - 1) / kStep;
+  static_assert(kEvenDepth % kStep == 0);
+
+  // The winners of conv1's windows, a bit for each position: [pair of channels][image][window][2]. Pairs are 8 modulo
+  // 32 words apart, so that a warp's lanes read from different banks.
+  static constexpr int kWinnerPair = (kImages * Conv1::kWindows * 2 + 95) / 128 * 128 + 32;  // bytes
+  static_assert(kWinnerPair >= kImages * Conv1::kWindows * 2 && kWinnerPair / 4 % 32 == 8);
+
+  static constexpr int kInputPatches = kImages * Conv2::kSize * Conv2::kSize / 4;  // of 2 x 2 positions in its input
+  static constexpr int kInputTiles = (kInputPatches + 15) / 16;
+  static constexpr int kStepWindows = kStep / 2;  // of conv2's weight gradient, at dy = 0, then at dy = 1
+  static constexpr int kWindowRows = (kWindows + kStepWindows - 1) / kStepWindows * kStepWindows;
+
+  // conv2's weights as operands, a lane's four words of a tap together, where they do not stay in registers.
+  static constexpr bool kResident = kPerWord == 2;
+  static constexpr int kWeightWords = kResident ? 0 : kTaps * 32 * 4;
+
   unsigned char *pixels, *pooled, *grid, *patches, *winners;
   uint32_t* pooled_places;  // [image, window of conv1]: in `pooled`
   uint32_t* windows;        // [image, window of conv2][2]: in `pooled`, in `grid`; behind the last: zeros in both
   uint32_t* input_patches;  // [image, patch]: its first window of conv1; conv1's patch there in the upper half
-  uint32_t* depths;         // [step][16]: in `patches`; in `pixels` in the upper half
-
-  static constexpr int kWindowRows = (kPassWindows + 7) / 8 * 8;
+  uint32_t* depths;         // [step][kStep]: in `patches`; in `pixels` in the upper half
+  uint32_t* weights;        // [tap][lane][4]
 
   LX_DEVICE explicit GradientPass(unsigned char* shared) {
-    pixels = lx::take<unsigned char>(shared, kGradientImages * kPixelImage);
-    pooled = lx::take<unsigned char>(shared, (kGradientImages * kImagePixels + kNoPixels) * kPixelBytes);
+    pixels = lx::take<unsigned char>(shared, kImages * kPixelImage);
+    pooled = lx::take<unsigned char>(shared, kPooledBytes);
     grid = lx::take<unsigned char>(shared, kGridBytes);
     patches = lx::take<unsigned char>(shared, (kNoPatch + 1) * kPatchBytes);
     winners = lx::take<unsigned char>(shared, Conv1::kOut / 2 * kWinnerPair);
-    pooled_places = lx::take<uint32_t>(shared, kGradientImages * Conv1::kWindows);
+    pooled_places = lx::take<uint32_t>(shared, kImages * Conv1::kWindows);
     windows = lx::take<uint32_t>(shared, kWindowRows * 2);
     input_patches = lx::take<uint32_t>(shared, kInputTiles * 16);
-    depths = lx::take<uint32_t>(shared, kDepthSteps * 16);
+    depths = lx::take<uint32_t>(shared, kDepthSteps * kStep);
+    weights = lx::take<uint32_t>(shared, kWeightWords);
   }
   static constexpr int64_t shared_bytes() {
-    return lx::taken<unsigned char>(kGradientImages * kPixelImage) +
-           lx::taken<unsigned char>((kGradientImages * kImagePixels + kNoPixels) * kPixelBytes) +
+    return lx::taken<unsigned char>(kImages * kPixelImage) + lx::taken<unsigned char>(kPooledBytes) +
            lx::taken<unsigned char>(kGridBytes) + lx::taken<unsigned char>((kNoPatch + 1) * kPatchBytes) +
-           lx::taken<unsigned char>(Conv1::kOut / 2 * kWinnerPair) +
-           lx::taken<uint32_t>(kGradientImages * Conv1::kWindows) + lx::taken<uint32_t>(kWindowRows * 2) +
-           lx::taken<uint32_t>(kInputTiles * 16) + lx::taken<uint32_t>(kDepthSteps * 16);
+           lx::taken<unsigned char>(Conv1::kOut / 2 * kWinnerPair) + lx::taken<uint32_t>(kImages * Conv1::kWindows) +
+           lx::taken<uint32_t>(kWindowRows * 2) + lx::taken<uint32_t>(kInputTiles * 16) +
+           lx::taken<uint32_t>(kDepthSteps * kStep) + lx::taken<uint32_t>(kWeightWords);
   }
 
   // The block writes the tables, and zeros everywhere else.
   LX_DEVICE void prepare() const {
     const int bytes = static_cast<int>(winners + Conv1::kOut / 2 * kWinnerPair - pixels);
     for (int i = threadIdx.x; i < bytes / 4; i += kGradientThreads) reinterpret_cast<uint32_t*>(pixels)[i] = 0;
-    for (int i = threadIdx.x; i < kGradientImages * Conv1::kWindows; i += kGradientThreads) {
+    for (int i = threadIdx.x; i < kImages * Conv1::kWindows; i += kGradientThreads) {
       const int image = i / Conv1::kWindows, y = i % Conv1::kWindows / Conv1::kPool, x = i % Conv1::kPool;
-      pooled_places[i] = (image * kImagePixels + pixel_at(y, x)) * kPixelBytes;
+      pooled_places[i] = (image * Pixels::kImage + Pixels::at(y, x)) * kVectorBytes;
     }
     for (int i = threadIdx.x; i < kWindowRows; i += kGradientThreads) {
       const int image = i / Conv2::kWindows, y = i % Conv2::kWindows / Conv2::kPool, x = i % Conv2::kPool;
-      const bool none = i >= kPassWindows;
-      windows[2 * i] = (none ? kGradientImages * kImagePixels : image * kImagePixels + pixel_at(2 * y, 2 * x)) * 16;
-      windows[2 * i + 1] = none ? 0 : (image * kGridImage + (y + kGridRim) * kGridRow + x + kGridRim) * 16;
+      const bool none = i >= kWindows;
+      const int pixel = none ? kImages * Pixels::kImage : image * Pixels::kImage + Pixels::at(2 * y, 2 * x);
+      windows[2 * i] = pixel * kVectorBytes;
+      windows[2 * i + 1] = none ? 0 : (image * kGridImage + (y + kGridRim) * kGridRow + x + kGridRim) * kVectorBytes;
     }
     for (int i = threadIdx.x; i < kInputTiles * 16; i += kGradientThreads) {
       constexpr int kRow = Conv2::kSize / 2, kOfImage = kRow * kRow;
@@ -115,38 +138,50 @@ struct GradientPass {
       input_patches[i] = (image * Conv1::kWindows + y * 2 * Conv1::kPool + x * 2) |
                          static_cast<uint32_t>(image * kPatchesOfImage + y * 2 * kRow + x) << 16;
     }
-    for (int i = threadIdx.x; i < kDepthSteps * 16; i += kGradientThreads) {
+    for (int i = threadIdx.x; i < kDepthSteps * kStep; i += kGradientThreads) {
       const bool even = i < kEvenDepth;
       const int k = even ? i : i - kEvenDepth, in_row = even ? 4 : 3, of_image = Conv1::kPool * in_row;
       const int image = k / of_image, y = k % of_image / in_row, x = k % in_row;
-      const bool none = image >= kGradientImages;
+      const bool none = image >= kImages;
       const int patch = none ? kNoPatch : image * kPatchesOfImage + y * (Conv1::kPool / 2) + 2 * x + (even ? 0 : 1);
-      const int from = none ? kZeroPixels : image * kPixelImage + (even ? 0 : kPixelCopy) + 2 * y * kPixelRow + x * 16;
+      const int from = none ? kZeroPixels
+                            : image * kPixelImage + (even ? 0 : kNextPatch) + 2 * y * kPixelRow +
+                                  x * static_cast<int>(8 * sizeof(T));
       depths[i] = patch * kPatchBytes | static_cast<uint32_t>(from) << 16;
     }
   }
 };
 
-// Two winner bytes, the `which`-th of a word, as the lower bytes of two halves; and the mask of those that won
-// `position`.
-LX_DEVICE uint32_t spread(uint32_t bytes, int which) {
-  return lx::permute_bytes(bytes, 0, which == 0 ? 0x4140u : 0x4342u);
+// Of two neighbouring values those that won `position`, the others zero. winners: the `which`-th two bytes of a word.
+template <typename T>
+LX_DEVICE lx::Operands<T, 2> won(const lx::Operands<T, 2>& values, uint32_t winners, int which, int position) {
+  if constexpr (lx::Operand<T>::kPerWord == 2) {
+    const uint32_t halves = lx::permute_bytes(winners, 0, which == 0 ? 0x4140u : 0x4342u);
+    return {{values[0] & (halves >> position & 0x00010001u) * 0xffffu}};
+  } else {
+    auto one = [&](int k) { return (winners >> (16 * which + 8 * k + position) & 1u) != 0 ? values[k] : 0u; };
+    return {{one(0), one(1)}};
+  }
 }
-LX_DEVICE uint32_t mask_of(uint32_t winners, int position) { return (winners >> position & 0x00010001u) * 0xffffu; }
 
 // ----------------------------------------------------------------------------------------------------------- loading
 
 // The pixels of the `present` first images; of the others zeros.
 template <typename T>
-__device__ __forceinline__ void load_pixels(const GradientPass& pass, const T* __restrict__ input, int present) {
-  for (int i = threadIdx.x; i < kGradientImages * Conv1::kImage / 8; i += kGradientThreads) {
-    const int image = i / (Conv1::kImage / 8), row = i % (Conv1::kImage / 8) / 4, column = i % 4;
+__device__ __forceinline__ void load_pixels(const GradientPass<T>& pass, const T* __restrict__ input, int present) {
+  using Pass = GradientPass<T>;
+  constexpr int kVectors = Conv1::kImage / Pass::kInVector, kOfRow = Conv1::kSize / Pass::kInVector;
+  for (int i = threadIdx.x; i < Pass::kImages * kVectors; i += kGradientThreads) {
+    const int image = i / kVectors, row = i % kVectors / kOfRow, column = i % kOfRow;
     Pack<uint32_t, 4> v = {};
     if (image < present) v = lx::load_pack<4>(reinterpret_cast<const uint32_t*>(input) + i * 4);
-    unsigned char* const to = pass.pixels + image * kPixelImage + row * kPixelRow + column * 16;
+    for (uint32_t& word : v.values) word = lx::operand_word<T>(word);
+    unsigned char* const to = pass.pixels + image * Pass::kPixelImage + row * Pass::kPixelRow + column * kVectorBytes;
     *reinterpret_cast<Pack<uint32_t, 4>*>(to) = v;
-    if (column > 0) *reinterpret_cast<Pack<uint32_t, 2>*>(to + kPixelCopy - 8) = {{v[0], v[1]}};
-    *reinterpret_cast<Pack<uint32_t, 2>*>(to + kPixelCopy) = {{v[2], v[3]}};
+    if constexpr (Pass::kCopies == 2) {
+      if (column > 0) *reinterpret_cast<Pack<uint32_t, 2>*>(to + Pass::kPixelCopy - 8) = {{v[0], v[1]}};
+      *reinterpret_cast<Pack<uint32_t, 2>*>(to + Pass::kPixelCopy) = {{v[2], v[3]}};
+    }
   }
 }
 
@@ -160,11 +195,12 @@ LX_DEVICE uint32_t winner_bits(uint32_t codes) {
 
 // conv1's pooled output, with a one in slot 3, and its winners. thread -> 4 neighbouring pixels in all channels.
 template <typename T>
-__device__ __forceinline__ void load_pooled(const GradientPass& pass, const T* __restrict__ pooled1,
+__device__ __forceinline__ void load_pooled(const GradientPass<T>& pass, const T* __restrict__ pooled1,
                                             const uint8_t* __restrict__ indices1, int present) {
+  using Pass = GradientPass<T>;
   constexpr int kPacks = Conv1::kWindows / 4;
   const T one = lx::narrow<T>(1.0f);
-  for (int i = threadIdx.x; i < kGradientImages * kPacks; i += kGradientThreads) {
+  for (int i = threadIdx.x; i < Pass::kImages * kPacks; i += kGradientThreads) {
     const int image = i / kPacks, first = i % kPacks * 4;
     Pack<T, 4> values[Conv1::kOut] = {};
     uint32_t winners[Conv1::kOut] = {};
@@ -179,46 +215,61 @@ __device__ __forceinline__ void load_pooled(const GradientPass& pass, const T* _
     const Pack<uint32_t, 4> places = lx::load_pack<4>(pass.pooled_places + i * 4);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      *reinterpret_cast<Pack<uint32_t, 4>*>(pass.pooled + places[k]) = {
-          {lx::word_of(values[0][k], values[1][k]), lx::word_of(values[2][k], one),
-           lx::word_of(values[3][k], values[4][k]), lx::word_of(values[5][k], T{0})}};
+      const T slots[] = {values[0][k], values[1][k], values[2][k], one, values[3][k], values[4][k], values[5][k], T{0}};
+      uint32_t words[8 / Pass::kPerWord];
+#pragma unroll
+      for (int w = 0; w < 8 / Pass::kPerWord; ++w) {
+        words[w] = lx::operand_word<T>([&](int i) { return slots[Pass::kPerWord * w + i]; });
+      }
+#pragma unroll
+      for (int v = 0; v < 2 / Pass::kPerWord; ++v) {
+        *reinterpret_cast<Pack<uint32_t, 4>*>(pass.pooled + v * Pass::kPooledVector + places[k]) = {
+            {words[4 * v], words[4 * v + 1], words[4 * v + 2], words[4 * v + 3]}};
+      }
     }
 #pragma unroll
     for (int pair = 0; pair < Conv1::kOut / 2; ++pair) {
       const uint32_t a = winners[2 * pair], b = winners[2 * pair + 1];
-      *reinterpret_cast<Pack<uint32_t, 2>*>(pass.winners + pair * kWinnerPair + i * 8) = {
+      *reinterpret_cast<Pack<uint32_t, 2>*>(pass.winners + pair * Pass::kWinnerPair + i * 8) = {
           {lx::permute_bytes(a, b, 0x5140u), lx::permute_bytes(a, b, 0x7362u)}};
     }
   }
 }
 
-// The gradient of conv2's output, from that of its pooled output. thread -> a window in 8 channels.
+// The gradient of conv2's output, from that of its pooled output. thread -> a window in the channels of a vector.
 template <typename T>
-__device__ __forceinline__ void load_gradients(const GradientPass& pass, const T* __restrict__ grad_pooled2,
+__device__ __forceinline__ void load_gradients(const GradientPass<T>& pass, const T* __restrict__ grad_pooled2,
                                                const uint8_t* __restrict__ indices2, int present) {
-  for (int i = threadIdx.x; i < 2 * kPassWindows; i += kGradientThreads) {
-    const int half = i / kPassWindows, window = i % kPassWindows;
-    uint32_t values[4] = {}, winners[4] = {};
+  using Pass = GradientPass<T>;
+  constexpr int kPairs = Pass::kInVector / 2;
+  for (int i = threadIdx.x; i < Pass::kGridVectors * Pass::kWindows; i += kGradientThreads) {
+    const int vector = i / Pass::kWindows, window = i % Pass::kWindows;
+    lx::Operands<T, 2> values[kPairs] = {};
+    uint32_t winners[kPairs] = {};
     if (window < present * Conv2::kWindows) {
-      const int from =
-          window / Conv2::kWindows * Conv2::kPooled + 8 * half * Conv2::kWindows + window % Conv2::kWindows;
+      const int from = window / Conv2::kWindows * Conv2::kPooled + Pass::kInVector * vector * Conv2::kWindows +
+                       window % Conv2::kWindows;
       auto bit = [&](int at) {
         const uint32_t code = indices2[at];
         return code == kDead ? 0 : 1u << code;
       };
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
+      for (int k = 0; k < kPairs; ++k) {
         const int low = from + 2 * k * Conv2::kWindows, high = low + Conv2::kWindows;
-        values[k] = lx::word_of(grad_pooled2[low], grad_pooled2[high]);
-        winners[k] = bit(low) | bit(high) << 16;
+        values[k] = lx::operands<T>(grad_pooled2[low], grad_pooled2[high]);
+        winners[k] = bit(low) | bit(high) << 8;
       }
     }
-    unsigned char* const to = pass.grid + half * kGridHalf + pass.windows[2 * window + 1];
+    unsigned char* const to = pass.grid + vector * Pass::kGridVector + pass.windows[2 * window + 1];
 #pragma unroll
     for (int position = 0; position < 4; ++position) {
-      *reinterpret_cast<Pack<uint32_t, 4>*>(to + position * kGridPlane) = {
-          {values[0] & mask_of(winners[0], position), values[1] & mask_of(winners[1], position),
-           values[2] & mask_of(winners[2], position), values[3] & mask_of(winners[3], position)}};
+      Pack<uint32_t, 4> words;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        constexpr int kWords = 4 / kPairs;  // of a pair
+        words.values[w] = won<T>(values[w / kWords], winners[w / kWords], 0, position)[w % kWords];
+      }
+      *reinterpret_cast<Pack<uint32_t, 4>*>(to + position * Pass::kGridPlane) = words;
     }
   }
 }
@@ -226,39 +277,53 @@ __device__ __forceinline__ void load_gradients(const GradientPass& pass, const T
 // ---------------------------------------------------------------------------------------------------------- products
 
 // The sums of conv2's weights and biases over all images of a block: rows are the output channels, columns the slots of
-// the input, one tap at a time, of which this warp has some; the depth is 8 windows at dy = 0, then at dy = 1.
+// the input, one tap at a time, of which this warp has some; the depth is some windows at dy = 0, then at dy = 1.
+template <typename T>
 struct Conv2WeightSums {
+  using Pass = GradientPass<T>;
+  using Rows = lx::Transposed<T>;
+
   float sums[kTapsOfWarp][4] = {};
   int first_tap, taps;
-  int tap_places[kTapsOfWarp];  // from a window's pixel on, of the matrix that this lane names rows of
+  int tap_places[kTapsOfWarp][Rows::kNamed];  // from a window's pixel on, of the matrices that this lane names rows of
 
   LX_DEVICE Conv2WeightSums() {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
     first_tap = warp == 0 ? 0 : 1 + (kTapsOfWarp - 1) * warp;
     taps = warp == 0 ? kTapsOfWarp : kTapsOfWarp - 1;
 #pragma unroll
     for (int k = 0; k < kTapsOfWarp; ++k) {
       const int tap = first_tap + (k < taps ? k : 0);
-      tap_places[k] = pixel_at(tap / kTap + lane / 8 % 2, tap % kTap + lane / 16) * kPixelBytes;
+#pragma unroll
+      for (int i = 0; i < Rows::kNamed; ++i) {
+        const int dy = Rows::matrix(i) % 2, dx = Rows::matrix(i) / 2;
+        tap_places[k][i] = Pass::Pixels::at(tap / kTap + dy, tap % kTap + dx) * kVectorBytes;
+      }
     }
   }
 
-  template <typename T>
-  __device__ __forceinline__ void add(const GradientPass& pass) {
-    const int lane = threadIdx.x % 32;
-    // Of the gradient's matrices, too, half of a lane's number is dy; the other half is that of the channels.
-    const unsigned char* const grid = pass.grid + lane / 16 * grid_plane(1, 0) + lane / 8 % 2 * kGridHalf;
+  __device__ __forceinline__ void add(const Pass& pass) {
+    const unsigned char* const pooled = pass.pooled + Rows::column(Pass::kPooledVector);
+    const unsigned char* const grid = pass.grid + Rows::column(Pass::kGridVector);
 #pragma unroll 1
-    for (int first = 0; first < kPassWindows; first += 8) {
-      const Pack<uint32_t, 2> window = lx::load_pack<2>(pass.windows + 2 * (first + lane % 8));
+    for (int first = 0; first < Pass::kWindows; first += Pass::kStepWindows) {
+      const Pack<uint32_t, 2> window = lx::load_pack<2>(pass.windows + 2 * (first + Rows::row()));
+      const unsigned char* rows[Rows::kNamed];
+#pragma unroll
+      for (int i = 0; i < Rows::kNamed; ++i) {
+        const int half = Rows::matrix(i) % 2, dy = Rows::matrix(i) / 2;  // half of the channels
+        rows[i] = grid + window[1] + Pass::grid_plane(dy, 0) + half * (Pass::kGridVectors / 2 * Pass::kGridVector);
+      }
       uint32_t a[2][4];  // [dx]
 #pragma unroll
-      for (int dx = 0; dx < 2; ++dx) lx::load_transposed(a[dx], grid + grid_plane(0, dx) + window[1]);
+      for (int dx = 0; dx < 2; ++dx) lx::load_transposed<T>(a[dx], rows, Pass::grid_plane(0, dx));
 #pragma unroll
       for (int k = 0; k < kTapsOfWarp; ++k) {
         if (k >= taps) break;  // of the whole warp
-        uint32_t x[4];         // [dx][dy]
-        lx::load_transposed(x, pass.pooled + window[0] + tap_places[k]);
+#pragma unroll
+        for (int i = 0; i < Rows::kNamed; ++i) rows[i] = pooled + window[0] + tap_places[k][i];
+        uint32_t x[4];  // [dx][dy]
+        lx::load_transposed<T>(x, rows, 0);
         lx::multiply_accumulate<T>(sums[k], a[0], x[0], x[1]);
         lx::multiply_accumulate<T>(sums[k], a[1], x[2], x[3]);
       }
@@ -287,48 +352,83 @@ struct Conv2WeightSums {
 
 // The gradient of conv2's input, rounded, and from there to the winners of conv1: a row of the product is a patch of 2
 // x 2 positions, a column an input channel, one tile for each position; the depth is the 16 output channels, tap by
-// tap.
+// tap, in TF32 in two products.
 template <typename T>
 struct PooledGradient {
-  uint32_t weights[kTaps][2];
+  using Pass = GradientPass<T>;
+  static constexpr int kProducts = Conv2::kOut / Pass::kStep;
 
-  LX_DEVICE explicit PooledGradient(const T* __restrict__ weight2) {
+  uint32_t weights[Pass::kResident ? kTaps : 1][kProducts][2] = {};
+
+  // Where weights do not stay in registers, the block writes them to shared memory; the caller puts a barrier behind
+  // it.
+  LX_DEVICE PooledGradient(const Pass& pass, const T* __restrict__ weight2) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    auto word = [&](int tap, int i) {
+      return lx::operand_word<T>([&](int k) {
+        const int out = (4 * i + t) * Pass::kPerWord + k;
+        return g < Conv2::kIn ? weight2[(out * Conv2::kIn + g) * kTaps + tap] : T{0};
+      });
+    };
+    if constexpr (Pass::kResident) {
 #pragma unroll
-    for (int tap = 0; tap < kTaps; ++tap) {
+      for (int tap = 0; tap < kTaps; ++tap) {
 #pragma unroll
-      for (int word = 0; word < 2; ++word) {
-        auto value = [&](int out) { return g < Conv2::kIn ? weight2[(out * Conv2::kIn + g) * kTaps + tap] : T{0}; };
-        weights[tap][word] = lx::word_of(value(8 * word + 2 * t), value(8 * word + 2 * t + 1));
+        for (int i = 0; i < 2 * kProducts; ++i) weights[tap][i / 2][i % 2] = word(tap, i);
+      }
+    } else {
+      for (int tap = threadIdx.x / 32; tap < kTaps; tap += kGradientWarps) {
+        *reinterpret_cast<Pack<uint32_t, 4>*>(pass.weights + (tap * 32 + threadIdx.x % 32) * 4) = {
+            {word(tap, 0), word(tap, 1), word(tap, 2), word(tap, 3)}};
       }
     }
   }
 
-  __device__ __forceinline__ void compute(const GradientPass& pass) const {
+  __device__ __forceinline__ void compute(const Pass& pass) const {
     constexpr int kReach = kTap + 1;  // rows of positions that a patch's two are connected with
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
 #pragma unroll 1
-    for (int tile = warp; tile < kInputTiles; tile += kGradientWarps) {
+    for (int tile = warp; tile < Pass::kInputTiles; tile += kGradientWarps) {
       const int pixel = static_cast<int>(pass.input_patches[tile * 16 + lane % 16] & 0xffffu);
       const int image = pixel / Conv1::kWindows, y = pixel % Conv1::kWindows / (2 * Conv2::kSize),
                 x = pixel % Conv2::kSize / 2;
-      const unsigned char* const from =
-          pass.grid + lane / 16 * kGridHalf + (image * kGridImage + y * kGridRow + x) * 16;
+      const unsigned char* const from = pass.grid + lane / 16 * Pass::kGridVector +
+                                        (image * Pass::kGridImage + y * Pass::kGridRow + x) * kVectorBytes;
       float sums[2][2][4] = {};  // [dy][dx]
+      // Of two rows of taps, the one that positions at dy = 0 and the one that those at dy = 1 have for the same q.
+      [[maybe_unused]] uint32_t of_row[2][kTap][kProducts][2];
 #pragma unroll
       for (int q = 0; q < kReach; ++q) {
+        if constexpr (!Pass::kResident) {
+#pragma unroll
+          for (int j = 0; j < kTap && q < kTap; ++j) {
+            const int tap = (kTap - 1 - q) * kTap + j;
+            const Pack<uint32_t, 4> words = lx::load_pack<4>(pass.weights + (tap * 32 + lane) * 4);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) of_row[q % 2][j][i / 2][i % 2] = words[i];
+          }
+        }
 #pragma unroll
         for (int r = 0; r < kReach; ++r) {
-          uint32_t a[4];
-          lx::load_matrices(
-              a, reinterpret_cast<const uint32_t*>(from + grid_plane(q % 2, r % 2) + (q / 2 * kGridRow + r / 2) * 16));
 #pragma unroll
-          for (int dy = 0; dy < 2; ++dy) {
+          for (int p = 0; p < kProducts; ++p) {
+            uint32_t a[4];
+            lx::load_matrices(
+                a, reinterpret_cast<const uint32_t*>(from + Pass::grid_plane(q % 2, r % 2) + 2 * p * Pass::kGridVector +
+                                                     (q / 2 * Pass::kGridRow + r / 2) * kVectorBytes));
 #pragma unroll
-            for (int dx = 0; dx < 2; ++dx) {
-              const int i = dy + kTap - 1 - q, j = dx + kTap - 1 - r;
-              if (i < 0 || i >= kTap || j < 0 || j >= kTap) continue;
-              lx::multiply_accumulate<T>(sums[dy][dx], a, weights[i * kTap + j][0], weights[i * kTap + j][1]);
+            for (int dy = 0; dy < 2; ++dy) {
+#pragma unroll
+              for (int dx = 0; dx < 2; ++dx) {
+                const int i = dy + kTap - 1 - q, j = dx + kTap - 1 - r;
+                if (i < 0 || i >= kTap || j < 0 || j >= kTap) continue;
+                if constexpr (Pass::kResident) {
+                  lx::multiply_accumulate<T>(sums[dy][dx], a, weights[i * kTap + j][p][0], weights[i * kTap + j][p][1]);
+                } else {
+                  const uint32_t (&b)[2] = of_row[(q - dy) % 2][j][p];
+                  lx::multiply_accumulate<T>(sums[dy][dx], a, b[0], b[1]);
+                }
+              }
             }
           }
         }
@@ -337,21 +437,21 @@ struct PooledGradient {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = tile * 16 + half * 8 + g;
-        if (row >= kInputPatches) break;
+        if (row >= Pass::kInputPatches) break;
         const uint32_t places = pass.input_patches[row];
-        const unsigned char* const winners = pass.winners + t * kWinnerPair + (places & 0xffffu) * 2;
-        unsigned char* const to = pass.patches + (places >> 16) * kPatchBytes + t * 4;
+        const unsigned char* const winners = pass.winners + t * Pass::kWinnerPair + (places & 0xffffu) * 2;
+        unsigned char* const to = pass.patches + (places >> 16) * Pass::kPatchBytes + t * 2 * sizeof(T);
 #pragma unroll
         for (int dy = 0; dy < 2; ++dy) {
           const uint32_t bytes = *reinterpret_cast<const uint32_t*>(winners + dy * Conv1::kPool * 2);
 #pragma unroll
           for (int dx = 0; dx < 2; ++dx) {
-            const uint32_t value = lx::rounded_word<T>(sums[dy][dx][2 * half], sums[dy][dx][2 * half + 1]);
-            const uint32_t won = spread(bytes, dx);
+            const lx::Operands<T, 2> values = lx::rounded<T>({sums[dy][dx][2 * half], sums[dy][dx][2 * half + 1]});
 #pragma unroll
             for (int position = 0; position < 4; ++position) {
-              *reinterpret_cast<uint32_t*>(to + dy * Conv1::kPool / 2 * kPatchBytes + dx * kPatchWindowBytes +
-                                           position * Conv1::kOut * 2) = value & mask_of(won, position);
+              *reinterpret_cast<lx::Operands<T, 2>*>(
+                  to + dy * Conv1::kPool / 2 * Pass::kPatchBytes + dx * Pass::kPatchWindowBytes +
+                  position * Conv1::kOut * sizeof(T)) = won<T>(values, bytes, dx, position);
             }
           }
         }
@@ -363,28 +463,37 @@ struct PooledGradient {
 // The sums of conv1's weights and biases over all images of a block: rows are a patch's 48 gradients, columns its 6 x 8
 // pixels, the depth the patches. What lies on the band of rows and columns that belong together is, added up, the
 // gradient of the weights.
+template <typename T>
 struct Conv1WeightSums {
+  using Pass = GradientPass<T>;
+  using Rows = lx::Transposed<T>;
   static constexpr int kTiles = kPatchPlaces / 16;
   static constexpr int kColumns = kPatchRows * kPatchPixels + 1;  // and ones, for the bias
   static constexpr int kBandFloats = kPatchPlaces * kColumns;
 
   float sums[kTiles][kPatchRows + 1][4] = {};
 
-  template <typename T>
-  __device__ __forceinline__ void add(const GradientPass& pass) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const uint32_t ones = lx::word_of(lx::narrow<T>(1.0f), lx::narrow<T>(1.0f));
+  __device__ __forceinline__ void add(const Pass& pass) {
+    constexpr int kHalf = 8 * sizeof(T);  // of the rows of a tile, in bytes
+    const int warp = threadIdx.x / 32;
+    const uint32_t ones = lx::operand_word<T>([](int) { return lx::narrow<T>(1.0f); });
+    const unsigned char* const patches = pass.patches + Rows::column(kVectorBytes);
+    const unsigned char* const pixels = pass.pixels + Rows::column(kVectorBytes);
 #pragma unroll 1
-    for (int step = warp; step < kDepthSteps; step += kGradientWarps) {
-      const uint32_t for_a = pass.depths[step * 16 + lane % 8 + lane / 16 * 8];
-      const uint32_t for_x = pass.depths[step * 16 + lane % 16];
-      const unsigned char* const gradients = pass.patches + (for_a & 0xffffu) + lane / 8 % 2 * 16;
-      const unsigned char* const pixels = pass.pixels + (for_x >> 16) + lane / 16 * kPixelRow;
+    for (int step = warp; step < Pass::kDepthSteps; step += kGradientWarps) {
+      const uint32_t* const depths = pass.depths + step * Pass::kStep + Rows::row();
+      const unsigned char *of_a[Rows::kNamed], *of_x[Rows::kNamed];
+#pragma unroll
+      for (int i = 0; i < Rows::kNamed; ++i) {
+        const int matrix = Rows::matrix(i);
+        of_a[i] = patches + (depths[matrix / 2 * Rows::kRows] & 0xffffu) + matrix % 2 * kHalf;
+        of_x[i] = pixels + (depths[matrix % 2 * Rows::kRows] >> 16) + matrix / 2 * Pass::kPixelRow;
+      }
       uint32_t a[kTiles][4], x[kPatchRows / 2][4];  // of x, two rows each
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) lx::load_transposed(a[i], gradients + i * 32);
+      for (int i = 0; i < kTiles; ++i) lx::load_transposed<T>(a[i], of_a, i * 2 * kHalf);
 #pragma unroll
-      for (int i = 0; i < kPatchRows / 2; ++i) lx::load_transposed(x[i], pixels + i * 2 * kPixelRow);
+      for (int i = 0; i < kPatchRows / 2; ++i) lx::load_transposed<T>(x[i], of_x, i * 2 * Pass::kPixelRow);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll

@@ -83,20 +83,21 @@ __device__ __forceinline__ void multiply_accumulate(float (&d)[4], const uint32_
 #endif
 }
 
-// d = a x b, in the 16-bit types: a product that adds to a constant zero, where sums would be cleared by moves.
+// d = a x b: a product that adds to a constant zero, where sums would be cleared by moves.
 template <typename T>
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  static_assert(sizeof(T) == 2);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-#define LX_MMA(types)                                                            \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." types                             \
-      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};" \
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                           \
+#define LX_MMA(shape_and_types)                                                                                  \
+  asm("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};" \
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                           \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f))
   if constexpr (std::is_same_v<T, bf16>) {
-    LX_MMA("bf16.bf16");
+    LX_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+  } else if constexpr (std::is_same_v<T, f16>) {
+    LX_MMA("m16n8k16.row.col.f32.f16.f16.f32");
   } else {
-    LX_MMA("f16.f16");
+    static_assert(std::is_same_v<T, float>);
+    LX_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
   }
 #undef LX_MMA
 #else
@@ -105,53 +106,79 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], 
 #endif
 }
 
-// The larger one; NaN if one is.
-LX_DEVICE float max_or_nan(float a, float b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  float larger;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
-  return larger;
-#else
-  return a > b || is_nan(a) ? a : b;
-#endif
+// A word of an operand, of value(0) and, in the 16-bit types, value(1) in its upper half.
+template <typename T, typename Value>
+LX_DEVICE uint32_t operand_word(Value value) {
+  if constexpr (Operand<T>::kPerWord == 1) {
+    return bits_of(to_tf32(value(0)));
+  } else {
+    const T low = value(0), high = value(1);
+    return low.bits | static_cast<uint32_t>(high.bits) << 16;
+  }
 }
 
-// Two values of a 16-bit type as a word of an operand, the first one in its lower half.
+// The same of a word of stored values.
 template <typename T>
-LX_DEVICE uint32_t word_of(T low, T high) {
-  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+LX_DEVICE uint32_t operand_word(uint32_t stored) {
+  if constexpr (Operand<T>::kPerWord == 1) {
+    return bits_of(to_tf32(float_of(stored)));
+  } else {
+    return stored;
+  }
 }
 
-// The same of two sums, rounded.
+// N values that lie next to each other, as words of an operand.
+template <typename T, int N>
+using Operands = Pack<uint32_t, N / Operand<T>::kPerWord>;
+
+// The same of two stored values.
 template <typename T>
+LX_DEVICE Operands<T, 2> operands(T first, T second) {
+  if constexpr (Operand<T>::kPerWord == 1) {
+    return {{bits_of(to_tf32(first)), bits_of(to_tf32(second))}};
+  } else {
+    return {{first.bits | static_cast<uint32_t>(second.bits) << 16}};
+  }
+}
+
+// A word of two sums in a 16-bit type, rounded; with kRelu, ReLU, which lets NaN pass, is the same instruction.
+template <typename T, bool kRelu>
 LX_DEVICE uint32_t rounded_word(float low, float high) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint32_t word;
-  if constexpr (std::is_same_v<T, bf16>) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+#define LX_CONVERT(to) asm("cvt.rn" to ".f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low))
+  if constexpr (std::is_same_v<T, bf16> && kRelu) {
+    LX_CONVERT(".relu.bf16x2");
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    LX_CONVERT(".bf16x2");
+  } else if constexpr (kRelu) {
+    LX_CONVERT(".relu.f16x2");
   } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    LX_CONVERT(".f16x2");
   }
+#undef LX_CONVERT
   return word;
 #else
-  return word_of(narrow<T>(low), narrow<T>(high));
+  return operand_word<T>([&](int k) {
+    const float sum = k == 0 ? low : high;
+    return narrow<T>(kRelu ? max_or_nan(sum, 0.0f) : sum);
+  });
 #endif
 }
 
-// And with ReLU, which lets NaN pass, in the same instruction.
-template <typename T>
-LX_DEVICE uint32_t activated_word(float low, float high) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  uint32_t word;
-  if constexpr (std::is_same_v<T, bf16>) {
-    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+// N sums that lie next to each other as words of an operand, rounded; with kRelu, after ReLU.
+template <typename T, bool kRelu = false, int N>
+LX_DEVICE Operands<T, N> rounded(const float (&sums)[N]) {
+  Operands<T, N> words;
+#pragma unroll
+  for (int i = 0; i < N / Operand<T>::kPerWord; ++i) {
+    if constexpr (Operand<T>::kPerWord == 1) {
+      words.values[i] = bits_of(to_tf32(kRelu ? max_or_nan(sums[i], 0.0f) : sums[i]));
+    } else {
+      words.values[i] = rounded_word<T, kRelu>(sums[2 * i], sums[2 * i + 1]);
+    }
   }
-  return word;
-#else
-  return word_of(narrow<T>(low <= 0 ? 0 : low), narrow<T>(high <= 0 ? 0 : high));
-#endif
+  return words;
 }
 
 // Four matrices of 8 rows of 4 words from shared memory: lane l says where row l % 8 of matrix l / 8 begins, a multiple
@@ -175,29 +202,52 @@ __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const uint32
 #endif
 }
 
-// The same of matrices of 8 rows of 8 values of 16 bits, transposed: lane l gets the values in column l / 4 of the rows
-// 2 (l % 4) and 2 (l % 4) + 1 of each.
-__device__ __forceinline__ void load_transposed(uint32_t (&words)[4], const unsigned char* row) {
-#ifdef LX_HOST_SHIM
-  const lx_shim::Lanes<const unsigned char*> rows = lx_shim::exchange_all(row, __FILE__, __LINE__);
-  const int column = threadIdx.x % 32 / 4, first = threadIdx.x % 4 * 2;
-  for (int i = 0; i < 4; ++i) {
-    uint16_t halves[2];
-    for (int k = 0; k < 2; ++k) {
-      const unsigned char* from = rows[8 * i + first + k];
-      lx_shim::require(reinterpret_cast<uintptr_t>(from) % 16 == 0, "a matrix row in shared memory is misaligned");
-      memcpy(&halves[k], from + 2 * column, 2);
-    }
-    words[i] = halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+// Operands whose depth is rows of shared memory: four matrices of 8 columns, as many rows of them as half a product is
+// deep, 8 in the 16-bit types and 4 in TF32. A lane says where kNamed rows begin: of the i-th, which matrix's it is,
+// and which row of it. In 16 bits one load distributes them; in TF32 a lane names the rows that it reads itself, from
+// its own column on, where columns 4 to 7 may lie in a vector of their own, `vectors_apart` bytes behind the others.
+template <typename T>
+struct Transposed {
+  static constexpr bool kDistributed = sizeof(T) == 2;
+  static constexpr int kRows = 4 * Operand<T>::kPerWord, kNamed = kDistributed ? 1 : 4;
+
+  static LX_DEVICE int matrix(int i) { return kDistributed ? threadIdx.x % 32 / 8 : i; }
+  static LX_DEVICE int row() { return threadIdx.x % kRows; }
+  static LX_DEVICE int column(int vectors_apart) {
+    return kDistributed ? 0 : threadIdx.x % 32 / 16 * vectors_apart + threadIdx.x / 4 % 4 * 4;
   }
+};
+
+// Loads them from `offset` bytes behind the rows, which begin at multiples of 16 bytes: lane l gets the values in
+// column l / 4 of the rows 2 (l % 4) and 2 (l % 4) + 1 of each, in TF32 of row l % 4.
+template <typename T>
+__device__ __forceinline__ void load_transposed(uint32_t (&words)[4],
+                                                const unsigned char* const (&rows)[Transposed<T>::kNamed], int offset) {
+  if constexpr (!Transposed<T>::kDistributed) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = *reinterpret_cast<const uint32_t*>(rows[i] + offset);
+  } else {
+#ifdef LX_HOST_SHIM
+    const lx_shim::Lanes<const unsigned char*> all = lx_shim::exchange_all(rows[0] + offset, __FILE__, __LINE__);
+    const int column = threadIdx.x % 32 / 4, first = threadIdx.x % 4 * 2;
+    for (int i = 0; i < 4; ++i) {
+      uint16_t halves[2];
+      for (int k = 0; k < 2; ++k) {
+        const unsigned char* from = all[8 * i + first + k];
+        lx_shim::require(reinterpret_cast<uintptr_t>(from) % 16 == 0, "a matrix row in shared memory is misaligned");
+        memcpy(&halves[k], from + 2 * column, 2);
+      }
+      words[i] = halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+    }
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
-               : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(rows[0] + offset)))
+                 : "memory");
 #elif defined(__CUDA_ARCH__)
-  __trap();
+    __trap();
 #endif
+  }
 }
 
 // Whether the current device runs a version of this kernel that was compiled for compute capability 8.0 or above.

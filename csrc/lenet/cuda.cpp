@@ -1,8 +1,9 @@
 // The whole network on CUDA. Compiled only where nvcc is found. For up to 128 classes there are kernels for the forward
 // pass as a whole, in float32 for one channel and for three and, where the GPU has tensor cores for them, in float16
 // and bfloat16 for one; the backward pass of all but large batches is two launches in each of them, for one channel and
-// for three, and that of large batches has the gradients of both convolutions in two launches in float16 and bfloat16.
-// Otherwise the layers go one after the other, without the cost of five operators and five Functions.
+// for three. Of large batches of one channel, both convolutions have a kernel, and their gradients two launches, in
+// float16, bfloat16 and TF32. Otherwise the layers go one after the other, without the cost of five operators and five
+// Functions.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -53,11 +54,12 @@ cuda::LenetForwardOf<T> forward_of(const Tensor& images, const std::vector<Tenso
 
 // What computes the forward pass.
 enum class ForwardPath {
-  kLayers,       // one after the other
-  kClusters,     // the whole network in one launch in float32 arithmetic, each image by several blocks
-  kStrict,       // by one block
-  kTensorCores,  // on the tensor cores
-  kLean,         // on the tensor cores in two launches, for many images
+  kLayers,            // one after the other
+  kClusters,          // the whole network in one launch in float32 arithmetic, each image by several blocks
+  kStrict,            // by one block
+  kTensorCores,       // on the tensor cores
+  kLean,              // on the tensor cores in two launches, for many images
+  kLeanConvolutions,  // both convolutions so in TF32, in one launch, the linear layers one after the other
 };
 
 struct ForwardProblem {
@@ -96,6 +98,9 @@ constexpr int64_t kFewestImagesOfTf32Convolutions = 2048;
 // What a backward pass needs costs stores and as many instructions again, which may hide behind the products or not:
 // 250 us at 65536 at the worst, and twice as many images to begin with.
 constexpr int64_t kFewestImagesOfLean = 1024, kFewestImagesOfLeanTraining = 2048;
+// In TF32 the same kernel computes the convolutions where else they would be layers, from kFewestImagesOfTf32Layers on
+// with more classes, too. Predicted, not measured: 1,000 clocks of a multiprocessor an image, 1,300 if loads are waited
+// for, which is 280 to 370 us for 65536 images, where the layers took 820.
 
 ForwardPath forward_path(const ForwardProblem& p) {
   const bool float32 = p.dtype == cuda::DType::kFloat32;
@@ -119,6 +124,10 @@ ForwardPath forward_path(const ForwardProblem& p) {
                                                                                    : kFewestImagesOfLayers;
   if (cuda::has_lenet_forward(p.dtype, p.channels, p.classes) && takes_direct(p.batch < fewest_images_of_layers)) {
     return ForwardPath::kStrict;
+  }
+  if (p.tf32_convolutions && cuda::has_lenet_lean_convolutions(p.dtype, p.channels) &&
+      takes_direct(p.batch >= kFewestImagesOfTf32Layers)) {
+    return ForwardPath::kLeanConvolutions;
   }
   return ForwardPath::kLayers;
 }
@@ -146,17 +155,25 @@ LenetLayers lenet_forward(const char* op, const Tensor& input, TensorList parame
       {dtype, batch, input.size(1), classes, training, allows_tf32_convolutions(), allows_tf32_products()});
   if (path == ForwardPath::kLayers) return lenet_by_layers(kLayers, op, input.contiguous(), parameters, training);
 
-  const Tensor images = path == ForwardPath::kLean ? contiguous_and_aligned(input) : input.contiguous();
+  const bool convolutions = path == ForwardPath::kLeanConvolutions;
+  const bool aligned = path == ForwardPath::kLean || convolutions;
+  const Tensor images = aligned ? contiguous_and_aligned(input) : input.contiguous();
   std::vector<Tensor> p;
   for (const Tensor& parameter : parameters) p.push_back(contiguous_and_aligned(parameter));
   const auto options = input.options(), codes = options.dtype(at::kByte);
   LenetLayers a;
-  a.output = at::empty({batch, classes}, options);
   if (training) {
     a.pooled1 = at::empty({batch, 6, 14, 14}, options), a.indices1 = at::empty({batch, 6, 14, 14}, codes);
-    a.pooled2 = at::empty({batch, 16, 5, 5}, options), a.indices2 = at::empty({batch, 16, 5, 5}, codes);
-    a.hidden1 = at::empty({batch, 120}, options), a.hidden2 = at::empty({batch, 84}, options);
+    a.indices2 = at::empty({batch, 16, 5, 5}, codes);
   }
+  if (training || convolutions) a.pooled2 = at::empty({batch, 16, 5, 5}, options);
+  if (convolutions) {
+    check_launch(op, cuda::launch_lenet_lean_convolutions(forward_of<float>(images, p, a), scope.stream), input);
+    lenet_linear_by_layers(kLayers, op, p, a);
+    return a;
+  }
+  a.output = at::empty({batch, classes}, options);
+  if (training) a.hidden1 = at::empty({batch, 120}, options), a.hidden2 = at::empty({batch, 84}, options);
   check_launch(op, launch_forward(path, dtype, images, p, a, scope.stream), input);
   return a;
 }
@@ -174,18 +191,27 @@ enum class BackwardPath {
   kTensorCores,  // the linear layers one after the other, both convolutions in two launches on the tensor cores
 };
 
-// The cost rule for large batches in 16 bits, predicted and not yet measured: by their counts of instructions the
-// convolutions take some 1,100 clocks of a multiprocessor an image, 2,000 if every load is waited for, where the
-// layers' kernels took 12,600 on an H100. For 4096 images that is 35 us in place of 230, for which no other bound is
+struct BackwardProblem {
+  cuda::DType dtype;
+  int64_t batch, channels, classes;
+  bool input_gradient;
+  bool tf32_convolutions, tf32_products;  // as in ForwardProblem
+};
+
+// The cost rule for large batches on the tensor cores, predicted and not yet measured: by their counts of instructions
+// the convolutions take some 1,100 clocks of a multiprocessor an image in 16 bits, 2,000 if every load is waited for,
+// and in TF32, which is taken where both kinds of layers may be rounded to it, 3,250 and 5,000, where the layers'
+// kernels took 12,600 on an H100. For 4096 images that is 35 us, or 90, in place of 230, for which no other bound is
 // needed than that of the two launches: below it, what is saved is in doubt, and they stay until somebody measures.
 // Training has no use for the gradient of the images; who wants it has the other ways.
-BackwardPath backward_path(cuda::DType dtype, int64_t batch, int64_t channels, int64_t classes, bool input_gradient) {
-  if (batch == 0) return BackwardPath::kLayers;
-  if (!input_gradient && cuda::has_lenet_tensor_core_backward(dtype, channels) &&
-      takes_direct(batch > kMostImagesOfTwoLaunches)) {
+BackwardPath backward_path(const BackwardProblem& p) {
+  if (p.batch == 0) return BackwardPath::kLayers;
+  const bool permitted = p.dtype != cuda::DType::kFloat32 || (p.tf32_convolutions && p.tf32_products);
+  if (permitted && !p.input_gradient && cuda::has_lenet_tensor_core_backward(p.dtype, p.channels) &&
+      takes_direct(p.batch > kMostImagesOfTwoLaunches)) {
     return BackwardPath::kTensorCores;
   }
-  if (cuda::has_lenet_backward(dtype, channels, classes) && takes_direct(batch <= kMostImagesOfTwoLaunches)) {
+  if (cuda::has_lenet_backward(p.dtype, p.channels, p.classes) && takes_direct(p.batch <= kMostImagesOfTwoLaunches)) {
     return BackwardPath::kTwoLaunches;
   }
   return BackwardPath::kLayers;
@@ -224,7 +250,8 @@ LenetGradients lenet_backward(const char* op, const Tensor& grad_output, const T
   LenetLayers a = layers;
   a.pooled2 = contiguous_and_aligned(a.pooled2);
   a.hidden1 = contiguous_and_aligned(a.hidden1), a.hidden2 = contiguous_and_aligned(a.hidden2);
-  const BackwardPath path = backward_path(cuda_dtype(op, input), batch, input.size(1), classes, input_gradient);
+  const BackwardPath path = backward_path({cuda_dtype(op, input), batch, input.size(1), classes, input_gradient,
+                                           allows_tf32_convolutions(), allows_tf32_products()});
   if (path == BackwardPath::kTensorCores) {
     return backward_on_tensor_cores(scope, op, grad_output, input, parameters, a);
   }

@@ -10,10 +10,14 @@ LenetLayers lenet_by_layers(const LayerOperators& device, const char* op, const 
   const ConvPoolOptions o = lenet_convolution();
   a.pooled1 = device.conv(op, input, p[0], p[1], o, false, training ? &a.indices1 : nullptr);
   a.pooled2 = device.conv(op, a.pooled1, p[2], p[3], o, false, training ? &a.indices2 : nullptr);
-  a.hidden1 = device.linear(op, a.pooled2.view({input.size(0), kLenetFeatures}), p[4], p[5], true);
+  lenet_linear_by_layers(device, op, p, a);
+  return a;
+}
+
+void lenet_linear_by_layers(const LayerOperators& device, const char* op, at::TensorList p, LenetLayers& a) {
+  a.hidden1 = device.linear(op, a.pooled2.view({a.pooled2.size(0), kLenetFeatures}), p[4], p[5], true);
   a.hidden2 = device.linear(op, a.hidden1, p[6], p[7], true);
   a.output = device.linear(op, a.hidden2, p[8], p[9], false);
-  return a;
 }
 
 LinearGradients lenet_linear_backward_by_layers(const LayerOperators& device, const char* op, const Tensor& grad_output,

@@ -25,6 +25,10 @@ struct LenetLayers {
 LenetLayers lenet_by_layers(const LayerOperators& device, const char* op, const at::Tensor& input,
                             at::TensorList parameters, bool training);
 
+// The three linear layers alone, from `pooled2`.
+void lenet_linear_by_layers(const LayerOperators& device, const char* op, at::TensorList parameters,
+                            LenetLayers& layers);
+
 // What lenet_backward returns. `input` is undefined where it is not wanted.
 struct LenetGradients {
   at::Tensor input;

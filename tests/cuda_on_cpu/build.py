@@ -117,7 +117,9 @@ def operators() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(product))
     loaded.cuda_on_cpu_launches.restype = ctypes.c_int64
     loaded.cuda_on_cpu_lenet_forward_path.argtypes = [ctypes.c_bool] * 4 + [ctypes.c_int64]
-    loaded.cuda_on_cpu_lenet_backward_path.argtypes = [ctypes.c_bool] * 2 + [ctypes.c_int64]
+    loaded.cuda_on_cpu_lenet_backward_path.argtypes = [ctypes.c_bool] * 4 + [ctypes.c_int64]
+    pointer = ctypes.c_void_p
+    loaded.cuda_on_cpu_lean_convolutions.argtypes = [ctypes.c_int64, pointer, ctypes.POINTER(pointer), *[pointer] * 4]
     loaded.cuda_on_cpu_set_shared_memory.argtypes = [ctypes.c_int64]
     loaded.schemas = library  # keeps the definitions alive
     return loaded

@@ -35,6 +35,7 @@ int main(int argc, char** argv) {
     test_convolution("conv2" + suffix, DType::kFloat32, plain(batch, 6, 14, 16, 5));
     test_lenet(DType::kFloat32, false, {batch, 10, true});
   }
+  test_lenet(DType::kFloat32, false, {257, 10, false});  // which looks for no winners
   const LenetForwardOf<void> none{};
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
     if (lenet_cluster_blocks(dtype, 1, 1, 1) == 0) break;  // on this GPU
@@ -59,9 +60,12 @@ int main(int argc, char** argv) {
     test_lenet(dtype, true, {17, 1, true});
     test_lenet(dtype, true, {33, 10, false, true});
   }
-  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
-    if (!has_lenet_lean_forward(dtype, 1, 128)) break;  // for want of shared memory on this GPU
-    expect(launch_lenet_lean_forward(dtype, none, nullptr, {}).error == cudaSuccess, "no image");
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    // For want of shared memory on this GPU.
+    if (!has_lenet_lean_forward(dtype, 1, 128) && !has_lenet_lean_convolutions(dtype, 1)) continue;
+    const LaunchResult nothing = dtype == DType::kFloat32 ? launch_lenet_lean_convolutions({}, {})
+                                                          : launch_lenet_lean_forward(dtype, none, nullptr, {});
+    expect(nothing.error == cudaSuccess, "no image");
     test_lenet(dtype, true, {1, 10, false, false, false, 0, true});
     test_lenet(dtype, true, {3, 128, false, true, false, 0, true});
     test_lenet(dtype, true, {35, 7, false, false, true, 0, true});
@@ -78,13 +82,13 @@ int main(int argc, char** argv) {
     test_lenet_backward(dtype, 17, 128, 9, true);  // passes of 4, 4 and 1 images
     test_lenet_backward(dtype, 3, 127, 3, true);   // a pass that is not full
   }
-  for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
-    if (!has_lenet_tensor_core_backward(dtype, 1)) break;  // on this GPU
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    if (!has_lenet_tensor_core_backward(dtype, 1)) continue;  // on this GPU
     expect(launch_lenet_tensor_core_backward(dtype, {}, {}).error == cudaSuccess, "no image");
     test_lenet_tensor_core_backward(dtype, 1, 2);
     test_lenet_tensor_core_backward(dtype, 4, 2);
-    test_lenet_tensor_core_backward(dtype, 9, 4);  // two passes; a slice of one image
-    test_lenet_tensor_core_backward(dtype, 7, 8);  // four passes, the last with one image
+    test_lenet_tensor_core_backward(dtype, 9, 4);  // several passes; a slice of one image
+    test_lenet_tensor_core_backward(dtype, 7, 8);  // in 16 bits, four passes, the last with one image
   }
   test_lenet_step({1, 1, 10, 1, Loss::kCrossEntropy, Optimizer::kSgd, false});
   test_lenet_step({5, 1, 128, 2, Loss::kCrossEntropy, Optimizer::kSgd, true});

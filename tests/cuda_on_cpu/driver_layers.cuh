@@ -147,6 +147,17 @@ void test_convolution(const std::string& name, DType dtype, const ConvPoolShape&
       },
       [&] { check_pooled(name + " forward", dtype, c, values, output.get(), indices.get(), scale); });
   const std::vector<uint8_t> codes = indices.get();
+  if (s.batch > 256) {  // where inference has a kernel of its own
+    const std::vector<double> expected = output.get();
+    run(
+        name + " inference",
+        [&] {
+          output.reset();
+          return launch_conv_pool_forward(
+              dtype, {s, input.data(), in_strides, weight.data(), bias_data, output.data(), nullptr, out_strides}, {});
+        },
+        [&] { expect(output.get() == expected, name + " inference"); });
+  }
 
   {  // the vendor's convolution followed by our pass
     Buffer map(dtype, c.maps()), pooled(dtype, c.outputs());

@@ -37,7 +37,7 @@ extern "C" void cuda_on_cpu_set_shared_memory(int64_t bytes) {
   lx_shim::state().shared_limit.clear();
 }
 // What lenet/cuda.cpp chooses for the forward pass of one channel and ten classes: 0 layers, 1 clusters, 2 strict,
-// 3 tensor cores, 4 lean.
+// 3 tensor cores, 4 lean, 5 lean convolutions.
 extern "C" int cuda_on_cpu_lenet_forward_path(bool bfloat16, bool tf32_convolutions, bool tf32_products, bool training,
                                               int64_t batch) {
   using namespace lenet_ext;
@@ -45,9 +45,21 @@ extern "C" int cuda_on_cpu_lenet_forward_path(bool bfloat16, bool tf32_convoluti
   return static_cast<int>(forward_path({dtype, batch, 1, 10, training, tf32_convolutions, tf32_products}));
 }
 // And for the backward pass: 0 layers, 1 two launches, 2 the convolutions on tensor cores.
-extern "C" int cuda_on_cpu_lenet_backward_path(bool bfloat16, bool input_gradient, int64_t batch) {
+extern "C" int cuda_on_cpu_lenet_backward_path(bool bfloat16, bool tf32_convolutions, bool tf32_products,
+                                               bool input_gradient, int64_t batch) {
   using namespace lenet_ext;
   const auto dtype = bfloat16 ? cuda::DType::kBFloat16 : cuda::DType::kFloat32;
-  return static_cast<int>(backward_path(dtype, batch, 1, 10, input_gradient));
+  return static_cast<int>(backward_path({dtype, batch, 1, 10, input_gradient, tf32_convolutions, tf32_products}));
+}
+// Both convolutions in TF32, which the cost rule has for more images than a test has time for. parameters: weight and
+// bias of conv1 and conv2. pooled1 and indices may be null. The error.
+extern "C" int cuda_on_cpu_lean_convolutions(int64_t batch, const float* input, const float* const* parameters,
+                                             float* pooled1, uint8_t* indices1, float* pooled2, uint8_t* indices2) {
+  using namespace lenet_ext;
+  cuda::LenetForward call{};
+  call.batch = batch, call.in_channels = 1, call.classes = 10, call.input = input;
+  for (int i = 0; i < 4; ++i) call.parameters[i] = parameters[i];
+  call.pooled1 = pooled1, call.indices1 = indices1, call.pooled2 = pooled2, call.indices2 = indices2;
+  return static_cast<int>(cuda::launch_lenet_lean_convolutions(call, {}).error);
 }
 extern "C" int64_t cuda_on_cpu_launches() { return lx_shim::state().launches; }

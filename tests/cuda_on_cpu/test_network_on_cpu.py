@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
 from pathlib import Path
@@ -279,7 +280,7 @@ def test_a_layer_is_as_in_the_whole_network(ops, control, precision):
                     torch.testing.assert_close(one, other[begin:end], rtol=0, atol=0, equal_nan=True)
 
 
-LAYERS, CLUSTERS, STRICT, TENSOR_CORES, LEAN = range(5)
+LAYERS, CLUSTERS, STRICT, TENSOR_CORES, LEAN, LEAN_CONVOLUTIONS = range(6)
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
@@ -309,6 +310,9 @@ def test_the_forward_pass_takes_what_was_fastest(control, ops, precision):
             if path == LEAN:  # not measured
                 assert precision == "bfloat16"
                 assert batch >= (2048 if training else 1024)
+            elif path == LEAN_CONVOLUTIONS:  # nor these, in the place of the layers
+                assert precision == "tf32"
+                assert times[LAYERS] <= 1.1 * min(times.values())
             else:
                 assert times[path] <= 1.1 * min(times.values()), f"{path} for {batch} images"
 
@@ -325,15 +329,27 @@ def test_each_way_through_the_network_can_be_forced(control, ops):
         assert paths(VENDOR) == [LAYERS] * 4
 
 
-def test_convolutions_in_tf32_alone_are_layers_from_some_batch_on(control, ops):
-    """As torch allows it by default: each layer keeps to the flag of its own kind."""
+def test_convolutions_in_tf32_are_one_launch_from_some_batch_on(control, ops):
+    """Alone, as torch allows it by default, from a larger one: each layer keeps to the flag of its own kind."""
 
-    def path(batch, convolutions, products=False):
-        return control.cuda_on_cpu_lenet_forward_path(False, convolutions, products, False, batch)
+    def paths(convolutions, products=False, training=False):
+        batches = (64, 511, 512, 1024, 2048, 8191, 8192)
+        return [
+            control.cuda_on_cpu_lenet_forward_path(False, convolutions, products, training, batch) for batch in batches
+        ]
 
-    assert [path(batch, True) for batch in (64, 1024, 2048, 4096, 65536)] == [CLUSTERS, STRICT, *[LAYERS] * 3]
-    assert [path(batch, False) for batch in (64, 1024, 2048, 4096, 65536)] == [CLUSTERS, *[STRICT] * 3, LAYERS]
-    assert [path(batch, False, True) for batch in (2048, 4096)] == [STRICT] * 2
+    for training in (False, True):
+        assert paths(True, True, training) == [CLUSTERS, STRICT, *[LEAN_CONVOLUTIONS] * 5]
+        assert paths(True, False, training) == [CLUSTERS, *[STRICT] * 3, *[LEAN_CONVOLUTIONS] * 3]
+        assert paths(False, True, training) == [CLUSTERS, *[STRICT] * 5, LAYERS]
+        assert paths(False, False, training) == [CLUSTERS, *[STRICT] * 5, LAYERS]
+    control.cuda_on_cpu_configure(VENDOR, 0, 0)
+    assert paths(True, True) == [LAYERS] * 7
+    control.cuda_on_cpu_configure(-1, 0, 0)
+    with without_tensor_cores(control):
+        assert paths(True, True) == [*[STRICT] * 6, LAYERS]
+    with shared_memory(control, 99):
+        assert paths(True, True) == [STRICT, STRICT, *[LAYERS] * 5]
 
 
 def test_small_batches_are_strict_where_tf32_is_slower(control, ops):
@@ -471,6 +487,93 @@ def test_a_large_batch_of_training_by_the_rule(ops, control):
         assert float((one.double() - other).norm()) <= 2 * tolerance * float(other.norm())
 
 
+def lean_convolutions(control, x, parameters, keep):
+    """What the kernel computes in TF32: pooled1 and its winners, if they are kept, and pooled2 and its."""
+    batch = len(x)
+    pooled1, pooled2 = (torch.full((batch, *shape), float("nan")) for shape in ((6, 14, 14), (16, 5, 5)))
+    indices1, indices2 = (torch.full(t.shape, 7, dtype=torch.uint8) for t in (pooled1, pooled2))
+    addresses = (ctypes.c_void_p * 4)(*(p.data_ptr() for p in parameters[:4]))
+    kept = [t.data_ptr() if keep else None for t in (pooled1, indices1, indices2)]
+    control.cuda_on_cpu_lean_convolutions(batch, x.data_ptr(), addresses, *kept[:2], pooled2.data_ptr(), kept[2])
+    return (pooled1, indices1, pooled2, indices2) if keep else (pooled2,)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 17, 35])
+def test_both_convolutions_in_tf32_are_one_launch(ops, control, batch):
+    net, parameters = reference_net(1, 10, torch.float32)
+    x = torch.randn(batch, 1, 32, 32)
+    before = control.cuda_on_cpu_launches()
+    kept = under_schedules(control, -1, lambda: lean_convolutions(control, x, parameters, True))
+    assert control.cuda_on_cpu_launches() - before == len(SCHEDULES)
+    pooled1, indices1, pooled2, indices2 = kept
+    inference = under_schedules(control, -1, lambda: lean_convolutions(control, x, parameters, False))
+    assert torch.equal(inference[0], pooled2)
+    net = net.double()
+    expected1 = F.max_pool2d(net.conv1(x.double()).relu(), 2).detach()
+    expected2 = F.max_pool2d(net.conv2(expected1).relu(), 2).detach()
+    tolerance = TOLERANCES["tf32"]
+    for got, want in ((pooled1, expected1), (pooled2, expected2)):
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance * float(want.max()))
+    # What won each window, by its value; and that it is not rounded to what it is multiplied as.
+    for i, images, pooled, indices in ((0, x, pooled1, indices1), (2, pooled1, pooled2, indices2)):
+        operands = [t.double() for t in (images, parameters[i], parameters[i + 1])]
+        at_winners = torch.ops.lenet_ext.conv_at_indices(*operands, indices, *PLAIN.values())
+        torch.testing.assert_close(pooled.double(), at_winners, rtol=tolerance, atol=tolerance)
+        assert torch.equal(indices == 255, pooled == 0)
+        assert bool((pooled.view(torch.int32) & 0x1FFF).any())
+    for begin, end in [(0, 1), (5, 8), (15, 33)]:
+        part = lean_convolutions(control, x[begin:end].clone(), parameters, True)
+        for one, other in zip(part, kept, strict=True):
+            assert torch.equal(one, other[begin:end])
+
+
+@pytest.mark.parametrize("pixel", [(0, 0), (2, 3), (9, 14), (31, 31)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_both_convolutions_in_tf32_keep_non_finite_pixels_where_they_belong(ops, control, value, pixel):
+    control.cuda_on_cpu_configure(-1, 2, 3)
+    net, parameters = reference_net(1, 10, torch.float32)
+    x = torch.randn(10, 1, 32, 32)
+    clean = lean_convolutions(control, x, parameters, True)
+    x[9, 0, pixel[0], pixel[1]] = value
+    got = lean_convolutions(control, x, parameters, True)
+    for one, other in zip(got, clean, strict=True):
+        assert torch.equal(one[:9], other[:9])
+    net = net.double()
+    expected1 = F.max_pool2d(net.conv1(x.double()).relu(), 2).detach()
+    expected2 = F.max_pool2d(net.conv2(expected1).relu(), 2).detach()
+    tolerance = TOLERANCES["tf32"]
+    for pooled, want in ((got[0], expected1), (got[2], expected2)):
+        torch.testing.assert_close(pooled.double(), want, rtol=tolerance, atol=4 * tolerance, equal_nan=True)
+    for pooled, indices in ((got[0], got[1]), (got[2], got[3])):
+        assert torch.equal(indices == 255, pooled <= 0)
+
+
+@pytest.mark.extended
+def test_large_batches_in_tf32_by_the_rule(ops, control):
+    """Both convolutions are a launch, their gradients two, the linear layers the vendor's."""
+    net, parameters = reference_net(1, 10, torch.float32)
+
+    def repeated(tensor, times):
+        return tensor.repeat(times, *[1] * (tensor.dim() - 1))
+
+    few, g = torch.randn(19, 1, 32, 32), torch.randn(19, 10)
+    x, g = repeated(few, 27), repeated(g, 27)
+    with tf32_allowed(True, True):
+        before = control.cuda_on_cpu_launches()
+        output, *activations = ops.lenet_with_activations(x, parameters)
+        assert control.cuda_on_cpu_launches() - before == 1
+        for one, other in zip(activations[:4], lean_convolutions(control, few, parameters, True), strict=True):
+            assert torch.equal(one, repeated(other, 27))
+        many = [repeated(tensor, 4) for tensor in (g, x, *activations)]
+        before = control.cuda_on_cpu_launches()
+        got = gradients(ops, many[0], many[1], parameters, many[2:])
+        assert control.cuda_on_cpu_launches() - before == 2
+    expected = net.double()(x.double()).detach()
+    torch.testing.assert_close(output.double(), expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
+    for one, other in zip(got[:-1], exact_gradients(g, x, parameters, activations), strict=True):
+        assert float((one.double() / 4 - other).norm()) <= 1e-3 * float(other.norm())
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_the_whole_network_with_nan_and_views(ops, training):
     """A NaN in one image reaches that image's outputs alone; parameters may be slices at any address."""
@@ -504,6 +607,21 @@ def test_an_image_is_the_same_in_a_batch_of_any_size(ops, control, classes):
                 torch.testing.assert_close(one, other[begin:end], rtol=0, atol=0, equal_nan=True)
             output = ops.lenet(images[begin:end], parameters)
             torch.testing.assert_close(output, got[0], rtol=0, atol=0, equal_nan=True)
+
+
+def test_inference_of_many_images_looks_for_no_winners(ops, control):
+    """Bit by bit with the values that training keeps, in the whole network and in its layers."""
+    _, parameters = reference_net(1, 10, torch.float32)
+    x = torch.randn(257, 1, 32, 32)
+    x[100] = x[100].sign()  # ties
+    x[3, 0, 9, 14], x[256, 0, 31, 0] = float("nan"), float("inf")
+    output, pooled1, *_ = ops.lenet_with_activations(x, parameters)
+    torch.testing.assert_close(ops.lenet(x, parameters), output, rtol=0, atol=0, equal_nan=True)
+    control.cuda_on_cpu_configure(DIRECT, 2, 1)
+    for images, (w, b) in ((x, parameters[:2]), (pooled1, parameters[2:4])):
+        got = ops.conv_relu_max_pool2d(images, w, b, *PLAIN.values(), False)
+        expected = ops.conv_relu_max_pool2d_with_indices(images, w, b, *PLAIN.values(), False)[0]
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("precision", SIXTEEN_BITS)
@@ -638,24 +756,27 @@ def test_each_way_through_the_backward_pass_can_be_forced(control, ops):
         control.cuda_on_cpu_configure(algorithm, 0, 0)
         return [control.cuda_on_cpu_lenet_backward_path(*of, batch) for batch in (0, 1, 2048, 2049, 65536)]
 
-    float32, sixteen_bits, input_gradient = (False, False), (True, False), (True, True)
+    # bfloat16, TF32 in convolutions, in products, gradient of the input
+    strict = [(False, *flags, False) for flags in [(False, False), (True, False), (False, True)]]
+    on_tensor_cores = [(False, True, True, False), (True, False, False, False)]
+    input_gradient = [(False, True, True, True), (True, False, False, True)]
     small = [LAYERS, TWO_LAUNCHES, TWO_LAUNCHES]
-    assert paths(-1, *float32) == [*small, LAYERS, LAYERS]
-    assert paths(-1, *sixteen_bits) == [*small, *[CONVOLUTIONS_ON_TENSOR_CORES] * 2]
-    assert paths(-1, *input_gradient) == [*small, LAYERS, LAYERS]
-    assert paths(DIRECT, *float32) == [LAYERS, *[TWO_LAUNCHES] * 4]
-    assert paths(DIRECT, *sixteen_bits) == [LAYERS, *[CONVOLUTIONS_ON_TENSOR_CORES] * 4]
-    assert paths(DIRECT, *input_gradient) == [LAYERS, *[TWO_LAUNCHES] * 4]
-    assert paths(VENDOR, *sixteen_bits) == [LAYERS] * 5
-    with without_tensor_cores(control):
-        assert paths(-1, *sixteen_bits) == [*small, LAYERS, LAYERS]
-    with shared_memory(control, 64):
-        assert paths(-1, *sixteen_bits) == [*small, LAYERS, LAYERS]
+    for of in strict + input_gradient:
+        assert paths(-1, *of) == [*small, LAYERS, LAYERS]
+        assert paths(DIRECT, *of) == [LAYERS, *[TWO_LAUNCHES] * 4]
+    for of in on_tensor_cores:
+        assert paths(-1, *of) == [*small, *[CONVOLUTIONS_ON_TENSOR_CORES] * 2]
+        assert paths(DIRECT, *of) == [LAYERS, *[CONVOLUTIONS_ON_TENSOR_CORES] * 4]
+        assert paths(VENDOR, *of) == [LAYERS] * 5
+        with without_tensor_cores(control):
+            assert paths(-1, *of) == [*small, LAYERS, LAYERS]
+        with shared_memory(control, 64):
+            assert paths(-1, *of) == [*small, LAYERS, LAYERS]
 
 
 # 513 images: slices of four.
 @pytest.mark.parametrize("batch", [1, 2, 3, 17, extended(513)])
-@pytest.mark.parametrize("precision", SIXTEEN_BITS)
+@pytest.mark.parametrize("precision", ON_TENSOR_CORES)
 def test_the_convolutions_gradients_on_the_tensor_cores(ops, control, batch, precision):
     """Two launches beside those of the linear layers; operands may be slices at any address."""
     dtype = dtype_of(precision)
@@ -663,23 +784,31 @@ def test_the_convolutions_gradients_on_the_tensor_cores(ops, control, batch, pre
     x, g = torch.randn(batch, 1, 32, 32, dtype=dtype), torch.randn(batch, 10, dtype=dtype)
     activations = ops.lenet_with_activations(x, parameters)[1:]
     control.cuda_on_cpu_configure(DIRECT, 0, 0)
-    before = control.cuda_on_cpu_launches()
-    got = under_schedules(control, DIRECT, lambda: gradients(ops, g, x, parameters, activations))
-    assert control.cuda_on_cpu_launches() - before == len(SCHEDULES) * (2 + 3 * 2)
-    operands = moved(x), [moved(p) for p in parameters], [moved(a) for a in activations]
-    for one, other in zip(gradients(ops, moved(g), *operands), got, strict=True):
-        assert torch.equal(one, other)
-    for one, other in zip(got[:-1], exact_gradients(g, x, parameters, activations), strict=True):
+    strict = gradients(ops, g, x, parameters, activations)
+    with tf32_allowed(precision == "tf32", precision == "tf32"):
+        before = control.cuda_on_cpu_launches()
+        got = under_schedules(control, DIRECT, lambda: gradients(ops, g, x, parameters, activations))
+        assert control.cuda_on_cpu_launches() - before == len(SCHEDULES) * (2 + 3 * 2)
+        operands = moved(x), [moved(p) for p in parameters], [moved(a) for a in activations]
+        for one, other in zip(gradients(ops, moved(g), *operands), got, strict=True):
+            assert torch.equal(one, other)
+    exact = exact_gradients(g, x, parameters, activations)
+    for one, other in zip(got[:-1], exact, strict=True):
         assert float((one.double() - other).norm()) <= 2 * TOLERANCES[precision] * float(other.norm())
+    if precision == "tf32":  # and that of one rounding, not of several
+        for i in range(4):
+            assert not torch.equal(got[i], strict[i])
+            assert float((got[i].double() - exact[i]).norm()) <= 1e-3 * float(exact[i].norm())
 
 
 # Corners, whose taps no other pixel shares, and the middle; in the second image of a pass, and in one that is alone.
-@pytest.mark.parametrize("image", [1, 2])
+@pytest.mark.parametrize(("precision", "image"), [("bfloat16", 1), ("bfloat16", 2), ("tf32", 1)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_the_convolutions_gradients_keep_non_finite_values_where_they_belong(ops, control, value, image):
+def test_the_convolutions_gradients_keep_non_finite_values_where_they_belong(ops, control, value, precision, image):
     """They reach the taps that see them, and no other: what a product is filled up with is zero times zero."""
-    _, parameters = reference_net(1, 10, torch.bfloat16)
-    x, g = torch.randn(3, 1, 32, 32).bfloat16(), torch.randn(3, 10).bfloat16()
+    dtype = dtype_of(precision)
+    _, parameters = reference_net(1, 10, dtype)
+    x, g = torch.randn(3, 1, 32, 32, dtype=dtype), torch.randn(3, 10, dtype=dtype)
     clean = ops.lenet_with_activations(x, parameters)[1:]
     of_images, of_pooled = [(0, 0), (0, 31), (9, 14), (31, 31)], [(0, 0), (0, 13), (7, 5), (13, 13)]
     for of_input, places in ((True, of_images), (False, of_pooled)):
@@ -689,7 +818,8 @@ def test_the_convolutions_gradients_keep_non_finite_values_where_they_belong(ops
             results = []
             for algorithm in (DIRECT, -1):
                 control.cuda_on_cpu_configure(algorithm, 0, 0)
-                results.append(gradients(ops, g, images, parameters, [pooled1, *clean[1:]]))
+                with tf32_allowed(precision == "tf32", precision == "tf32"):
+                    results.append(gradients(ops, g, images, parameters, [pooled1, *clean[1:]]))
             for one, other in zip(*results, strict=True):
                 for kind in (torch.isnan, torch.isposinf, torch.isneginf):
                     assert torch.equal(kind(one), kind(other))
