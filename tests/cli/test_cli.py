@@ -383,7 +383,7 @@ def test_augmentation_is_part_of_the_run(tmp_path: Path, capsys: pytest.CaptureF
 def test_one_cycle_is_as_long_as_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["train", "--threads", "1", "--batch-size", "400", "--out", str(tmp_path)]
     assert main([*args, "--schedule", "one-cycle", "--optimizer", "sgd", "--lr", "0.1", "--epochs", "2"]) == 0
-    assert "rate 0.001\n" in capsys.readouterr().out
+    assert "  0.001\n" in capsys.readouterr().out
     history = json.loads((tmp_path / "history.json").read_text())
     assert history["epochs"][0]["lr"] > history["epochs"][1]["lr"] == pytest.approx(0.1 / 100)
     saved = str(tmp_path / "checkpoint.pt")
