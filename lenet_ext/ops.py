@@ -40,8 +40,7 @@ def _check(condition: bool, message: str) -> None:
     torch._check(condition, lambda: message)
 
 
-def _check_together(op: str, *, dtypes: bool = True, **tensors: Tensor | None) -> None:
-    """All tensors on one device and of one dtype, as the kernels demand."""
+def _check_devices(op: str, **tensors: Tensor | None) -> None:
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first_name, first = next(iter(present.items()))
     for name, tensor in present.items():
@@ -52,8 +51,16 @@ def _check_together(op: str, *, dtypes: bool = True, **tensors: Tensor | None) -
                 f"and {first_name} is on {first.device}"
             ),
         )
+
+
+def _check_together(op: str, **tensors: Tensor | None) -> None:
+    """All tensors on one device and of one dtype, as the kernels demand."""
+    _check_devices(op, **tensors)
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first_name, first = next(iter(present.items()))
+    for name, tensor in present.items():
         _check(
-            tensor.dtype == first.dtype or not dtypes,
+            tensor.dtype == first.dtype,
             (f"{op}: all tensors must have one dtype, but {name} is {tensor.dtype} and {first_name} is {first.dtype}"),
         )
 
@@ -98,7 +105,8 @@ def pooled_shape(
 ) -> tuple[int, int, int, int]:
     """The shape of the output. Raises RuntimeError where the arguments do not fit together; where autocast will cast
     them, `dtypes` leaves theirs out."""
-    _check_together(op, dtypes=dtypes, input=input, weight=weight, bias=bias)
+    check = _check_together if dtypes else _check_devices
+    check(op, input=input, weight=weight, bias=bias)
     _check(input.dim() == 4, f"{op}: input must be 4-D, got shape {tuple(input.shape)}")
     _check(weight.dim() == 4, f"{op}: weight must be 4-D, got shape {tuple(weight.shape)}")
     _check(groups > 0, f"{op}: groups must be positive, got {groups}")

@@ -86,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
     device = resolve_device(args.device or "auto")
     threads = _threads(args, device)
     plans, sections = _plans(args, threads, device.type)
+    if not plans and not sections:
+        raise UsageError("--only and --cases have nothing in common to measure")
     try:
         stored = None if args.json is None else read_results(args.json)
         merge(stored, {**facts(device), "runs": {}, "rows": [], "comparisons": []})  # do they fit together?

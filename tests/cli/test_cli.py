@@ -137,6 +137,8 @@ def test_console_script(tmp_path: Path) -> None:
         (["bench", "--csv", os.devnull], "not a regular file"),
         (["bench", "--plot", "times.txt"], "--plot times.txt: the name must end as one of a picture"),
         (["bench", "--only", ","], "--only"),
+        (["bench", "--only", "net", "--cases", "fc3"], "nothing in common"),
+        (["bench", "--quick", "--only", "layers", "--cases", "net"], "nothing in common"),
         (["bench", "--threads", ""], "--threads"),
         (["check", "--threads", "many"], "--threads"),
         (["info", "extra"], "extra"),
