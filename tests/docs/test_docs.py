@@ -93,7 +93,16 @@ def test_named_files_are_there(page: str) -> None:
     assert not missing
 
 
-SOURCES = ("build_backend/*.py", "lenet_ext/**/*.py", "csrc/*/*.h", "csrc/*/*.cpp", "tests/*/*.cpp", "tests/*/*.cu")
+SOURCES = (
+    "build_backend/*.py",
+    "lenet_ext/**/*.py",
+    "csrc/*/*.h",
+    "csrc/*/*.cpp",
+    "csrc/*/*.cu",
+    "csrc/*/*.cuh",
+    "tests/*/*.cpp",
+    "tests/*/*.cu",
+)
 
 
 @pytest.mark.parametrize("kind", SOURCES)
