@@ -75,7 +75,7 @@ fuzz-readers: $(VENV)/installed
 SANITIZED := $(abspath build/sanitized)
 preload = $$($${CXX:-c++} -print-file-name=$(1))
 UNDER_address := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(call preload,libasan.so) $(call preload,libstdc++.so.6)"
-UNDER_thread := TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1 die_after_fork=0" LD_PRELOAD="$(call preload,libtsan.so) $(SANITIZED)/openmp.so"
+UNDER_thread := TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1 die_after_fork=0 suppressions=$(abspath tests/sanitizers/torch.supp)" LD_PRELOAD="$(call preload,libtsan.so) $(SANITIZED)/openmp.so"
 SANITIZED_TESTS := operators autograd network/test_net.py network/test_training_step.py
 sanitize: sanitize-address sanitize-thread
 sanitize-address sanitize-thread: sanitize-%: $(VENV)/installed
