@@ -51,7 +51,8 @@ DEFINE_CHAINS(chains_avx512, __attribute__((target("avx512f"))), 64, 24)
 const std::vector<Version>& versions() {
   static const std::vector<Version> all = [] {
     __builtin_cpu_init();
-    return std::vector<Version>{  // in the order of lenet_ext.bench.instruction_sets.SETS
+    return std::vector<Version>{
+        // in the order of lenet_ext.bench.instruction_sets.SETS
         {chains_sse, 2 * 4 * 12, true},
         {chains_avx2, 2 * 8 * 12, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
         {chains_avx512, 2 * 16 * 24, __builtin_cpu_supports("avx512f") != 0},
