@@ -261,9 +261,9 @@ def _left_table(content: Content, name: str, title: str, cell: Callable[[dict[st
 
 def targets_table(content: Content) -> str:
     """What was to be reached, and what was."""
-    none = targets.none(content)
-    if none is not None:
-        return f"{origin(content, 'net')} {none}"
+    reason = targets.why_none(content)
+    if reason is not None:
+        return f"{origin(content, 'net')} {reason}"
     lines = [[cells[0], cells[4], cells[5], *cells[1:4]] for cells in (o.cells() for o in targets.outcomes(content))]
     head = targets.HEADER
     return f"{origin(content, 'net')}\n\n{table([head[0], head[4], head[5]], list(head[1:4]), lines)}"

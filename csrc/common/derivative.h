@@ -163,7 +163,7 @@ class DerivativeNode final : public torch::autograd::Node {
 
   std::mutex mutex_;
   std::vector<torch::autograd::SavedVariable> tensors_;
-  std::vector<std::pair<size_t, at::Tensor>> for_second_;  // which of them, and the same
+  std::vector<std::pair<size_t, at::Tensor>> for_second_;  // place in tensors_, and the tensor as it is
   std::vector<c10::SymInt> sizes_;
   std::vector<int64_t> options_;
 };

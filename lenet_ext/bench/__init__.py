@@ -8,6 +8,7 @@
 - `plan`: which of all that; `runner`: carries it out; `agreement`: outputs are compared before they are timed.
 - `memory`, `neighbour`: peak memory of a training step; all threads beside a busy process.
 - `results`: plain values for JSON and CSV; `report`: tables on the terminal, picture.
+- `shown`: what of a run goes into tables; `targets`: what was to be reached, and what was.
 """
 
 from __future__ import annotations

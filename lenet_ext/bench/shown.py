@@ -46,6 +46,7 @@ def of_run(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def workload(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row or a comparison is of: case, mode, threads, batch size."""
     return row["case"], row["mode"], row["threads"], row["batch"]
 
 

@@ -22,7 +22,7 @@ from lenet_ext.bench.providers import EAGER_LAYOUTS as EAGER
 from lenet_ext.bench.providers import FUSED_LAYOUTS as FUSED
 from lenet_ext.bench.shown import fastest, workloads
 
-__all__ = ["HEADER", "TARGETS", "Outcome", "none", "outcomes", "print_targets"]
+__all__ = ["HEADER", "TARGETS", "Outcome", "outcomes", "print_targets", "why_none"]
 
 TRAINERS = (*EAGER, "compile", "compile_cl")
 SERVERS = ("onnxruntime", "openvino", "torchscript", "torchscript_cl")
@@ -147,7 +147,7 @@ class Outcome:
 HEADER = ("what", "target", "stretch", "measured", "worst at", "verdict")
 
 
-def none(content: dict[str, Any]) -> str | None:
+def why_none(content: dict[str, Any]) -> str | None:
     """Why a machine's results are held against no targets, or None."""
     used = instruction_set(content)
     if used is None:
@@ -158,7 +158,7 @@ def none(content: dict[str, Any]) -> str | None:
 
 
 def outcomes(content: dict[str, Any]) -> list[Outcome]:
-    """Every target of its instruction set against a machine's results, as `read` gives them."""
+    """Every target of its instruction set against a machine's results, as `lenet_ext.bench.shown.of_run` makes them."""
     used = instruction_set(content) or ""
     targets = [target for target in TARGETS if used in target.goals]
     cells = workloads(content, "net", "layers", "general")

@@ -317,7 +317,7 @@ def _outcome(history: list[dict[str, Any]], target: float) -> str:
     return f"the target of {target:g}% was not reached; the best was {_shown(best):.2f}%, in epoch {best['epoch']}"
 
 
-# Of an epoch's line. Together they fit a terminal of 80 columns.
+# The columns of `_epoch_line`, which fit a terminal of 80.
 _HEADER = "  epoch  train loss  test loss  test accuracy  seconds  images/s     rate"
 
 
