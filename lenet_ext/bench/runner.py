@@ -23,8 +23,6 @@ from lenet_ext.bench.timing import Samples, cold_time_us, ratio, time_interleave
 
 __all__ = ["Comparison", "Report", "Row", "run_benchmarks"]
 
-# GNU OpenMP's threads spin for some milliseconds after a parallel region before they sleep.
-_PAUSE_S = 0.005
 _PEAK = "peak"
 
 
@@ -214,7 +212,7 @@ def _measure(
         work.device,
         report.plan.effort,
         meters=meters,
-        pause_s=_PAUSE_S if work.device.type == "cpu" and threads > 1 else 0.0,
+        settle=work.device.type == "cpu" and threads > 1,
         single_us=cold_time_us if work.case.rules.cold else None,
     )
     _record(report, work, threads, samples, samples.pop(_PEAK, None))

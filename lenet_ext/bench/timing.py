@@ -20,6 +20,7 @@ from lenet_ext.environment.device import synchronize
 __all__ = ["Effort", "Samples", "cold_time_us", "percentile", "ratio", "time_interleaved"]
 
 _COLD_BYTES = 2**28  # more than the last cache of any GPU holds
+_LOOK_S, _PATIENCE_S = 0.005, 0.5
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def time_interleaved(
     effort: Effort,
     *,
     meters: dict[str, Callable[[], float]] | None = None,
-    pause_s: float = 0.0,
+    settle: bool = False,
     single_us: Callable[[Callable[[], object], torch.device], float] | None = None,
 ) -> dict[str, Samples]:
     """Times programs against each other.
@@ -92,8 +93,9 @@ def time_interleaved(
         device: waited for before the clock is read.
         effort: how long.
         meters: take their turn in each round as well, but tell microseconds by a clock of their own.
-        pause_s: before each turn, not counted. Several of the libraries have thread pools whose threads keep spinning
-            for a while after the work is done, on the cores of whoever comes next.
+        settle: wait before each turn, not counted, until no thread of this process works. Several of the libraries have
+            thread pools whose threads keep spinning after the work is done, GNU OpenMP's for milliseconds and ONNX
+            Runtime's for some fifty, on the cores of whoever comes next.
         single_us: takes the time of one call at a turn, in place of several by the clock of this module.
 
     Returns:
@@ -111,19 +113,19 @@ def time_interleaved(
     calls.update(dict.fromkeys(meters, 1))
     names = [*programs, *meters]
     times: dict[str, list[float]] = {name: [] for name in names}
-    started = time.perf_counter()
+    started, waited = time.perf_counter(), 0.0
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()  # a collection in one program's turn would be counted as its time
     try:
         for number in range(effort.rounds):
-            if number >= effort.min_rounds and time.perf_counter() - started > effort.budget_s:
+            if number >= effort.min_rounds and time.perf_counter() - started - waited > effort.budget_s:
                 break
             # Each round begins with another program, so that none always runs in the wake of the same one.
             first = number % len(names)
             for name in names[first:] + names[:first]:
-                if pause_s:
-                    time.sleep(pause_s)
+                if settle:
+                    waited += _wait_for_idle_threads()
                 if name in meters:
                     times[name].append(meters[name]())
                     continue
@@ -139,6 +141,17 @@ def time_interleaved(
         if collecting:
             gc.enable()
     return {name: Samples(tuple(times[name]), calls[name]) for name in names}
+
+
+def _wait_for_idle_threads() -> float:
+    """The seconds it took. Whoever keeps working for longer than `_PATIENCE_S` does so on purpose."""
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < _PATIENCE_S:
+        worked = time.process_time()
+        time.sleep(_LOOK_S)
+        if time.process_time() - worked < _LOOK_S / 10:
+            break
+    return time.perf_counter() - begin
 
 
 def _calls_for(run: Callable[[], object], device: torch.device, sample_s: float) -> int:

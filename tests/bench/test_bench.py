@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from lenet_ext.bench import (
     report_to_dict,
     run_benchmarks,
     runner,
+    timing,
     write_csv,
 )
 from lenet_ext.bench.timing import Effort, Samples, cold_time_us, percentile, ratio, time_interleaved
@@ -74,6 +76,38 @@ def test_programs_take_turns() -> None:
 def test_short_programs_are_called_often() -> None:
     samples = time_interleaved({"nothing": lambda: None}, CPU, SHORT)
     assert samples["nothing"].calls > 100
+
+
+def test_a_turn_waits_for_the_threads_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool whose threads spin on for 60 ms after each call, on a clock that moves while somebody sleeps or works."""
+    now, spins_until, worked = 0.0, 0.0, 0.0
+    begun_while_spinning: list[bool] = []
+
+    def let_pass(seconds: float) -> None:
+        nonlocal now, worked
+        worked += min(seconds, max(0.0, spins_until - now))
+        now += seconds
+
+    def pool() -> None:
+        nonlocal spins_until
+        let_pass(0.001)
+        spins_until = now + 0.06
+
+    def other() -> None:
+        begun_while_spinning.append(now < spins_until)
+        let_pass(0.03)
+
+    clock = SimpleNamespace(
+        perf_counter=lambda: now,
+        perf_counter_ns=lambda: round(now * 1e9),
+        process_time=lambda: worked,
+        sleep=let_pass,
+    )
+    monkeypatch.setattr(timing, "time", clock)
+    effort = Effort(sample_s=0.001, rounds=8, min_rounds=2, budget_s=0.2)
+    samples = time_interleaved({"pool": pool, "other": other}, CPU, effort, settle=True)
+    assert not any(begun_while_spinning[2:])  # after the calls that find out how long they take
+    assert len(samples["other"].times_us) == 7  # of 31 ms each; the waits do not count
 
 
 # --- cases and providers ----------------------------------------------------------------------------------------------
