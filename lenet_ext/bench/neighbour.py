@@ -31,6 +31,8 @@ _BATCHES = (64, 256)
 # Ends by itself when its parent has gone.
 _SPIN = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    for _ in range(10**6): pass"
 _SETTLE_S = 0.01
+# Long enough for whoever finds out in its first tenths of a second that a core is taken. An epoch is longer.
+_EFFORT = Effort(sample_s=0.5, rounds=7, min_rounds=5, budget_s=60.0)
 
 
 def neighbour_unavailable(threads: int) -> str | None:
@@ -42,7 +44,7 @@ def neighbour_unavailable(threads: int) -> str | None:
     return None
 
 
-def measure_neighbour(threads: int, effort: Effort | None = None) -> list[dict[str, Any]]:
+def measure_neighbour(threads: int, effort: Effort = _EFFORT) -> list[dict[str, Any]]:
     """One row per mode, batch size and provider: microseconds in three conditions, and the ratio that matters.
 
     ``speedup`` is the time of one thread undisturbed over that of `threads` threads beside the neighbour, within each
@@ -51,7 +53,6 @@ def measure_neighbour(threads: int, effort: Effort | None = None) -> list[dict[s
     Raises:
         OSError: the neighbour cannot be started or pinned.
     """
-    effort = effort or Effort(sample_s=0.05, rounds=15, min_rounds=7, budget_s=60.0)
     rows = []
     before = torch.get_num_threads()
     try:
