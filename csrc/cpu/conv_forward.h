@@ -212,7 +212,7 @@ LENET_EXT_INLINE WindowRange window_range(int64_t out, int64_t size, int64_t ker
                                           int64_t dilation) {
   const int64_t start = out * stride - pad;
   const int64_t begin = start < 0 ? divide_up(-start, dilation) : 0;
-  const int64_t end = start >= size ? 0 : min_of(kernel, divide_up(size - start, dilation));
+  const int64_t end = min_of(kernel, divide_up(size - start, dilation));  // no window starts beyond the output
   return {min_of(begin, kernel), max_of(end, min_of(begin, kernel)), start};
 }
 

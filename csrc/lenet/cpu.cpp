@@ -181,17 +181,17 @@ class Blocks {
   int64_t conv_scratch_ = 0;
 };
 
-constexpr int64_t kBlock = 16;      // images of a block of a large batch
-constexpr int64_t kSmallBlock = 4;  // of a small one: a row each of the dot products' tiles
+constexpr int64_t kBlock = 4;       // images of a block: a row each of the dot products' tiles
+constexpr int64_t kFewImages = 32;  // fewer are a small batch
 
 // `all`: the activations of the whole batch; in inference the output alone, the others null.
 void forward_pass(const Arguments& call, const Activations& all) {
   const bool training = all.pooled1 != nullptr;
   const auto& kernels = LENET_EXT_CPU_DISPATCH(lenet_kernels);
   // Whole vectors of images first, then what is left. In training a small batch has more units of work without them.
-  const int64_t vectors = training && call.batch < 2 * kBlock ? 0 : call.batch / kernels.lanes;
+  const int64_t vectors = training && call.batch < kFewImages ? 0 : call.batch / kernels.lanes;
   const int64_t single_begin = vectors * kernels.lanes, single = call.batch - single_begin;
-  const int64_t size = single < 2 * kBlock ? kSmallBlock : kBlock, blocks = (single + size - 1) / size;
+  const int64_t blocks = (single + kBlock - 1) / kBlock;
   const cpu::LenetForward job{call.batch,  call.in_channels, call.classes, call.input, call.image_stride, call.p[0],
                               call.p[1],   call.p[2],        call.p[3],    call.p[4],  call.p[5],         call.p[6],
                               call.p[7],   call.p[8],        call.p[9],    all.output, all.pooled1,       all.indices1,
@@ -199,22 +199,22 @@ void forward_pass(const Arguments& call, const Activations& all) {
   const int64_t scratch_bytes = kernels.scratch_bytes(call.in_channels);
   std::optional<Blocks> by_block;
   if (blocks > 0) by_block.emplace(call, single);
-  const int64_t own = training ? 0 : lines(size * (kPooled1 + kFeatures + kHidden1 + kHidden2));  // in floats
+  const int64_t own = training ? 0 : lines(kBlock * (kPooled1 + kFeatures + kHidden1 + kHidden2));  // in floats
   cpu::parallel_units(vectors + blocks, forward_flops(call.in_channels) * call.batch, [&](int64_t begin, int64_t end) {
     if (begin < vectors) kernels.run(job, cpu::unit_scratch(scratch_bytes), begin, std::min(end, vectors));
     if (end <= vectors) return;
     float* scratch = static_cast<float*>(cpu::unit_scratch(own * sizeof(float) + by_block->conv_scratch()));
     for (int64_t unit = std::max(begin, vectors); unit < end; ++unit) {
-      const int64_t first = single_begin + (unit - vectors) * size;
+      const int64_t first = single_begin + (unit - vectors) * kBlock;
       Activations a{};
       if (training) {
         a = all.from(first);
       } else {
-        a.pooled1 = scratch, a.pooled2 = a.pooled1 + size * kPooled1;
-        a.hidden1 = a.pooled2 + size * kFeatures, a.hidden2 = a.hidden1 + size * kHidden1;
+        a.pooled1 = scratch, a.pooled2 = a.pooled1 + kBlock * kPooled1;
+        a.hidden1 = a.pooled2 + kBlock * kFeatures, a.hidden2 = a.hidden1 + kBlock * kHidden1;
       }
       a.output = all.output + first * call.classes;
-      by_block->run(first, std::min(size, call.batch - first), a, scratch + own);
+      by_block->run(first, std::min(kBlock, call.batch - first), a, scratch + own);
     }
   });
 }

@@ -449,6 +449,20 @@ def test_create_graph_gives_the_same_gradient(device, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_gradient_penalty(device, name):
+    """The second derivative where the first comes from a constant: of the gradient with the other operands alone."""
+    tensors = _operands(name, device=device)
+    found = []
+    for function, leaves in (
+        (getattr(functional, name), tensors),
+        (getattr(reference, name), [t.detach().cpu().requires_grad_() for t in tensors]),
+    ):
+        (grad,) = torch.autograd.grad(function(*leaves).sum(), leaves[0], create_graph=True)
+        found.append(torch.autograd.grad(grad.pow(2).sum(), leaves[1]))
+    assert_equal(*(grad for (grad,) in found), "grad of weight")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_torch_function_overrides(name):
     """Tensor subclasses and proxies (torch.fx) see the call under its own name."""
 

@@ -277,6 +277,25 @@ def test_non_finite_gradient():
         assert_equal(a.grad, b.grad.float(), f"grad of {name}")
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("arguments", [{}, {"in_channels": 3}], ids=str)
+def test_gradients_that_overflow_on_their_way(arguments):
+    """Finite where they enter the convolutions, infinite where they leave them: everything here is positive."""
+    ours, stock = pair_of_nets(**arguments)
+    with torch.no_grad():
+        for net in (ours, stock):
+            for parameter in net.parameters():
+                parameter.fill_(0.5)
+            net.fc1.weight.fill_(1e36)
+    x = torch.rand(3, arguments.get("in_channels", 1), 32, 32) + 0.5
+    for net in (ours, stock):
+        net(x).mul(1e-2).sum().backward()
+    for (name, a), b in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=lambda m, name=name: f"grad of {name}: {m}")
+    assert ours.conv1.bias.grad.isinf().all()
+    assert ours.fc1.bias.grad.isfinite().all()
+
+
 # --- training ----------------------------------------------------------------------------------------------------
 
 

@@ -214,6 +214,7 @@ def test_two_hundred_steps_in_float32_beside_stock():
         (SGD, {"momentum": 0.9, "dampening": 0.3}),
         (SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
         (Adam, {"maximize": True}),
+        (Adam, {"weight_decay": 0.1}),
         (Adam, {"weight_decay": 0.1, "amsgrad": True}),
         (AdamW, {"weight_decay": 0.1}),
         (AdamW, {"weight_decay": 0.1, "amsgrad": True, "betas": (0.5, 0.7)}),
@@ -560,6 +561,36 @@ def test_right_answers_of_equal_outputs_and_of_targets_with_probabilities():
     uncounted = TrainingStep(net, SGD(net.parameters(), lr=0.0))
     uncounted(images, torch.zeros(4, dtype=torch.int64))
     assert uncounted.correct is None
+
+
+def test_right_answers_of_outputs_that_are_no_numbers():
+    """The first NaN is the largest, as argmax has it, also behind numbers."""
+    net, _ = twins(torch.float32)
+    with torch.no_grad():
+        net.fc3.bias[[3, 5]] = torch.nan
+    step = TrainingStep(net, SGD(net.parameters(), lr=0.0), count_correct=True)
+    loss = step(batch(4, dtype=torch.float32)[0], torch.tensor([3, 3, 5, 0]))
+    assert step.path == ONE_OPERATOR
+    assert loss.isnan()
+    assert step.correct == 2
+
+
+@pytest.mark.parametrize("loss", [{}, {"weight": "weights", "label_smoothing": 0.1, "ignore_index": 3}], ids=str)
+def test_the_operator_in_bfloat16(loss):
+    """TrainingStep leaves it to the loop; whoever calls the operator gets the same, from PyTorch's own loss."""
+    ours, stock = twins(torch.bfloat16)
+    loss = loss_options(loss, torch.bfloat16)
+    images, targets = batch(40, dtype=torch.bfloat16)
+    answers = ours(images).argmax(1)
+    found, correct = torch.ops.lenet_ext.lenet_training_step(
+        *(images, targets, loss.get("weight"), [p.detach() for p in ours.parameters()], [], "cross_entropy"),
+        *(loss.get("label_smoothing", 0.0), loss.get("ignore_index", -100), "sgd", [0.1, *[0.0] * 5, 1.0]),
+    )
+    expected = plain_step(stock, SGD(stock.parameters(), lr=0.1), images, targets, **loss)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    assert correct == ((answers == targets) & (targets != loss.get("ignore_index"))).sum()
+    for p, q in zip(ours.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0.02, atol=0.01)
 
 
 def test_functionalized():

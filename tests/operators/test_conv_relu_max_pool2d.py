@@ -99,6 +99,28 @@ SHAPES = [(batch, *layer, {}) for layer in LENET for batch in (1, 5, 16, 37)] + 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"padding": (9, 1)},  # whole bands' windows begin in the padding
+        {"stride": (1, 2), "pool_kernel_size": 3, "pool_stride": (2, 1), "pool_padding": 1},
+        {"pool_kernel_size": 1, "pool_stride": (5, 1)},  # image rows between the bands that no window reaches
+    ],
+    ids=str,
+)
+def test_bands_of_an_image(device, options, layout, dtype):
+    """Of few, large images the backward pass takes bands of rows, which add to each other's rows at their borders."""
+    x = reference.LAYOUTS[layout](_signs(1, 4, 150, 40, dtype=dtype, device=device))
+    w, b = _signs(32, 4, 3, 3, dtype=dtype, device=device), _signs(32, dtype=dtype, device=device)
+    output = reference.conv_relu_max_pool2d(x.cpu(), w.cpu(), b.cpu(), **options)
+    # Few and small gradients: bfloat16 has eight bits for the sum over all positions.
+    grad_output = _signs(*output.shape, dtype=dtype) * (torch.rand(output.shape) < 0.02)
+    assert_exact(conv_relu_max_pool2d, reference.conv_relu_max_pool2d, [x, w, b], options, grad_output)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
     ("batch", "image", "weight", "options"), SHAPES, ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else ""
 )
 def test_layers_of_real_nets_are_exact(device, batch, image, weight, options, layout, dtype):

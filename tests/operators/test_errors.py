@@ -521,6 +521,137 @@ def test_lenet_backward_operator_refuses_tensors_that_do_not_fit(name, change):
         ops.lenet_backward(input=x, parameters=parameters, **{**good, name: bad}, input_gradient=True)
 
 
+def _half(*shape):
+    return t(*shape, dtype=torch.float16)
+
+
+NO_KERNEL = {
+    "conv_relu_max_pool2d": lambda op: op(_half(2, 3, 20, 20), _half(4, 3, 3, 3), None, **OPTIONS, ceil_mode=False),
+    "conv_relu_max_pool2d_backward": lambda op: op(
+        *(_half(2, 4, 9, 9), _indices(2, 4, 9, 9), _half(2, 3, 20, 20), _half(4, 3, 3, 3)),
+        **{"input_size": [2, 3, 20, 20], "weight_size": [4, 3, 3, 3], **OPTIONS, "output_mask": [True] * 3},
+    ),
+    "conv_at_indices": lambda op: op(_half(2, 3, 20, 20), _half(4, 3, 3, 3), None, _indices(2, 4, 9, 9), **OPTIONS),
+    "linear": lambda op: op(_half(2, 5), _half(3, 5), None),
+    "linear_relu": lambda op: op(_half(2, 5), _half(3, 5), None),
+    "linear_backward": lambda op: op(_half(2, 3), _half(2, 5), _half(3, 5), [True] * 3),
+    "linear_relu_backward": lambda op: op(_half(2, 3), _half(2, 3), _half(2, 5), _half(3, 5), [True] * 3),
+    "lenet": lambda op: op(_half(2, 1, 32, 32), [p.detach().half() for p in Net().parameters()]),
+}
+
+
+@pytest.mark.parametrize("name", NO_KERNEL)
+def test_operators_refuse_dtypes_without_a_kernel(name):
+    """The functions take stock's way for them. Whoever calls an operator is told which it has."""
+    with pytest.raises(
+        RuntimeError, match=f"{name}: on the CPU the dtype must be float32, float64 or bfloat16, got Half"
+    ):
+        NO_KERNEL[name](getattr(torch.ops.lenet_ext, name))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input": None}, "input is undefined"),
+        ({"weight": None}, "weight is undefined"),
+        ({"input": t(2, 5).to_sparse()}, "input must be a dense tensor, got layout Sparse"),
+        ({"weight": t(3, 5).to_sparse()}, "weight must be a dense tensor, got layout Sparse"),
+        ({"weight": t(3, 5, device="meta")}, "weight is on meta and input is on cpu"),
+        ({"bias": t(3, device="meta")}, "bias is on meta and input is on cpu"),
+        ({"weight": t(5)}, r"weight must be 2-D \(out_features, in_features\), got shape \[5\]"),
+        ({"weight": t(1, 3, 5)}, "weight must be 2-D"),
+        ({"input": t()}, r"input must have shape \[..., 5\]"),
+        ({"bias": t(4)}, r"bias must have shape \[3\], got \[4\]"),
+    ],
+)
+@pytest.mark.parametrize("name", ["linear", "linear_relu"])
+def test_kernels_look_for_themselves(name, change, message):
+    """Also where the dispatcher, which refuses some of these by itself, was passed by."""
+    op = getattr(torch.ops.lenet_ext, name).default
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    good = {"input": t(2, 5), "weight": t(3, 5), "bias": t(3)}
+    assert op.redispatch(cpu, *good.values()).shape == (2, 3)
+    with pytest.raises(RuntimeError, match=f"{name}: .*{message}"):
+        op.redispatch(cpu, *{**good, **change}.values())
+
+
+def test_linear_relu_backward_needs_its_output():
+    with pytest.raises(RuntimeError, match="linear_relu_backward: output is undefined"):
+        torch.ops.lenet_ext.linear_relu_backward(t(2, 3), None, t(2, 5), t(3, 5), [True] * 3)
+
+
+def _lenet_call(**change):
+    parameters = [p.detach() for p in Net().parameters()]
+    for index, tensor in change.pop("parameters", {}).items():
+        parameters[index] = tensor
+    return {"input": t(2, 1, 32, 32), "parameters": parameters[: change.pop("count", 10)], **change}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": 9}, "parameters must hold 10 tensors, got 9"),
+        ({"count": 0}, "parameters must hold 10 tensors, got 0"),
+        ({"parameters": {8: t(84)}}, r"parameters\[8\] \(fc3.weight\) must be 2-D, got shape \[84\]"),
+        ({"parameters": {0: t(6, 5, 5)}}, r"parameters\[0\] \(conv1.weight\) must have shape \[6, 1, 5, 5\]"),
+        ({"parameters": {4: t(120, 399)}}, r"parameters\[4\] \(fc1.weight\) must have shape \[120, 400\]"),
+        ({"parameters": {9: t(9)}}, r"parameters\[9\] \(fc3.bias\) must have shape \[10\], got \[9\]"),
+        ({"parameters": {3: t(16, dtype=torch.float64)}}, r"parameters\[3\] \(conv2.bias\) is Double"),
+        ({"input": t(1, 32, 32)}, r"input must have shape \[batch, 1, 32, 32\], got \[1, 32, 32\]"),
+        ({"input": t(2, 3, 32, 32)}, r"input must have shape \[batch, 1, 32, 32\]"),
+        ({"input": t(2, 1, 28, 32)}, r"got \[2, 1, 28, 32\]"),
+        ({"input": t(2, 1, 32, 28)}, r"got \[2, 1, 32, 28\]"),
+    ],
+)
+@pytest.mark.parametrize("name", ["lenet", "lenet_with_activations"])
+def test_lenet_operators_refuse_tensors_that_do_not_fit(name, change, message):
+    op = getattr(torch.ops.lenet_ext, name)
+    op(**_lenet_call())
+    with pytest.raises(RuntimeError, match=f"{name}: .*{message}"):
+        op(**_lenet_call(**change))
+
+
+STATE = [torch.zeros(p.shape) for p in Net().parameters()]
+ADAM = {"optimizer": "adam", "options": [0.1, 0.9, 0.999, 1e-8, 0.0, 0.0]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input": t(0, 1, 32, 32), "targets": torch.zeros(0, dtype=torch.int64)}, "must have at least one image"),
+        ({"count": 9}, "parameters must hold 10 tensors, got 9"),
+        ({"loss": "nll"}, "loss must be 'cross_entropy' or 'mse', got 'nll'"),
+        ({"targets": t(2)}, r"targets must be int64 of shape \[2\], got Float of shape \[2\]"),
+        ({"targets": torch.zeros(2, 1, dtype=torch.int64)}, r"targets must be int64 of shape \[2\]"),
+        ({"targets": torch.zeros(3, dtype=torch.int64)}, r"targets must be int64 of shape \[2\]"),
+        ({"targets": torch.zeros(2, dtype=torch.int64, device="meta")}, "targets must be on cpu, got meta"),
+        ({"loss": "mse"}, r"targets must have the output's shape \[2, 10\] and dtype Float, got Long"),
+        ({"loss": "mse", "targets": t(2, 9)}, r"targets must have the output's shape \[2, 10\]"),
+        ({"label_smoothing": 1.5}, "label_smoothing must be between 0 and 1, got 1.5"),
+        ({"label_smoothing": -0.5}, "label_smoothing must be between 0 and 1, got -0.5"),
+        ({"weight": t(9)}, r"weight must have shape \[10\], got \[9\]"),
+        ({"weight": t(10, dtype=torch.float64)}, "weight is Double"),
+        ({"optimizer": "rmsprop"}, "optimizer must be 'sgd', 'adam' or 'adamw', got 'rmsprop'"),
+        ({"options": [0.1]}, "options must hold 7 numbers for all or for each of 10 parameters, got 1"),
+        ({"state": [t(1)]}, "state must hold no tensor or one for each of 10 parameters, got 1 in all"),
+        ({**ADAM, "state": [t(1)] * 10}, "state must hold 3 or 4 tensors for each of 10 parameters, got 10 in all"),
+        ({"state": [t(1)] * 10}, r"state\[0\] must have shape \[6, 1, 5, 5\], got \[1\]"),
+        ({**ADAM, "state": [*STATE, *STATE, *[t(1)] * 10]}, r"state\[20\] must have shape \[\], got \[1\]"),
+        ({"state": [tensor.double() for tensor in STATE]}, "state is Double"),
+    ],
+)
+def test_the_training_step_refuses_what_does_not_fit_and_changes_nothing(change, message):
+    op = torch.ops.lenet_ext.lenet_training_step.default
+    good = {"targets": torch.tensor([1, 2]), "weight": None, "state": [], "loss": "cross_entropy"}
+    good |= {"label_smoothing": 0.0, "ignore_index": -100, "optimizer": "sgd", "options": [0.1, *[0.0] * 5, 1.0]}
+    call = _lenet_call(**{**good, **change})
+    call = {argument.name: call[argument.name] for argument in op._schema.arguments}
+    before = [tensor.clone() for tensor in call["parameters"]]
+    with pytest.raises(RuntimeError, match=f"lenet_training_step: .*{message}"):
+        op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *call.values())  # targets may be elsewhere
+    assert all(map(torch.equal, call["parameters"], before))
+
+
 def test_indices_out_of_their_window_do_not_crash():
     """Garbage for indices gives garbage or an error, but reads and writes inside of the tensors only."""
     code = """

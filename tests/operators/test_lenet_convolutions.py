@@ -78,6 +78,41 @@ def test_layouts(layer, layout):
     assert_exact(conv_relu_max_pool2d, reference.conv_relu_max_pool2d, [x, w, integers(shape[0])], {}, grad_output)
 
 
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1), (2,)], ids=str)
+@pytest.mark.parametrize("batch", [1, 18])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_some_gradients_only(layer, batch, wanted):
+    image, shape = LAYERS[layer]
+    tensors = [integers(batch, *image), integers(*shape), integers(shape[0])]
+    found = []
+    for function in (conv_relu_max_pool2d, reference.conv_relu_max_pool2d):
+        leaves = [tensor.clone().requires_grad_(i in wanted) for i, tensor in enumerate(tensors)]
+        output = function(*leaves)
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad(output, [leaves[i] for i in wanted], integers(*output.shape)))
+    for number, ours, expected in zip(wanted, *found, strict=True):
+        assert_equal(ours, expected, f"gradient {number}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({name: value} for name in ("stride", "dilation", "pool_dilation") for value in [(1, 2), (2, 1)]),
+        *({name: value} for name in ("padding", "pool_padding") for value in [(0, 1), (1, 0)]),
+        *({name: value} for name in ("pool_kernel_size", "pool_stride") for value in [(2, 3), (3, 2)]),
+        {"groups": 2},
+        {"padding": "same"},
+    ],
+    ids=str,
+)
+def test_nearly_a_layer_of_lenet(options):
+    """An option that differs, and these kernels would be wrong."""
+    options = {"pool_kernel_size": 2, "pool_stride": 2, **options}
+    x, w, b = integers(5, 6, 14, 14), integers(16, 6 // options.get("groups", 1), 5, 5), integers(16)
+    output = reference.conv_relu_max_pool2d(x, w, b, **options)
+    assert_exact(conv_relu_max_pool2d, reference.conv_relu_max_pool2d, [x, w, b], options, integers(*output.shape))
+
+
 @pytest.mark.parametrize("codes", ["valid", "any"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_backward_of_made_up_codes(layer, codes):

@@ -330,11 +330,18 @@ def test_input_narrower_than_the_kernel(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_columns_of_the_kernel_that_meet_nothing_but_padding(device, layout, dtype):
+@pytest.mark.parametrize("where", ["columns", "rows"])
+def test_parts_of_the_kernel_that_meet_nothing_but_padding(device, where, layout, dtype):
     """Their weights have the gradient 0, which has to be written; oneDNN's bfloat16 kernels do not."""
-    x, w = (reference.LAYOUTS[layout](integers(*s, dtype=dtype, device=device)) for s in [(3, 2, 36, 1), (34, 2, 5, 3)])
+    sizes = {"input": (36, 1), "weight": (5, 3), "output": (8, 1)}
     options = {"padding": (0, 1), "stride": (2, 3), "pool_kernel_size": (2, 1)}
-    grad_output = integers(3, 34, 8, 1, dtype=dtype)
+    if where == "rows":
+        sizes, options = ({name: value[::-1] for name, value in of.items()} for of in (sizes, options))
+    x, w = (
+        reference.LAYOUTS[layout](integers(*shape, dtype=dtype, device=device))
+        for shape in [(3, 2, *sizes["input"]), (34, 2, *sizes["weight"])]
+    )
+    grad_output = integers(3, 34, *sizes["output"], dtype=dtype)
     for _ in range(4):
         # Memory that was just given back is the next to be handed out.
         junk = [torch.full(w.shape, NAN, dtype=dtype, device=device) for _ in range(9)]

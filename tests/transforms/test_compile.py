@@ -193,6 +193,29 @@ def test_fake_tensor_mode():
         assert net.conv1.weight.grad.shape == (6, 1, 5, 5)
 
 
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.ConvReLUMaxPool2d(3, 4, 3), (2, 3, 8, 8)),
+        (lambda: nn.Linear(5, 3), (2, 5)),
+        (lambda: nn.LinearReLU(5, 3), (2, 5)),
+        (Net, (2, 1, 32, 32)),
+    ],
+    ids=["conv_relu_max_pool2d", "linear", "linear_relu", "lenet"],
+)
+def test_compiled_autograd_of_a_first_layer(make, shape):
+    """Nobody wants the gradient of the images, so that the graph does not have all that it could have."""
+    layer, x = make(), torch.randn(shape)
+    layer(x).square().sum().backward()
+    expected = [parameter.grad for parameter in layer.parameters()]
+    layer.zero_grad()
+    output = layer(x).square().sum()
+    with torch._dynamo.compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+        output.backward()
+    for parameter, grad in zip(layer.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+
+
 def test_errors_while_compiling():
     """A bad shape is an error at trace time that names the argument, not a wrong graph."""
     compiled = torch.compile(functional.conv_relu_max_pool2d, fullgraph=True, backend="aot_eager")
