@@ -116,8 +116,6 @@ _SCALARS = frozenset({int, str, bool, float, type(None)})
 
 
 def _check_tensors(op: str, input: Any, weight: Any, bias: Any) -> None:
-    if isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor)):
-        return
     for name, value in (("input", input), ("weight", weight), ("bias", bias)):
         if not isinstance(value, Tensor) and not (name == "bias" and value is None):
             raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")

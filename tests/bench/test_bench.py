@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gc
 import json
 import os
 import subprocess
@@ -37,6 +38,7 @@ from lenet_ext.bench import (
     timing,
     write_csv,
 )
+from lenet_ext.bench.providers import ModuleProvider
 from lenet_ext.bench.timing import Effort, Samples, cold_time_us, percentile, ratio, time_interleaved
 
 CPU = torch.device("cpu")
@@ -71,6 +73,18 @@ def test_programs_take_turns() -> None:
     turns = order[6:]  # two calls of each to find out how long they take
     assert turns == list("abcbcacababc")
     assert all(len(s.times_us) == 4 and s.calls == 1 and s.median_us > 1900 for s in samples.values())
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_no_garbage_is_collected_meanwhile_and_then_as_before(collecting: bool) -> None:
+    seen: list[bool] = []
+    (gc.enable if collecting else gc.disable)()
+    try:
+        time_interleaved({"look": lambda: seen.append(gc.isenabled())}, CPU, SHORT, pause_s=1e-5)
+        assert gc.isenabled() == collecting
+    finally:
+        gc.enable()
+    assert not seen[-1]
 
 
 def test_short_programs_are_called_often() -> None:
@@ -135,7 +149,7 @@ def test_workloads_are_reproducible() -> None:
     assert all(torch.equal(value, other.state[name]) for name, value in one.state.items())
 
 
-@pytest.mark.parametrize("name", ["fused", "eager", "channels_last", "torchscript"])
+@pytest.mark.parametrize("name", ["fused", "eager", "channels_last", "torchscript", "torchscript_cl"])
 @pytest.mark.parametrize("mode", ["forward", "training"])
 def test_provider_computes_what_the_reference_does(name: str, mode: str) -> None:
     provider = PROVIDERS[name]
@@ -160,11 +174,18 @@ def test_provider_computes_what_the_reference_does(name: str, mode: str) -> None
             torch.testing.assert_close(ours, theirs.detach(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["fused", "eager", "channels_last"])
+PLAINLY_COMPILED = ModuleProvider("compiled", "without the compiler of C++", compile_options={"backend": "eager"})
+
+
+@pytest.mark.parametrize(
+    "provider",
+    [*(PROVIDERS[name] for name in ("fused", "eager", "channels_last")), PLAINLY_COMPILED],
+    ids=lambda p: p.name,
+)
 @pytest.mark.parametrize("case", ["net", "net3"])
-def test_a_step_of_each_is_that_of_the_reference(name: str, case: str) -> None:
+def test_a_step_of_each_is_that_of_the_reference(provider: Provider, case: str) -> None:
     work = Workload.make(CASES[case], "step", 3, CPU)
-    program = PROVIDERS[name].prepare(work)
+    program = provider.prepare(work)
     for _ in range(3):
         program.run()  # what came before must not count
     reference = CASES[case].stock()
@@ -174,6 +195,44 @@ def test_a_step_of_each_is_that_of_the_reference(name: str, case: str) -> None:
     found = program.outputs()
     for ours, theirs in zip(found, [loss.detach(), *(-gradient for gradient in gradients)], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_the_cost_of_a_call_is_that_of_the_function_with_its_weights() -> None:
+    rows = run_benchmarks(plan(cases=("call_linear",), batch_sizes=(1,)), CPU).rows
+    assert [row.provider for row in rows] == ["fused", "eager"]
+
+
+def test_a_provider_is_measured_for_what_it_can() -> None:
+    rows = run_benchmarks(plan(modes=("training",), providers=("eager", "torchscript")), CPU).rows
+    assert [row.provider for row in rows] == ["eager"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run on")
+def test_the_fused_network_says_why_it_cannot_run_on_a_gpu() -> None:
+    assert "device cuda cannot be used" in (PROVIDERS["fused"].unavailable(torch.device("cuda")) or "")
+    assert PROVIDERS["eager"].unavailable(torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize(("name", "packages"), [("onnxruntime", "onnxruntime, onnx"), ("openvino", "openvino")])
+def test_other_libraries_are_optional(monkeypatch: pytest.MonkeyPatch, name: str, packages: str) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    reason = PROVIDERS[name].unavailable(CPU)
+    assert reason == f"not installed: {packages} (pip install 'lenet_ext[bench]')"
+    assert PROVIDERS[name].unavailable(torch.device("cuda")) == "compared on the CPU only"
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: package)
+    assert PROVIDERS[name].unavailable(CPU) is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_other_libraries_compute_what_the_reference_does(name: str) -> None:
+    if reason := PROVIDERS[name].unavailable(CPU):
+        pytest.skip(reason)
+    work = Workload.make(CASES["net"], "forward", 3, CPU)
+    programs = [PROVIDERS[provider].prepare(work) for provider in (name, "eager")]
+    for program in programs:
+        program.run()
+    torch.testing.assert_close(*(program.outputs() for program in programs), rtol=1e-3, atol=1e-4)
 
 
 def test_only_whole_networks_take_steps() -> None:
@@ -290,17 +349,67 @@ def test_wrong_gradients_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         run_benchmarks(plan(providers=("eager", "wrong"), modes=("training",)), CPU)
 
 
-def test_a_provider_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Failing(Provider):
-        name, title = "failing", "failing"
-
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found[:1], "gives 1 results, stock eager 4"),
+        (lambda found: [found[0][:, :9], *found[1:]], r"output has shape \(2, 9\), stock eager \(2, 10\)"),
+    ],
+    ids=["too few", "smaller"],
+)
+def test_results_of_another_form_are_not_timed(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[list[torch.Tensor]], list[torch.Tensor]], message: str
+) -> None:
+    class Other(WrongProvider):
         def prepare(self, work: Workload) -> Program:
-            raise OSError("no such luck\nand more")
+            right = PROVIDERS["eager"].prepare(work)
+            return Program(right.run, lambda: change(right.outputs()))
 
-    monkeypatch.setitem(PROVIDERS, "failing", Failing())
-    report = run_benchmarks(plan(providers=("fused", "eager", "failing")), CPU)
+    monkeypatch.setitem(PROVIDERS, "wrong", Other(1.0))
+    with pytest.raises(RuntimeError, match=f"training, batch 2: wrong:? {message}"):
+        run_benchmarks(plan(providers=("eager", "wrong"), modes=("training",)), CPU)
+
+
+class Failing(Provider):
+    """Cannot do what is asked."""
+
+    name, title = "failing", "failing"
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def prepare(self, work: Workload) -> Program:
+        self.asked += 1
+        raise OSError("no such luck\nand more")
+
+
+def test_a_provider_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = Failing()
+    monkeypatch.setitem(PROVIDERS, "failing", failing)
+    report = run_benchmarks(plan(providers=("fused", "eager", "failing"), batch_sizes=(1, 2)), CPU)
     assert report.skipped == {"failing, fc3 forward": "OSError: no such luck and more"}
-    assert len(report.comparisons) == 1
+    assert len(report.comparisons) == 2
+    assert failing.asked == 1, "it is not tried again"
+
+
+def test_without_stock_there_is_nothing_to_compare_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = Failing()
+    failing.name = "eager"
+    monkeypatch.setitem(PROVIDERS, "eager", failing)
+    with pytest.raises(OSError, match="no such luck"):
+        run_benchmarks(plan(), CPU)
+
+
+def test_a_slow_program_is_warmed_up_once() -> None:
+    calls: list[float] = []
+    runner._warm_up(Program(lambda: calls.append(time.sleep(0.31) or 0.0), list))
+    assert len(calls) == 1
+
+
+def test_workloads_are_told_of() -> None:
+    told: list[str] = []
+    run_benchmarks(plan(batch_sizes=(1, 2), threads=(1,)), CPU, told.append)
+    assert told == ["fc3 forward batch 1, threads: 1", "fc3 forward batch 2, threads: 1"]
 
 
 def test_slow_providers_stay_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,6 +516,22 @@ def test_the_peak_is_that_of_the_forced_instruction_set(
     assert peak.peak_meter(1)() == seconds * 1e6
 
 
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [("echo peak.cpp: error: no >&2; exit 1", "peak.cpp: error: no"), ("exit 3", "exit code 3")],
+)
+def test_a_microbenchmark_that_does_not_compile(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, reason: str
+) -> None:
+    (tmp_path / "compiler").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "compiler").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "compiler"))
+    monkeypatch.setattr(peak, "_library", peak._library.__wrapped__)  # which remembers its answer
+    report = run_benchmarks(plan(), CPU)
+    assert reason in " ".join(report.skipped.values())
+    assert {row.provider for row in report.rows} == {"fused", "eager"}
+
+
 def test_operations_are_counted() -> None:
     # Every multiply-add is two operations.
     assert flops_per_image(CASES["net"], "forward") == 2 * 416520
@@ -442,6 +567,8 @@ def test_results_of_another_machine_are_not_mixed_in() -> None:
     other = {**one, "machine": {**one["machine"], "cpu": "Z80"}}
     with pytest.raises(ValueError, match="another machine: cpu Z80, now"):
         merge(other, one)
+    with pytest.raises(ValueError, match="of another cpu capability: Z80, now "):
+        merge({**one, "cpu_capability": "Z80"}, one)
 
 
 def test_a_forced_instruction_set_is_another_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

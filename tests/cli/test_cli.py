@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -115,12 +116,14 @@ def test_console_script(tmp_path: Path) -> None:
         (["train", "--batch-size", "0"], "--batch-size"),
         (["train", "--threads", "0"], "--threads"),
         (["train", "--lr", "nan"], "--lr"),
+        (["train", "--lr", "fast"], "--lr"),
         (["train", "--lr", "-1"], "--lr"),
         (["train", "--lr", "inf"], "--lr"),
         (["train", "--seed", "-5"], "--seed"),
         (["train", "--target", "0"], "--target"),
         (["train", "--target", "101"], "--target"),
         (["train", "--target", "nan"], "--target"),
+        (["train", "--target", "all"], "--target"),
         (["train", "--data", "cifar"], "--data"),
         (["train", "--optimizer", "lbfgs"], "--optimizer"),
         (["train", "--schedule", "cosine"], "--schedule"),
@@ -139,6 +142,7 @@ def test_console_script(tmp_path: Path) -> None:
         (["bench", "--only", ","], "--only"),
         (["bench", "--only", "net", "--cases", "fc3"], "nothing in common"),
         (["bench", "--quick", "--only", "layers", "--cases", "net"], "nothing in common"),
+        (["bench", "--resume"], "--resume needs --json"),
         (["bench", "--threads", ""], "--threads"),
         (["check", "--threads", "many"], "--threads"),
         (["info", "extra"], "extra"),
@@ -220,6 +224,50 @@ def test_a_file_to_write_is_a_folder(
     Path("folder").mkdir()
     message = failure(capsys, "export", "mnist", "--format", "safetensors", "--out", out)
     assert f"error: {out}: Is a directory" in message
+
+
+def test_an_error_that_nobody_expected(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has its name, and the rest for who asks."""
+
+    def describe() -> Any:
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr("lenet_ext.environment.system.describe", describe)
+    monkeypatch.delenv("LENET_EXT_TRACEBACK", raising=False)
+    message = failure(capsys, "info")
+    assert message == "lenet-ext info: error: KeyError: 'no such thing' (LENET_EXT_TRACEBACK=1 shows where)\n"
+    monkeypatch.setenv("LENET_EXT_TRACEBACK", "1")
+    assert main(["info"]) == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("Traceback (most recent call last):")
+    assert stderr.endswith(message)
+
+
+def test_an_output_that_is_no_stream_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook, which has its own."""
+    monkeypatch.setattr("sys.stdout", output := io.StringIO())
+    assert main(["info"]) == 0
+    assert lenet_ext.build_info()["version"] in output.getvalue()
+
+
+def test_nothing_runs_where_the_module_is_imported() -> None:
+    """A process that multiprocessing begins imports the main module of its parent, under another name."""
+    runpy.run_module("lenet_ext.__main__", run_name="__mp_main__")
+
+
+def test_a_checkpoint_of_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = lenet_ext.Net(3, 10)
+    net.config["data"] = "cifar10"
+    net.save_pretrained(tmp_path / "colours")
+    message = failure(capsys, "eval", tmp_path / "colours", "--data", "digits")
+    assert "colours" in message
+    lenet_ext.Net().save_pretrained(tmp_path / "unknown")
+    for name in ("config.json", "model.safetensors"):
+        path = tmp_path / "unknown" / name
+        if name == "config.json":
+            path.write_text(json.dumps({**json.loads(path.read_text()), "data": "runes"}))
+    message = failure(capsys, "eval", tmp_path / "unknown")
+    assert "trained on 'runes', a data set that is not known here" in message
 
 
 def test_damaged_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -737,20 +785,3 @@ def test_bench(tmp_path: Path) -> None:
     assert len(content["comparisons"]) == workloads
     with Image.open(tmp_path / "b.png") as image:
         assert image.format == "PNG"
-
-
-@pytest.mark.extended
-def test_bench_resumes(tmp_path: Path) -> None:
-    args = ["bench", "--quick", "--cases", "fc3", "--modes", "forward", "--providers", "fused,eager", "--threads", 1]
-    for sizes in ("1,5", "1,5,6"):
-        done = lenet(*args, "--batch-sizes", sizes, "--resume", "--json", "b.json", "--csv", "b.csv", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    # The second run has measured, and shows, what was missing.
-    assert "6" in done.stdout
-    assert not re.search(r"fc3 +forward +5 ", done.stdout)
-    content = json.loads((tmp_path / "b.json").read_text())
-    assert [row["batch"] for row in content["rows"]] == [1, 1, 5, 5, 6, 6]
-    assert len((tmp_path / "b.csv").read_text().splitlines()) == 1 + 6
-    done = lenet(*args, "--resume", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "--resume needs --json" in done.stderr

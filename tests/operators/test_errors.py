@@ -52,6 +52,7 @@ CONV = {
     "weight 5-D": ({"weight": t(1, 4, 3, 3, 3)}, "weight", "1, 4, 3, 3, 3"),
     "weight 1-D": ({"weight": t(4)}, "weight", "4"),
     "weight None": ({"weight": None}, "weight", "None"),
+    "weight None, padding 'same'": ({"weight": None, "padding": "same"}, "weight", "None"),
     "weight a number": ({"weight": 1.0}, "weight", "float"),
     "weight float64": ({"weight": t(4, 3, 3, 3, dtype=torch.float64)}, "weight", "float64"),
     "weight bfloat16": ({"weight": t(4, 3, 3, 3, dtype=torch.bfloat16)}, "weight", "bfloat16"),
