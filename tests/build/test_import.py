@@ -282,6 +282,22 @@ def test_a_registration_that_fails_is_a_warning(follower: str) -> None:
     assert inspect.getsource(module) == "value = 3\n"
 
 
+def test_a_part_that_is_not_there_is_missed_as_ever(follower: str, tmp_path: Path) -> None:
+    (tmp_path / "some_part.py").unlink()
+    importlib.invalidate_caches()
+    with pytest.raises(ModuleNotFoundError, match=follower):
+        importlib.import_module(follower)
+    (tmp_path / "some_part").mkdir()  # a package without code of its own: there is nothing to follow
+    importlib.invalidate_caches()
+    assert importlib.import_module(follower).__spec__.origin is None
+
+
+def test_there_is_one_finder() -> None:
+    before = list(sys.meta_path)
+    on_import.register_on_import()
+    assert sys.meta_path == before
+
+
 def test_looking_for_a_part_does_not_use_up_its_registration(follower: str) -> None:
     assert importlib.util.find_spec(follower) is not None
     assert importlib.util.find_spec("no_such_module") is None

@@ -255,19 +255,27 @@ def test_nothing_runs_where_the_module_is_imported() -> None:
     runpy.run_module("lenet_ext.__main__", run_name="__mp_main__")
 
 
-def test_a_checkpoint_of_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    net = lenet_ext.Net(3, 10)
-    net.config["data"] = "cifar10"
-    net.save_pretrained(tmp_path / "colours")
-    message = failure(capsys, "eval", tmp_path / "colours", "--data", "digits")
-    assert "colours" in message
-    lenet_ext.Net().save_pretrained(tmp_path / "unknown")
-    for name in ("config.json", "model.safetensors"):
-        path = tmp_path / "unknown" / name
-        if name == "config.json":
-            path.write_text(json.dumps({**json.loads(path.read_text()), "data": "runes"}))
-    message = failure(capsys, "eval", tmp_path / "unknown")
-    assert "trained on 'runes', a data set that is not known here" in message
+@pytest.mark.parametrize(
+    ("net", "config", "message"),
+    [
+        (lambda: lenet_ext.Net(), {"data": "runes"}, "trained on 'runes', a data set that is not known here"),
+        (
+            lambda: lenet_ext.Net(num_classes=12),
+            {"data": "digits", "labels": [*"0123456789AB"]},
+            "its pictures or classes are not those of digits",
+        ),
+        (lambda: lenet_ext.Net(3), {"data": "cifar10"}, "not the weights of this network"),
+    ],
+    ids=["unknown", "classes", "pictures"],
+)
+def test_a_checkpoint_of_other_data(
+    net: Any, config: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = net()
+    network.config.update(config)
+    network.save_pretrained(tmp_path / "other")
+    data = ["--data", "digits"] if config["data"] == "cifar10" else []
+    assert f"other: {message}" in failure(capsys, "eval", tmp_path / "other", *data)
 
 
 def test_damaged_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -465,6 +473,26 @@ def test_no_epoch_only_evaluates(tmp_path: Path, capsys: pytest.CaptureFixture[s
     torch.manual_seed(0)
     initial = lenet_ext.ReferenceNet().state_dict()
     assert all(torch.equal(value, initial[name]) for name, value in load_file(tmp_path / "model.safetensors").items())
+
+
+def test_without_out_a_run_is_named_by_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--epochs", "0", "--model", "reference", "--device", "cpu", "--threads", "1"]) == 0
+    assert str(Path("runs/digits-reference")) in capsys.readouterr().out
+    assert (tmp_path / "runs" / "digits-reference" / "model.safetensors").is_file()
+
+
+def test_a_network_without_mistakes_says_so() -> None:
+    assert train._which([], 0, 360).startswith("none of 360 misclassified")
+
+
+def test_weights_that_do_not_say_how_they_were_normalized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(lenet_ext.Net().state_dict(), tmp_path / "bare.pt")
+    args = ["export", tmp_path / "bare.pt", "--format", "safetensors", "--out", tmp_path / "out.safetensors"]
+    assert main([*map(str, args)]) == 0
+    assert "normalized as in training" in capsys.readouterr().out
 
 
 def test_target_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import http.client
 import json
 import logging
 import os
+import queue
 import re
 import signal
 import socket
@@ -114,6 +115,11 @@ def test_the_page_sees_what_predict_sees(viewer: Viewer, tmp_path: Path, capsys:
 @pytest.mark.parametrize("ink", [0, 51])
 def test_nothing_is_seen_where_there_is_no_ink(ink: int, viewer: Viewer) -> None:
     assert viewer.look(bytes([ink]) * SIDE * SIDE) is None
+
+
+def test_a_drawing_has_its_size(viewer: Viewer) -> None:
+    with pytest.raises(ValueError, match="a drawing has 16384 bytes, found 3"):
+        viewer.look(b"ink")
 
 
 @pytest.mark.parametrize("pixels", [[0], [SIDE * SIDE - 1], range(SIDE * SIDE), range(SIDE)])
@@ -355,6 +361,19 @@ def test_a_browser_is_opened_for_a_person_only(
     for stream in ("stdin", "stdout"):
         monkeypatch.setattr(f"sys.{stream}.isatty", lambda: terminal, raising=False)
     assert command._somebody_watches() is expected
+
+
+def test_the_browser_is_told_the_address(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    told: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr("webbrowser.open", told.put)
+    monkeypatch.setattr(command, "_somebody_watches", lambda: True)
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)  # until Ctrl-C
+    assert main(["demo", "--port", "0"]) == 0
+    address = told.get(timeout=60)
+    assert f"draw at {address} (Ctrl-C ends)" in capsys.readouterr().out
+    assert main(["demo", "--port", "0", "--no-browser"]) == 0
+    assert told.empty()
+    gc.unfreeze()
 
 
 def test_from_the_first_line_to_control_c(tmp_path: Path) -> None:

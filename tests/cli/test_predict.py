@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -97,6 +98,33 @@ def test_a_checkpoint_is_told_from_a_picture(tmp_path: Path, kind: str, capsys: 
     assert predict(capsys, checkpoint, path, *options) == (0, f"{path}\t8\t1.0000\n", [])
     # Options may stand anywhere.
     assert predict(capsys, checkpoint, "--threads", 1, path, *options)[1] == f"{path}\t8\t1.0000\n"
+
+
+def test_without_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found out with the first picture, and said once: the others cannot be read either."""
+    paths = [draw(tmp_path / f"{digit}.png", digit) for digit in STROKES]
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    code, out, errors = predict(capsys, *paths)
+    assert (code, out, len(errors)) == (1, "", 1)
+    assert "numpy is needed for reading pictures: pip install 'lenet_ext[train]'" in errors[0]
+
+
+def test_a_folder_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(tmp_path / "1.png", "1")
+    (tmp_path / "folder").mkdir()
+
+    def scandir(path: Any, scandir: Any = os.scandir) -> Any:
+        if os.fspath(path).endswith("folder"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", scandir)
+    code, out, errors = predict(capsys, tmp_path / "folder", tmp_path / "1.png")
+    assert code == 1
+    assert len(out.splitlines()) == 1, errors
+    assert "folder: Permission denied" in errors[0]
 
 
 def test_options_among_the_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

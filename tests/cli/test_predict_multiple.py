@@ -125,6 +125,14 @@ def test_the_annotated_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert path.read_bytes() == before
 
 
+def test_a_picture_that_cannot_be_read_is_not_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "page.png").write_bytes(b"no picture")
+    code, out, errors = predict(capsys, tmp_path / "page.png", "--save", tmp_path / "marked.png")
+    assert (code, out) == (1, "")
+    assert "not a picture in a known format" in errors[0]
+    assert not (tmp_path / "marked.png").exists()
+
+
 def test_what_cannot_be_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page().save(path := tmp_path / "page.png")
     for args, named in (

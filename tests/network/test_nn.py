@@ -139,6 +139,17 @@ def test_meta_forward_has_the_right_shape():
     assert LinearReLU(7, 5, device="meta")(torch.empty(2, 3, 7, device="meta")).shape == (2, 3, 5)
 
 
+@pytest.mark.parametrize("size", [7, 8, 9, 10])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 3, 0), (2, 3, 1), (1, 3, 0), (3, 2, 1)])
+def test_meta_knows_that_no_window_begins_beyond_the_end(size, kernel, stride, padding):
+    """With ceil_mode the last window may be cut short, but has to begin on the map or in front of it."""
+    options = {"pool_kernel_size": kernel, "pool_stride": stride, "pool_padding": padding, "ceil_mode": True}
+    layer = ConvReLUMaxPool2d(3, 4, 3, **options)
+    image = torch.ones(2, 3, size, size + 1)
+    expected = stock_of(layer)(image).shape
+    assert layer.to("meta")(image.to("meta")).shape == expected
+
+
 def test_meta_gradients_have_the_right_shapes():
     module = ConvReLUMaxPool2d(3, 4, 3, device="meta")
     module(torch.empty(5, 3, 17, 16, device="meta")).sum().backward()

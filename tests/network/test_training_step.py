@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import warnings
 
@@ -317,23 +318,31 @@ def change(net, name):
         kind = RMSprop
     elif name == "subclass of an optimizer":
         kind = type("Own", (SGD,), {})
+    elif name in ("betas in tensors", "amsgrad of a group"):
+        kind = Adam
     parameters = list(net.parameters())
     if name == "not all parameters":
         parameters = parameters[2:]
     elif name == "one parameter more":
         parameters.append(nn.Parameter(torch.ones(1, dtype=torch.float64)))
+    elif name == "amsgrad of a group":
+        parameters = [{"params": parameters[:4], "amsgrad": False}, {"params": parameters[4:], "amsgrad": True}]
     optimizer = kind(parameters, **options)
     if name == "hook of the optimizer":
         optimizer.register_step_post_hook(lambda *_: None)
     elif name == "rate in a tensor":
         optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    elif name == "step of its own":
+        optimizer.step = functools.partial(SGD.step, optimizer)
+    elif name == "betas in tensors":
+        optimizer.param_groups[0]["betas"] = (torch.tensor(0.9), torch.tensor(0.999))
     return net, optimizer
 
 
 CHANGES = [
     *("subclass", "hook", "hook of a layer", "hook of a parameter", "hook behind a parameter", "frozen"),
     *("another layer", "another optimizer", "subclass of an optimizer", "not all parameters", "one parameter more"),
-    *("hook of the optimizer", "rate in a tensor"),
+    *("hook of the optimizer", "rate in a tensor", "step of its own", "betas in tensors", "amsgrad of a group"),
 ]
 
 
@@ -351,16 +360,24 @@ def test_what_is_not_as_usual_takes_the_plain_loop(name):
         assert torch.equal(p, q)
 
 
+MADE_FOR_THE_STEP = [
+    *("another optimizer", "subclass of an optimizer", "not all parameters", "one parameter more"),
+    *("betas in tensors", "amsgrad of a group"),
+]
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_after_the_first_step_is_noticed(name):
-    if name in ("another optimizer", "subclass of an optimizer", "not all parameters", "one parameter more"):
+    if name in MADE_FOR_THE_STEP:
         pytest.skip("the optimizer is made for the step")
     net, _ = twins()
     optimizer = SGD(net.parameters(), lr=0.1)
     step = TrainingStep(net, optimizer)
     step(*batch())
     assert step.path == ONE_OPERATOR
-    if name in ("hook of the optimizer", "rate in a tensor"):
+    if name == "step of its own":
+        optimizer.step = functools.partial(SGD.step, optimizer)
+    elif name in ("hook of the optimizer", "rate in a tensor"):
         optimizer.register_step_post_hook(lambda *_: None)
     else:
         change(net, name)
@@ -370,14 +387,19 @@ def test_a_change_after_the_first_step_is_noticed(name):
 
 @pytest.mark.parametrize(
     "case",
-    ["probabilities", "autocast", "saved tensor hooks", "anomaly", "image gradient", "unbatched", "bfloat16"],
+    [
+        *("probabilities", "gradient of the targets", "weight of another class", "autocast", "saved tensor hooks"),
+        *("anomaly", "image gradient", "unbatched", "bfloat16"),
+    ],
 )
 def test_arguments_and_contexts_that_are_not_as_usual(case):
     ours, stock = twins(torch.float32)
     images, targets = batch(dtype=torch.float32)
-    context = torch.enable_grad()
-    if case == "probabilities":
-        targets = torch.softmax(torch.randn(6, 10), 1)
+    context, weight = torch.enable_grad(), None
+    if case in ("probabilities", "gradient of the targets"):
+        targets = torch.softmax(torch.randn(6, 10), 1).requires_grad_(case != "probabilities")
+    elif case == "weight of another class":
+        weight = nn.Parameter(torch.linspace(0.1, 2.0, 10), requires_grad=False)
     elif case == "autocast":
         context = torch.autocast("cpu", torch.bfloat16)
     elif case == "saved tensor hooks":
@@ -390,11 +412,11 @@ def test_arguments_and_contexts_that_are_not_as_usual(case):
         images, targets = images[0], targets[0]
     elif case == "bfloat16":
         ours, stock, images = ours.bfloat16(), stock.bfloat16(), images.bfloat16()
-    step = TrainingStep(ours, SGD(ours.parameters(), lr=0.1))
+    step = TrainingStep(ours, SGD(ours.parameters(), lr=0.1), weight=weight)
     with warnings.catch_warnings(), context:
         warnings.simplefilter("ignore")  # detect_anomaly says that it is slow
         loss = step(images, targets)
-        expected = plain_step(stock, SGD(stock.parameters(), lr=0.1), images, targets)
+        expected = plain_step(stock, SGD(stock.parameters(), lr=0.1), images, targets, weight=weight)
     assert step.path.startswith("plain loop: ")
     tolerance = 0.05 if case in ("autocast", "bfloat16") else 1e-5
     torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)

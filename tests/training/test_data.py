@@ -148,6 +148,10 @@ def test_batches_visit_everything_once(batch_size: int) -> None:
         assert sorted(labels.tolist()) == list(range(10))
 
 
+def test_nothing_has_no_batches() -> None:
+    assert list(small_set(0).batches(4)) == []
+
+
 def test_batches_pair_pictures_with_their_labels() -> None:
     dataset = small_set()
     for images, labels in dataset.batches(4, generator=torch.Generator().manual_seed(5)):
@@ -294,6 +298,14 @@ def test_mnist_files_that_do_not_fit(tmp_path: Path, stem: str, values: torch.Te
     assert stem in str(caught.value)
 
 
+def test_mnist_files_without_examples(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx_bytes(torch.zeros(0, 28, 28, dtype=torch.uint8)))
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(torch.zeros(0, dtype=torch.uint8)))
+    with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte: the file holds no examples"):
+        datasets.load_mnist(tmp_path)
+
+
 def test_root_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="found a file"):
@@ -382,6 +394,12 @@ def test_download_that_is_cut_off_is_refused(tmp_path: Path, mirror: Path) -> No
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(OSError, match="could not be downloaded"):
         datasets.load_mnist(tmp_path / "root")
+
+
+def test_a_mirror_that_is_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LENET_EXT_MNIST_URL", "nonsense://here")
+    with pytest.raises(OSError, match=r"could not be downloaded.*nonsense://here/: ValueError"):
+        datasets.load_mnist(tmp_path)
 
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

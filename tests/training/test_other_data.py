@@ -330,6 +330,32 @@ def test_cifar10_archive_with_other_files(tmp_path: Path, change: dict[str, byte
         datasets.load("cifar10", tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["python", "binary"])
+def test_other_files_beside_the_batches_do_not_matter(tmp_path: Path, kind: str) -> None:
+    """Both archives have a page of notes, and names of the classes."""
+    others = {f"{CIFAR10_FOLDERS[kind]}/readme.html": b"<html>", "elsewhere/data_batch_1": b"no", "notes": b"no"}
+    write_cifar10(tmp_path, kind, {**others, **cifar10_content(kind)})
+    assert_made_up(datasets.load("cifar10", tmp_path))
+
+
+def test_a_folder_without_one_of_its_batches(tmp_path: Path) -> None:
+    for name, value in cifar10_content("binary").items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if "data_batch_4" not in name:
+            (tmp_path / name).write_bytes(value)
+    with pytest.raises(ValueError, match="there is no data_batch_4 in it"):
+        datasets.load("cifar10", tmp_path)
+
+
+def test_a_member_is_not_as_large_as_its_header_states(tmp_path: Path) -> None:
+    """What is skipped is not read, and would end behind any archive."""
+    header = tarfile.TarInfo("notes")
+    header.size = 1 << 40
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(gzip.compress(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024)))
+    with pytest.raises(ValueError, match="larger than CIFAR-10 is"):
+        datasets.load("cifar10", tmp_path)
+
+
 def test_headers_of_an_archive_do_not_decide_about_memory(tmp_path: Path) -> None:
     """A name of 200 MB, in an archive of 200 kB."""
     header = tarfile.TarInfo("././@LongLink")

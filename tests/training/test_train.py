@@ -218,6 +218,8 @@ def test_defaults_follow_the_data_set() -> None:
     mnist = TrainConfig.for_data("mnist")
     assert (mnist.epochs, mnist.batch_size, mnist.optimizer, mnist.schedule) == (2, 64, "sgd", "one-cycle")
     assert mnist.lr == 0.05
+    with pytest.raises(ValueError, match=r"data must be one of digits, .*, found 'runes'"):
+        TrainConfig.for_data("runes")
     assert TrainConfig.for_data("mnist", lr=0.1).lr == TrainConfig.for_data("mnist", lr=0.1, batch_size=1).lr == 0.1
     # Half a batch takes half the step; a larger one no larger step.
     assert TrainConfig.for_data("mnist", batch_size=32).lr == 0.025
@@ -544,6 +546,12 @@ def test_every_way_to_store_a_picture_gives_the_same_digit(tmp_path: Path, seven
     for path in paths:
         found = predict.frame_ink(predict.load_ink(path), dataset).int()
         assert (found - expected).abs().float().mean() < 4, path.name
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "runes"])
+def test_no_ink_is_framed_for_photographs(dataset: str, seven: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=rf"data must be one of digits, mnist, .*, found '{dataset}'"):
+        predict.frame_ink(seven, dataset)
 
 
 def test_uneven_light_and_noise(tmp_path: Path, seven: torch.Tensor) -> None:

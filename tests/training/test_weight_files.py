@@ -294,6 +294,47 @@ def test_what_a_killed_save_left_goes_with_a_later_one(tmp_path: Path) -> None:
     assert save() == whole - {left[0]}
 
 
+def test_what_another_user_writes_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(process: int, number: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    (left := tmp_path / ".file.1.tmp").touch()
+    os.utime(left, (0, 0))
+    monkeypatch.setattr("os.kill", kill)
+    with files.atomic_path(tmp_path / "file") as temporary:
+        temporary.write_text("whole")
+    assert left.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([1, 2], "not a checkpoint (it holds a list)"),
+        ({"epoch": 1}, "neither a checkpoint of lenet-ext nor a state dict"),
+        ({"model": {}}, "neither a checkpoint of lenet-ext nor a state dict"),
+    ],
+    ids=str,
+)
+def test_a_file_of_torch_save_without_weights(
+    tmp_path: Path, content: Any, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(content, path := tmp_path / "other.pt")
+    assert one_line(capsys, "eval", path, "--data", "digits") == f"lenet-ext eval: error: {path}: {reason}\n"
+
+
+def test_a_disk_that_fails_meanwhile_is_not_a_damaged_file(
+    tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(state, path := tmp_path / "weights.pt")
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("torch.load", load)
+    line = one_line(capsys, "eval", path, "--data", "digits")
+    assert line == f"lenet-ext eval: error: {path}: Input/output error\n"
+
+
 def test_an_error_without_a_name_gets_one(tmp_path: Path) -> None:
     with pytest.raises(PermissionError) as caught, files.atomic_path(tmp_path / "file") as temporary:
         raise PermissionError(errno.EACCES, "Permission denied", str(temporary))
