@@ -188,7 +188,8 @@ class Method:
     def _only_use(self, statement: ast.stmt, name: str) -> ast.Name:
         """The one use of the variable that a statement sets, if it is in the next statement and certainly the last."""
         parents = self.source.parents
-        block = next(b for b in _blocks(parents[statement]) if statement in b)
+        blocks = [getattr(parents[statement], part, []) for part in ("body", "orelse", "finalbody")]
+        block = next(block for block in blocks if statement in block)
         following = next((s for s in block[block.index(statement) + 1 :] if not _frees_another(s, name)), None)
         if not isinstance(following, (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr)):
             raise NoChainError(f"its output, {name}, is not used in the next statement")
@@ -225,13 +226,6 @@ class Method:
         """Is it ``torch.no_grad()`` or the like, which let exceptions pass?"""
         made_by = look_up(self.function, getattr(manager.context_expr, "func", manager.context_expr))
         return (getattr(made_by, "__module__", None) or "").startswith("torch.")
-
-
-def _blocks(statement: ast.AST) -> Iterator[list[ast.stmt]]:
-    for name in ("body", "orelse", "finalbody"):
-        block = getattr(statement, name, None)
-        if isinstance(block, list):
-            yield block
 
 
 def _frees_another(statement: ast.stmt, name: str) -> bool:
