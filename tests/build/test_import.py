@@ -27,9 +27,10 @@ PACKAGE = Path(lenet_ext.__file__).resolve().parent
 
 
 def run_python(code: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs code with `folder` in front of everything installed, and in `folder`."""
+    """Runs code with `folder` in front of everything that this process has, and in `folder`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LENET_EXT_")}
-    environment |= {"PYTHONPATH": str(folder), **variables}
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), **variables}
     command = [sys.executable, "-c", code]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 

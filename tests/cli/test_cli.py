@@ -34,6 +34,7 @@ import lenet_ext
 from lenet_ext.cli import main, train
 from lenet_ext.selftest import variants
 from lenet_ext.training import datasets
+from lenet_ext.training.metrics_log import MetricsLog
 
 COMMANDS = ("train", "eval", "predict", "export", "bench", "check", "demo", "info", "completion")
 SHARED_MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"
@@ -557,6 +558,16 @@ def test_log(
         assert log.begin == (str(tmp_path / "log"), 1)
         assert [value for tag, value, step in log.scalars if tag == "loss/test"] == [e["test_loss"] for e in history]
         assert [step for tag, value, step in log.scalars if tag == "rate"] == [1, 2]
+
+
+def test_a_log_tells_each_epoch_once_and_what_is_known_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.SimpleNamespace(SummaryWriter=RecordedEvents)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    log = MetricsLog(tmp_path)
+    history = [{"epoch": 1, "test_loss": 0.5}]  # of a version that knew no more
+    log.write(history)
+    log.write([*history, {"epoch": 2, "test_loss": 0.25, "lr": 0.1}])
+    assert everything[-1].scalars == [("loss/test", 0.5, 1), ("loss/test", 0.25, 2), ("rate", 0.1, 2)]
 
 
 def test_log_as_tensorboard_reads_it(tmp_path: Path) -> None:

@@ -42,6 +42,14 @@ def test_fused(name: str, training: bool) -> None:
         torch.testing.assert_close(ours, stock, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("factor", [0, 1, 100])
+def test_both_ways_of_a_path_that_depends_on_numbers(factor: float) -> None:
+    model, images = build(ZOO["untraceable"])
+    model.eval()
+    fused = fuse(model)
+    torch.testing.assert_close(fused(factor * images), model(factor * images), rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_fused_with_batch_norm_folded(name: str) -> None:
     model, images = build(ZOO[name])

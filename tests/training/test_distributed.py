@@ -245,6 +245,15 @@ def test_half_an_environment_is_an_error_that_names_the_rest(monkeypatch: pytest
         join_processes("cpu").__enter__()
 
 
+def test_as_many_gpus_as_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    for name, value in {**given, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(RuntimeError, match="2 processes need as many GPUs, and this machine has 1"):
+        join_processes("cuda").__enter__()
+
+
 @pytest.mark.parametrize("changed", [{"WORLD_SIZE": "two"}, {"WORLD_SIZE": "-1"}, {"RANK": "first"}])
 def test_an_environment_without_numbers_is_one_line(
     changed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -172,6 +172,37 @@ def test_mixed_tensors_are_an_error(mesh: DeviceMesh) -> None:
         LF.linear(torch.ones(4, 6), distribute_tensor(torch.ones(8, 6), mesh, [WHOLE]))
 
 
+def test_tensors_of_different_meshes_are_an_error(mesh: DeviceMesh) -> None:
+    other = init_device_mesh("cpu", (1, 2))
+    input = distribute_tensor(torch.ones(4, 6), mesh, [WHOLE])
+    weight = distribute_tensor(torch.ones(8, 6), other, [WHOLE, WHOLE])
+    with pytest.raises(RuntimeError, match="all tensors must be on one device mesh"):
+        LF.linear(input, weight)
+
+
+def test_a_sum_that_is_not_added_up_yet(mesh: DeviceMesh) -> None:
+    """The cheapest way on: each process gets the sum of its part of the rows."""
+
+    def twice(*tensors: Tensor) -> Tensor:
+        input, weight, other = tensors
+        return LF.linear_relu(LF.linear(input, weight), other)
+
+    shapes = [(4, 6), (8, 6), (3, 8)]
+    assert placement_and_messages(twice, mesh, shapes, [Shard(1), Shard(1), WHOLE]) == (Shard(0), 1)
+
+
+def test_the_convolution_at_given_winners_keeps_its_part(mesh: DeviceMesh) -> None:
+    """Which derivatives of derivatives call, and nobody else."""
+    options = ([1, 1], [0] * 4, [1, 1], 1, [2, 2], [2, 2], [0, 0], [1, 1])
+
+    def at_winners(*tensors: Tensor) -> Tensor:
+        *others, indices = tensors
+        return torch.ops.lenet_ext.conv_at_indices(*others, indices.to(torch.uint8), *options)
+
+    shapes, parts = [*CONVOLUTION, (4, 6, 3, 3)], [Shard(0), WHOLE, WHOLE, Shard(0)]
+    assert placement_and_messages(at_winners, mesh, shapes, parts) == (Shard(0), 0)
+
+
 def test_errors_are_those_of_whole_tensors(mesh: DeviceMesh) -> None:
     with pytest.raises(RuntimeError, match=r"input must have shape \[..., 6\] for weight of shape \(8, 6\)"):
         placement_and_messages(LF.linear, mesh, [(4, 5), (8, 6), (8,)], [WHOLE, Shard(0), Shard(0)])
