@@ -161,6 +161,7 @@ def test_check_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert told == ["one", "two", "other instruction sets and algorithms"]
     assert "kernels with LENET_EXT_ALGORITHM=vendor" in out
     assert "all 7 checks passed" in out
+    assert [result.name for result in selftest.run_checks(CPU, kernels_only=True)] == ["one"]
     monkeypatch.setattr(variants, "settings", list)
     told.clear()
     assert "all 3 checks passed" in run(capsys, "check", "--device", "cpu")

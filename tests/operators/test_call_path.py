@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lenet_ext._C import is_ordinary, is_ordinary_lenet, untouched_parameters
+from lenet_ext._C import are_plain_leaves, is_ordinary, is_ordinary_lenet, untouched_parameters
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -185,3 +185,20 @@ def test_untouched_parameters() -> None:
     refuses(lambda m: m[1].register_full_backward_pre_hook(lambda *_: None))
     refuses(lambda m: nn.utils.parametrizations.weight_norm(m[1]))
     assert untouched_parameters([], children) is None
+
+
+def test_a_child_that_is_no_module_any_more() -> None:
+    model = nn.Sequential(nn.Linear(2, 3))
+    children = (("0", nn.Linear, {}),)
+    assert untouched_parameters(model._modules, children) is not None
+    del model[0].__dict__["_parameters"]
+    assert untouched_parameters(model._modules, children) is None
+
+
+def test_plain_leaves() -> None:
+    parameters = list(nn.Linear(2, 3).parameters())
+    assert are_plain_leaves(parameters)
+    assert not are_plain_leaves(tuple(parameters))
+    assert not are_plain_leaves([*parameters, torch.ones(1, requires_grad=True)])
+    parameters[0].requires_grad_(False)
+    assert not are_plain_leaves(parameters)
