@@ -202,6 +202,14 @@ def test_the_cost_of_a_call_is_that_of_the_function_with_its_weights() -> None:
     assert [row.provider for row in rows] == ["fused", "eager"]
 
 
+def test_ours_is_made_for_inference_where_the_case_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bool] = []
+    case = dataclasses.replace(CASES["fc3"], for_inference=lambda module: made.append(module.training) or module)
+    monkeypatch.setitem(CASES, "fc3", case)
+    run_benchmarks(plan(modes=("forward", "training")), CPU)
+    assert made == [False], "for the forward pass of ours alone"
+
+
 def test_a_provider_is_measured_for_what_it_can() -> None:
     rows = run_benchmarks(plan(modes=("training",), providers=("eager", "torchscript")), CPU).rows
     assert [row.provider for row in rows] == ["eager"]
@@ -392,10 +400,11 @@ def test_a_provider_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
     assert failing.asked == 1, "it is not tried again"
 
 
-def test_without_stock_there_is_nothing_to_compare_with(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["fused", "eager"])
+def test_without_ours_or_stock_there_is_nothing_to_compare(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     failing = Failing()
-    failing.name = "eager"
-    monkeypatch.setitem(PROVIDERS, "eager", failing)
+    failing.name = name
+    monkeypatch.setitem(PROVIDERS, name, failing)
     with pytest.raises(OSError, match="no such luck"):
         run_benchmarks(plan(), CPU)
 

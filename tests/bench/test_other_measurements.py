@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,12 @@ def test_a_measurement_that_fails_says_why(
         memory.measure_memory(threads=1)
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_the_process_prints_what_its_step_has_taken(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["memory", "eager", "--batch", "64", "--threads", "1"])
-    memory._main()
+    runpy.run_module("lenet_ext.bench.memory", run_name="__main__")
     taken = json.loads(capsys.readouterr().out)["bytes"]
     assert 0 <= taken < 2**30
 

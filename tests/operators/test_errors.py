@@ -350,6 +350,13 @@ def test_a_layer_names_a_weight_of_another_shape(padding):
         layer(t(2, 3, 8, 8))
 
 
+def test_a_layer_without_its_weight_names_it():
+    layer = nn.ConvReLUMaxPool2d(3, 4, 3, padding="same")
+    layer.weight = None
+    with pytest.raises(TypeError, match="weight must be a Tensor, got NoneType"):
+        layer(t(2, 3, 8, 8))
+
+
 MODULES = [
     ({"in_channels": 3, "out_channels": 4, "kernel_size": 3, "groups": 2}, torch.nn.Conv2d),
     ({"in_channels": 4, "out_channels": 3, "kernel_size": 3, "groups": 2}, torch.nn.Conv2d),
