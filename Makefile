@@ -134,8 +134,8 @@ RESULTS := benchmarks/results
 tables: $(VENV)/installed
 	$(BIN)/python benchmarks/to_markdown.py $(RESULTS)/*.json --update README.md $(RESULTS)/README.md --plot $(RESULTS)/net.png
 
-# Without a virtual environment and without a network: it installs into a temporary folder of its own, against PYTHON's
-# torch, and leaves PYTHON's environment as it is. MNIST_ROOT: a folder with the four files of MNIST.
+# Without a virtual environment and without a network: it installs into build/gpu-check, against PYTHON's torch, and
+# leaves PYTHON's environment as it is. MNIST_ROOT: a folder with the four files of MNIST.
 STAGE ?= all
 OUT ?= runs/gpu
 gpu-check:

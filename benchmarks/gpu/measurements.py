@@ -5,6 +5,7 @@ Random data, except for MNIST; FILE is rewritten as results come, so that what w
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import statistics
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import lenet_ext
-from lenet_ext import functional
+from lenet_ext import TrainingStep, functional
 from lenet_ext.bench import CASES, Plan, run_benchmarks
 from lenet_ext.bench.timing import percentile
 from lenet_ext.training import datasets
@@ -27,6 +28,7 @@ from lenet_ext.training import datasets
 # The tests run everything here on the CPU, where there are neither events nor graphs, at sizes of their own.
 DEVICE = "cuda"
 BATCHES = [1, 8, 64, 256, 1024, 8192, 65536]
+CELL_SECONDS = 0.35  # of a cell's turns, of which there are some hundred
 LAYER_BATCHES = [64, 4096, 65536]
 BACKWARD_BATCHES = [64, 1024, 2048, 2050, 4096, 65536]
 SLOW_BATCHES = [64, 4096]  # of providers that take long to get ready
@@ -34,7 +36,7 @@ SWEEP_BATCHES, SWEEP_CHANNELS, SWEEP_SIZES = [1, 64], [1, 3, 8, 32, 128], [8, 16
 COPY_BYTES, MATRIX_SIZE = 2**30, 8192
 KERNELBENCH = Plan.group("kernelbench")
 PARITY_IMAGES, PARITY_STEPS = 2048, 200
-MNIST_SEEDS, MNIST_BATCH, MNIST_EPOCHS, MNIST_TARGET = 20, 128, 15, 0.99
+MNIST_SEEDS, MNIST_BATCH, MNIST_EPOCHS, MNIST_RATE, MNIST_TARGET = 20, 64, 2, 0.05, 0.99
 
 
 def synchronize() -> None:
@@ -109,16 +111,26 @@ def set_precision(precision: str) -> Any:
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
-def net_program(net: Any, x: Any, target: Any, training: bool) -> Callable[[], Any]:
-    """A forward pass without gradients, or a whole training step with SGD."""
-    if not training:
+NET_MODES = ["forward", "forward + backward", "step"]
+
+
+def net_program(net: Any, x: Any, target: Any, mode: str) -> Callable[[], Any]:
+    """A forward pass without gradients, one with those of the parameters, or a whole training step with SGD."""
+    parameters = list(net.parameters())
+    if mode == "forward":
 
         def forward() -> Any:
             with torch.no_grad():
                 return net(x)
 
         return forward
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, foreach=True)
+    if mode == "forward + backward":
+        g = torch.randn(len(x), 10, device=x.device, dtype=x.dtype)
+        return lambda: torch.autograd.grad(net(x), parameters, g)
+    optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, foreach=True)
+    if isinstance(net, lenet_ext.Net) and x.dtype == torch.float32:
+        whole = TrainingStep(net, optimizer)
+        return lambda: whole(x, target)
 
     def step() -> Any:
         optimizer.zero_grad(set_to_none=True)
@@ -136,17 +148,17 @@ def measure_net(save: Callable[[Any], Any], precision: str) -> None:
     for batch in BATCHES:
         x = torch.randn(batch, 1, 32, 32, device=DEVICE, dtype=dtype)
         target = torch.randint(10, (batch,), device=DEVICE)
-        for training in (False, True):
+        for mode in NET_MODES:
             functions: dict[str, Callable[[], Any]] = {}
             for name, kind in (("ours", lenet_ext.Net), ("stock", lenet_ext.ReferenceNet)):
-                functions[name] = net_program(kind(device=DEVICE, dtype=dtype), x, target, training)
-                program = net_program(kind(device=DEVICE, dtype=dtype), x, target, training)
+                functions[name] = net_program(kind(device=DEVICE, dtype=dtype), x, target, mode)
+                program = net_program(kind(device=DEVICE, dtype=dtype), x, target, mode)
                 functions[f"{name} graph"] = graphed(program)
             last = lenet_ext.ReferenceNet(device=DEVICE, dtype=dtype).to(memory_format=torch.channels_last)
-            program = net_program(last, x.to(memory_format=torch.channels_last), target, training)
+            program = net_program(last, x.to(memory_format=torch.channels_last), target, mode)
             functions["channels_last graph"] = graphed(program)
-            case = f"{'step' if training else 'forward'} batch {batch}"
-            rows.append({"case": case, "precision": precision, "us": timed(functions)})
+            us = timed(functions, limit=CELL_SECONDS)
+            rows.append({"case": f"{mode} batch {batch}", "precision": precision, "us": us})
             save(rows)
 
 
@@ -197,7 +209,7 @@ def measure_layers(save: Callable[[Any], Any], precision: str) -> None:
             for training in (False, True):
                 functions = layer_functions(image, weight, batch, dtype, training)
                 case = f"{name} {'forward + backward' if training else 'forward'} batch {batch}"
-                rows.append({"case": case, "precision": precision, "us": timed(functions, limit=1.0)})
+                rows.append({"case": case, "precision": precision, "us": timed(functions, limit=CELL_SECONDS)})
                 save(rows)
 
 
@@ -233,7 +245,7 @@ def measure_backward(save: Callable[[Any], Any], algorithm: str) -> None:
         def backward(g: Any = g, x: Any = x, parameters: Any = parameters, kept: Any = kept) -> Any:
             return torch.ops.lenet_ext.lenet_backward(g, x, parameters, *kept, False)
 
-        us = timed({"ours graph": graphed(backward)}, limit=0.5)
+        us = timed({"ours graph": graphed(backward)}, limit=CELL_SECONDS)
         rows.append({"case": f"backward batch {batch}", "precision": precision, "algorithm": algorithm, "us": us})
         save(rows)
 
@@ -245,29 +257,30 @@ def measure_compiled(save: Callable[[Any], Any]) -> None:
         for batch in SLOW_BATCHES:
             x = torch.randn(batch, 1, 32, 32, device=DEVICE, dtype=dtype)
             target = torch.randint(10, (batch,), device=DEVICE)
-            for training in (False, True):
-                ours = net_program(lenet_ext.Net(device=DEVICE, dtype=dtype), x, target, training)
+            for mode in ("forward", "step"):
+                ours = net_program(lenet_ext.Net(device=DEVICE, dtype=dtype), x, target, mode)
                 stock = torch.compile(
                     lenet_ext.ReferenceNet(device=DEVICE, dtype=dtype), mode="max-autotune-no-cudagraphs"
                 )
                 functions = {
                     "ours graph": graphed(ours),
-                    "compiled graph": graphed(net_program(stock, x, target, training)),
+                    "compiled graph": graphed(net_program(stock, x, target, mode)),
                 }
-                case = f"{precision} {'step' if training else 'forward'} batch {batch}"
-                rows.append({"case": case, "us": timed(functions)})
+                rows.append({"case": f"{precision} {mode} batch {batch}", "us": timed(functions)})
                 save(rows)
 
 
 def measure_kernelbench(save: Callable[[Any], Any]) -> None:
     """By the rules of KernelBench, with `lenet-ext bench`."""
-    rows: dict[str, dict[str, Any]] = {}
-    for row in run_benchmarks(KERNELBENCH, torch.device(DEVICE)).rows:
-        times = row.samples.times_us
-        us = {"median": row.samples.median_us, "p10": percentile(times, 0.1), "p90": percentile(times, 0.9)}
-        of_case = rows.setdefault(row.case, {"case": row.case, "precision": CASES[row.case].rules.precision, "us": {}})
-        of_case["us"][row.provider] = us
-    save(list(rows.values()))
+    rows: list[dict[str, Any]] = []
+    for case in KERNELBENCH.cases:
+        us = {}
+        for row in run_benchmarks(dataclasses.replace(KERNELBENCH, cases=(case,)), torch.device(DEVICE)).rows:
+            times = row.samples.times_us
+            deciles = {"p10": percentile(times, 0.1), "p90": percentile(times, 0.9)}
+            us[row.provider] = {"median": row.samples.median_us, **deciles}
+        rows.append({"case": case, "precision": CASES[case].rules.precision, "us": us})
+        save(rows)
 
 
 def measure_jax(save: Callable[[Any], Any]) -> None:
@@ -372,56 +385,114 @@ def measure_facts(save: Callable[[Any], Any]) -> None:
     facts: dict[str, Any] = {"addmm_activation_lets_nan_pass": bool(fused.isnan().all())}
     images, labels = torch.randn(64, 1, 32, 32, device=DEVICE), torch.zeros(64, dtype=torch.long, device=DEVICE)
     for name, kind in (("ours", lenet_ext.Net), ("stock", lenet_ext.ReferenceNet)):
-        for training in (False, True):
-            program = net_program(kind(device=DEVICE), images, labels, training)
+        for mode in NET_MODES:
+            program = net_program(kind(device=DEVICE), images, labels, mode)
             program()
             with profile(activities=[ProfilerActivity.CUDA if DEVICE == "cuda" else ProfilerActivity.CPU]) as recorded:
                 program()
                 synchronize()
             kernels = [event.name for event in recorded.events() if event.device_type.name == "CUDA"]
-            facts[f"kernels of {name} {'step' if training else 'forward'}"] = {"count": len(kernels), "names": kernels}
+            facts[f"kernels of {name} {mode}"] = {"count": len(kernels), "names": kernels}
     save(facts)
 
 
+def one_cycle(steps: int) -> list[float]:
+    """The learning rate of each step, as `lenet-ext train` has it."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=MNIST_RATE)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, MNIST_RATE, steps, pct_start=0.2, div_factor=5, final_div_factor=20, cycle_momentum=False
+    )
+    rates = []
+    for _ in range(steps):
+        rates.append(float(scheduler.get_last_lr()[0]))
+        optimizer.step()
+        if len(rates) < steps:
+            scheduler.step()
+    return rates
+
+
+Trained = Callable[[Any, Any, float], Any]  # on images and labels, at a learning rate
+
+
+def no_images() -> tuple[Any, Any]:
+    return (
+        torch.zeros(MNIST_BATCH, 1, 32, 32, device=DEVICE),
+        torch.zeros(MNIST_BATCH, dtype=torch.long, device=DEVICE),
+    )
+
+
+def whole_steps(net: Any) -> tuple[Any, Trained]:
+    """Ours: the operator of a whole step. And the optimizer."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9)
+    whole = TrainingStep(net, optimizer)
+
+    def step(images: Any, labels: Any, rate: float) -> None:
+        optimizer.param_groups[0]["lr"] = rate
+        whole(images, labels)
+
+    step(
+        torch.zeros(MNIST_BATCH, 1, 32, 32, device=DEVICE), torch.zeros(MNIST_BATCH, dtype=torch.long, device=DEVICE), 0
+    )
+    return optimizer, step
+
+
+def replayed_steps(net: Any) -> tuple[Any, Trained]:
+    """Stock's loop as a graph, which reads images, labels and learning rate from memory."""
+    x, target = no_images()
+    lr = torch.zeros((), device=DEVICE)
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, fused=True)
+
+    def program() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(net(x), target).backward()
+        optimizer.step()
+
+    replay = graphed(program)
+
+    def step(images: Any, labels: Any, rate: float) -> None:
+        x.copy_(images)
+        target.copy_(labels)
+        lr.fill_(rate)
+        replay()
+
+    step(x, target, 0)
+    return optimizer, step
+
+
 def measure_mnist(save: Callable[[Any], Any], root: str) -> None:
-    """Seconds of training until 99% of the test pictures are right: data on the GPU, a step as a graph, no schedule."""
+    """Seconds of training with a one-cycle schedule, and whether 99% of the test pictures are right then. The data are
+    on the GPU.
+    """
     train, test = (part.to(DEVICE) for part in datasets.load("mnist", root))
     pictures = test.normalization(test.images)
+    rates = one_cycle(MNIST_EPOCHS * (len(train.labels) // MNIST_BATCH))
     runs: list[dict[str, Any]] = []
     for seed in range(MNIST_SEEDS):
-        for name, kind in (("ours", lenet_ext.Net), ("stock", lenet_ext.ReferenceNet)):
+        for name, kind, steps_of in (
+            ("ours", lenet_ext.Net, whole_steps),
+            ("stock", lenet_ext.ReferenceNet, replayed_steps),
+        ):
             torch.manual_seed(seed)
             net = kind().to(DEVICE)
-            x = torch.zeros(MNIST_BATCH, 1, 32, 32, device=DEVICE)
-            target = torch.zeros(MNIST_BATCH, dtype=torch.long, device=DEVICE)
             start = {key: value.clone() for key, value in net.state_dict().items()}
-            optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, foreach=True)
-
-            def step(net: Any = net, x: Any = x, target: Any = target, optimizer: Any = optimizer) -> None:
-                optimizer.zero_grad(set_to_none=True)
-                torch.nn.functional.cross_entropy(net(x), target).backward()
-                optimizer.step()
-
-            replay = graphed(step)
-            # Getting ready has moved the weights and filled the momentum.
+            optimizer, step = steps_of(net)
+            # Getting ready may have moved the weights, and has filled the momentum.
             net.load_state_dict(start)
             for state in optimizer.state.values():
                 state["momentum_buffer"].zero_()
             generator = torch.Generator().manual_seed(seed)
-            seconds, epochs, accuracy = 0.0, 0, 0.0
-            while accuracy < MNIST_TARGET and epochs < MNIST_EPOCHS:
-                synchronize()
-                begin = time.perf_counter()
+            rest = iter(rates)
+            synchronize()
+            begin = time.perf_counter()
+            for _ in range(MNIST_EPOCHS):
                 for images, labels in train.batches(MNIST_BATCH, generator=generator):
                     if len(labels) == MNIST_BATCH:
-                        x.copy_(images)
-                        target.copy_(labels)
-                        replay()
-                synchronize()
-                seconds, epochs = seconds + time.perf_counter() - begin, epochs + 1
-                with torch.no_grad():
-                    accuracy = float((net(pictures).argmax(1) == test.labels).float().mean())
-            run = {"model": name, "seed": seed, "epochs": epochs, "seconds": seconds, "accuracy": accuracy}
+                        step(images, labels, next(rest))
+            synchronize()
+            seconds = time.perf_counter() - begin
+            with torch.no_grad():
+                accuracy = float((net(pictures).argmax(1) == test.labels).float().mean())
+            run = {"model": name, "seed": seed, "epochs": MNIST_EPOCHS, "seconds": seconds, "accuracy": accuracy}
             runs.append({**run, "reached": accuracy >= MNIST_TARGET})
             save(runs)
 

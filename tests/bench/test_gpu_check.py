@@ -6,8 +6,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,17 +27,18 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import gpu_check  # noqa: E402
 from gpu import measurements, ncu, targets  # noqa: E402
-from gpu_check import FAILED, OK, SKIPPED, TIMED_OUT, Step, run_command, run_stage  # noqa: E402
+from gpu_check import FAILED, OK, SKIPPED, TIMED_OUT, Group, Step, run_command, run_groups  # noqa: E402
 
 
 def outcome(status: str) -> dict[str, Any]:
     return {"status": status, "code": 0, "seconds": 0.1, "output": "what it said"}
 
 
-def run(steps: list[Step], seconds: float = 60.0) -> tuple[dict[str, Any], list[str]]:
+def run(*groups: list[Step], seconds: float = 60.0, **options: Any) -> tuple[dict[str, Any], list[str]]:
     report: dict[str, Any] = {"steps": {}}
     saved: list[str] = []
-    run_stage(steps, report, lambda: saved.append(json.dumps(report)), seconds)
+    made = [Group("check", steps, **options) for steps in groups]
+    run_groups(made, report, lambda: saved.append(json.dumps(report)), seconds)
     return report["steps"], saved
 
 
@@ -66,7 +69,41 @@ def test_steps_depend_on_each_other():
     assert [len(json.loads(text)["steps"]) for text in saved] == list(range(1, 8))
 
 
-def test_a_stage_ends_in_time(monkeypatch):
+def test_steps_of_a_group_run_side_by_side():
+    """Each waits for the other; the next group begins when both are done."""
+    both, ran = threading.Barrier(2), []
+
+    def met(limit: float) -> dict[str, Any]:
+        both.wait(timeout=30)
+        return outcome(OK)
+
+    last = Step("last", 10, lambda limit: ran.append(both.n_waiting) or outcome(OK), needs=("a", "b"))
+    done, saved = run([Step(name, 10, met) for name in "ab"], [last], side_by_side=True)
+    assert {step["status"] for step in done.values()} == {OK}
+    assert ran == [0]
+    assert len(saved) == 3
+
+
+def test_a_group_leaves_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: now[0])
+
+    def slow(limit: float) -> dict[str, Any]:
+        now[0] += limit
+        return outcome(OK)
+
+    done, _ = run([Step(name, 60, slow) for name in "abc"], [Step("last", 60, slow)], seconds=100, leaves=25)
+    # The second group's steps have to leave as much.
+    assert [step["status"] for step in done.values()] == [OK, OK, SKIPPED, SKIPPED]
+    report: dict[str, Any] = {"steps": {}}
+    now[0] = 0.0
+    groups = [Group("bench", [Step(n, 60, slow) for n in "abc"], leaves=25), Group("bench", [Step("last", 60, slow)])]
+    run_groups(groups, report, lambda: None, 100)
+    assert [step["status"] for step in report["steps"].values()] == [OK, OK, SKIPPED, OK]
+    assert now[0] == 100
+
+
+def test_a_call_ends_in_time(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(gpu_check.time, "monotonic", lambda: now[0])
     limits = []
@@ -79,7 +116,7 @@ def test_a_stage_ends_in_time(monkeypatch):
     done, _ = run([Step(name, 60, slow) for name in "abcd"], seconds=83)
     assert limits == [60, 43]  # the second may take what is left
     assert [done[name]["status"] for name in "abcd"] == [OK, OK, SKIPPED, SKIPPED]
-    assert done["c"]["reason"] == "the stage's time is over"
+    assert done["c"]["reason"] == "the time is over"
 
 
 def test_commands():
@@ -97,6 +134,8 @@ def test_built_once(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "WORK", tmp_path)
     sources, builds, status = ["first"], [], [FAILED]
     monkeypatch.setattr(gpu_check, "source_hash", lambda: sources[0])
+    for_python = [gpu_check.platform.python_version()]
+    monkeypatch.setattr(gpu_check.platform, "python_version", lambda: for_python[0])
     build = gpu_check.built_once("package", lambda limit: builds.append(limit) or outcome(status[0]))
     assert build(1)["status"] == FAILED
     status[0] = OK
@@ -105,6 +144,29 @@ def test_built_once(tmp_path, monkeypatch):
     sources[0] = "second"
     build(4)
     assert builds == [1, 2, 4]
+    for_python[0] = "another"
+    build(5)
+    assert builds == [1, 2, 4, 5]
+
+
+def test_the_driver_is_compiled_file_by_file(tmp_path, monkeypatch):
+    calls, kernels = tmp_path / "calls", sorted((BENCHMARKS.parent / "csrc" / "cuda").glob("*.cu"))
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(
+        f'#!/bin/sh\necho "$@" >> {calls}\n[ ! -e {tmp_path}/broken ] || ! echo "$@" | grep -q lenet_step\n'
+    )
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path)
+    monkeypatch.setattr(gpu_check, "DRIVER", tmp_path / "driver")
+    assert gpu_check.build_driver(60)["status"] == OK
+    *compiled, linked = calls.read_text().splitlines()
+    assert len(compiled) == len(kernels) + 1
+    assert all(f"{tmp_path}/{kernel.stem}.o" in linked for kernel in kernels)
+    assert linked.endswith(f"-o {tmp_path}/driver")
+    (tmp_path / "broken").touch()
+    assert gpu_check.build_driver(60)["status"] == FAILED
+    assert len(calls.read_text().splitlines()) == 2 * len(compiled) + 1  # nothing was linked
 
 
 def test_the_hash_sees_every_source(tmp_path, monkeypatch):
@@ -125,14 +187,26 @@ def test_the_hash_sees_every_source(tmp_path, monkeypatch):
     assert len(hashes) == 5
 
 
-def test_stages_are_whole():
-    """Every step that is needed is part of the same stage and comes before; names are unique."""
-    for steps in (gpu_check.check_steps(), gpu_check.bench_steps("somewhere")):
-        names = [step.name for step in steps]
-        assert len(set(names)) == len(names)
-        for i, step in enumerate(steps):
-            assert set(step.needs) <= set(names[:i]), step.name
-            assert step.limit < gpu_check.STAGE_SECONDS
+@pytest.mark.parametrize("stage", ["check", "bench", "all"])
+def test_stages_are_whole(stage):
+    """Every step that is needed is part of the same stage and of an earlier group; names are unique."""
+    groups = gpu_check.chosen(gpu_check.groups("somewhere"), stage, None)
+    names: list[str] = []
+    for group in groups:
+        for step in group.steps:
+            assert set(step.needs) <= set(names), step.name
+            assert step.limit < gpu_check.SECONDS
+            names += [] if group.side_by_side else [step.name]
+        names += [step.name for step in group.steps] if group.side_by_side else []
+    assert len(set(names)) == len(names)
+    assert ("tests" in names, "net float32" in names) == (stage != "bench", stage != "check")
+    assert names[-1] == ("ncu" if stage != "check" else "initcheck")
+
+
+def test_a_part_of_the_steps():
+    groups = gpu_check.chosen(gpu_check.groups("somewhere"), "bench", "layers")
+    names = [step.name for group in groups for step in group.steps]
+    assert names == ["build", "driver build", "layers float32", "layers tf32", "layers bfloat16"]
 
 
 def test_mnist_without_files(tmp_path):
@@ -228,7 +302,7 @@ def test_targets():
         }
     }
     found = {target.what: (value, verdict) for target, value, verdict in targets.verdicts(report)}
-    assert found["batch 1 inference: microseconds"] == (7.0, "met")
+    assert found["batch 1 inference, float32: microseconds"] == (7.0, "met")
     assert found["batch 1 inference: over stock"] == (5.0, "met")
     assert found["batch 64 training step: microseconds"] == (30.0, "missed")
     assert found["batch 64 training step: over stock"] == (3.0, "missed")
@@ -237,9 +311,12 @@ def test_targets():
     assert found["conv1 forward: over stock"] == (12.5, "met, ambitious too")
     assert found["MNIST to 99%: milliseconds, median"] == (pytest.approx(145.0), "met")
     assert found["any shape of the sweep: over stock"] == (0.97, "missed")
-    assert found["KernelBench 3/4: over torch.compile"] == (7.0, "met, ambitious too")
+    assert found["any layer, any batch: over stock"] == (12.5, "met, ambitious too")
+    assert found["KernelBench 3/4, TF32: over torch.compile"] == (7.0, "missed")
     assert found["KernelBench 3/4, float32: over torch.compile"] == (None, "not measured")
-    gpu_check.print_tables(report)
+    text = gpu_check.tables(report)
+    assert "batch 64 training step: over stock" in text
+    assert "kernelbench_float32" in text
 
 
 def test_a_graph_keeps_what_it_computes_with(monkeypatch):
@@ -274,12 +351,15 @@ def small(monkeypatch):
         "SWEEP_SIZES": [8],
         "COPY_BYTES": 2**12,
         "MATRIX_SIZE": 32,
-        "KERNELBENCH": Plan(("net",), ("forward",), (2,), ("fused", "eager"), effort=Effort(rounds=2, min_rounds=2)),
+        "KERNELBENCH": Plan(
+            ("net", "conv1"), ("forward",), (2,), ("fused", "eager"), effort=Effort(rounds=2, min_rounds=2)
+        ),
         "PARITY_IMAGES": 64,
         "PARITY_STEPS": 20,
         "MNIST_SEEDS": 2,
         "MNIST_BATCH": 32,
         "MNIST_EPOCHS": 30,
+        "MNIST_RATE": 0.05,
         "MNIST_TARGET": 0.5,
     }
     for name, value in sizes.items():
@@ -314,7 +394,10 @@ def test_measurements_run(small, name):
     result = json.loads(saved[-1])
     assert result
     if name == "kernelbench":
-        assert [sorted(row["us"]) for row in result] == [["eager", "fused"]]
+        assert [(row["case"], sorted(row["us"])) for row in result] == [
+            ("net", ["eager", "fused"]),
+            ("conv1", ["eager", "fused"]),
+        ]
     if name in ("net", "layers", "sweep", "backward", "compiled"):
         assert all(row["us"]["ours graph"]["median"] > 0 for row in result)
     if name == "mnist":
