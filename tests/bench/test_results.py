@@ -366,6 +366,7 @@ def gpu_report() -> dict[str, Any]:
             "result": [{"model": "ours", "seed": 0, "epochs": 5, "seconds": 0.25, "accuracy": 0.991, "reached": True}],
         },
         "ncu": {"status": "skipped"},
+        "kernelbench": {"status": "ok", "result": [row("kernelbench", fused=100.0, compile=700.0)]},
     }
     environment = {
         "torch": "2.11.0+cu130",
@@ -392,6 +393,8 @@ def test_the_small_file_of_a_gpu(tmp_path: Path) -> None:
     assert "| ours | 1 | 50.0 | 5 |" in tables.render("gpu_mnist", [content])
     assert tables.render("gpu_ceilings", [content]) is None  # not measured
     assert tables.render("headline", [content]) is None
+    assert content["kernelbench"][0]["us"]["fused"]["median"] == 100
+    assert "ncu" not in content
 
 
 # --- this repository's ------------------------------------------------------------------------------------------------
