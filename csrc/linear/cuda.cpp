@@ -16,13 +16,17 @@ using OptionalTensor = std::optional<Tensor>;
 struct LinearCuda {
   using Scope = CudaScope;
 
-  // The cost rule, predicted and not yet measured. With few rows a product is all latency: one launch of ours, which
-  // adds the bias and applies ReLU (or its mask) on the way, against the vendor's two or three. On the ordinary units
-  // in every dtype: fetching the weights takes longer than multiplying them, so tensor cores would wait just the same.
-  // With many rows, nothing beats the vendor's GEMM.
-  static Algorithm algorithm(const LinearShape& s, at::ScalarType) {
+  // The cost rule. With few rows a product is all latency: one launch of ours, which adds the bias and applies ReLU (or
+  // its mask) on the way, against the vendor's two or three. On the ordinary units in every dtype. With many rows,
+  // nothing beats the vendor's GEMM. Measured on an H100 at commit e811d08, microseconds of 64 rows, ours and stock's:
+  // 400 -> 120 in float32 7.7 and 11.9, in TF32 7.3 and 8.9, in bfloat16 10.4 and 5.6; 120 -> 84 in float32 4.2 and
+  // 17.5, in TF32 4.2 and 6.7, in bfloat16 5.0 and 5.8. So in 16 bits ours is for short sums alone; where between them
+  // the bound lies, and what fewer rows take, nobody has measured.
+  static Algorithm algorithm(const LinearShape& s, at::ScalarType dtype) {
+    const bool sixteen_bits = dtype == at::kHalf || dtype == at::kBFloat16;
     const bool small = s.rows <= 64 && s.in_features * s.out_features <= 1 << 20;
-    return choose_algorithm(small ? Algorithm::Direct : Algorithm::Vendor);
+    const bool cheaper = small && (!sixteen_bits || s.in_features <= 128);
+    return choose_algorithm(cheaper ? Algorithm::Direct : Algorithm::Vendor);
   }
 
   // --8<-- [start:forward]

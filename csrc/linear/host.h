@@ -65,13 +65,15 @@ class LinearHost {
       if (wanted[2]) gradients.bias = at::zeros({s.out_features}, grad_output.options());
       return gradients;
     }
-    Tensor grad = grad_output.contiguous().view({s.rows, s.out_features});
+    Tensor grad = grad_output.reshape({s.rows, s.out_features});
     const Tensor rows = wanted[1] ? input.contiguous().view({s.rows, s.in_features}) : Tensor();
     const Tensor mask = output.defined() ? output.contiguous().view({s.rows, s.out_features}) : Tensor();
     if (Device::algorithm(s, grad.scalar_type()) == Algorithm::Direct) {
-      gradients = Device::backward(scope, op, s, grad, mask, rows, wanted[0] ? weight.contiguous() : Tensor(), wanted);
+      gradients = Device::backward(scope, op, s, grad.contiguous(), mask, rows,
+                                   wanted[0] ? weight.contiguous() : Tensor(), wanted);
     } else {
-      if (mask.defined()) grad = at::threshold_backward(grad, mask, 0);
+      // What is masked is a tensor of its own already, also where the gradient of a sum is one number everywhere.
+      grad = mask.defined() ? at::threshold_backward(grad, mask, 0) : grad.contiguous();
       if (wanted[0]) gradients.input = at::mm(grad, weight);
       if (wanted[1]) gradients.weight = at::mm(grad.t(), rows);
       if (wanted[2]) gradients.bias = at::sum(grad, 0);

@@ -178,7 +178,7 @@ def test_a_layer_on_the_tensor_cores(ops, control, precision, name, bias, batch)
     with tf32_allowed(precision == "tf32", False):
         before = control.cuda_on_cpu_launches()
         output, indices = under_schedules(
-            control, -1, lambda: ops.conv_relu_max_pool2d_with_indices(*operands, *options, False)
+            control, DIRECT, lambda: ops.conv_relu_max_pool2d_with_indices(*operands, *options, False)
         )
         assert control.cuda_on_cpu_launches() == before + len(SCHEDULES)
         assert torch.equal(ops.conv_relu_max_pool2d(*operands, *options, False), output)
@@ -198,8 +198,9 @@ def test_a_layer_on_the_tensor_cores(ops, control, precision, name, bias, batch)
 
 @pytest.mark.parametrize("name", ["conv1", "conv2"])
 @pytest.mark.parametrize("precision", ON_TENSOR_CORES)
-def test_a_layer_on_the_tensor_cores_is_exact_where_sums_are(ops, precision, name):
+def test_a_layer_on_the_tensor_cores_is_exact_where_sums_are(ops, control, precision, name):
     """Small integers, full of ties: the first of equals wins."""
+    control.cuda_on_cpu_configure(DIRECT, 0, 0)
     shape, weight_shape, o = SHAPES[name]
     dtype = dtype_of(precision)
     x, w, b = (integers(*s, dtype=dtype) for s in (shape, weight_shape, weight_shape[:1]))
@@ -216,6 +217,7 @@ def test_a_layer_on_the_tensor_cores_is_exact_where_sums_are(ops, precision, nam
 @pytest.mark.parametrize("name", ["conv1", "conv2"])
 def test_a_layer_is_tf32_only_where_convolutions_may_be(ops, control, name, convolutions, products):
     """As stock's convolution; otherwise, and without tensor cores, bit by bit what it always was."""
+    control.cuda_on_cpu_configure(DIRECT, 0, 0)  # by the rule few images of the first layer are strict
     operands, options = layer_operands(name, torch.float32, 3)
     expected = stock(*[t.double() for t in operands], PLAIN)
 
@@ -228,6 +230,19 @@ def test_a_layer_is_tf32_only_where_convolutions_may_be(ops, control, name, conv
         assert torch.equal(layer(), strict) == (not convolutions)
         with without_tensor_cores(control):
             assert torch.equal(layer(), strict)
+
+
+@pytest.mark.parametrize(("name", "batch", "faster"), [("conv1", 255, False), ("conv1", 256, True), ("conv2", 1, True)])
+def test_a_layer_is_strict_where_that_is_faster(ops, control, name, batch, faster):
+    operands, options = layer_operands(name, torch.float32, batch)
+
+    def layer():
+        return ops.conv_relu_max_pool2d(*operands, *options, False)
+
+    with tf32_allowed(False, False):
+        strict = layer()
+    with tf32_allowed(True, False):
+        assert torch.equal(layer(), strict) == (not faster)
 
 
 @pytest.mark.parametrize("name", ["conv1", "conv2"])
@@ -247,8 +262,9 @@ def test_a_layer_in_16_bits_without_tensor_cores(ops, control, dtype, name):
 @pytest.mark.parametrize("operand", ["input", "weight", "bias"])
 @pytest.mark.parametrize("name", ["conv1", "conv2"])
 @pytest.mark.parametrize("precision", ON_TENSOR_CORES)
-def test_a_layer_on_the_tensor_cores_with_non_finite_operands(ops, precision, name, operand, value):
+def test_a_layer_on_the_tensor_cores_with_non_finite_operands(ops, control, precision, name, operand, value):
     """They reach the outputs that they reach in stock, and no others."""
+    control.cuda_on_cpu_configure(DIRECT, 0, 0)
     operands, options = layer_operands(name, dtype_of(precision), 3)
     operands[["input", "weight", "bias"].index(operand)].view(-1)[-7:-6] = value
     if operand == "input":
