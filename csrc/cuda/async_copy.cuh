@@ -44,12 +44,19 @@ LX_DEVICE void wait_for_copies() {
 #endif
 }
 
+// The block begins to copy `count` elements, kBytes at a time: a multiple of that many, as are both addresses.
+template <int kBytes, typename T>
+LX_DEVICE void copy_block_async(T* to, const T* from, int count) {
+  constexpr int kEach = kBytes / sizeof(T);
+  for (int i = threadIdx.x * kEach; i < count; i += blockDim.x * kEach) copy_async<kBytes>(to + i, from + i);
+}
+
 // The block begins to copy `count` floats, a multiple of 4, to a 16-byte aligned address.
 LX_DEVICE void copy_floats_async(float* to, const float* from, int count) {
   if (aligned_for_packs(from)) {
-    for (int i = threadIdx.x * 4; i < count; i += blockDim.x * 4) copy_async<16>(to + i, from + i);
+    copy_block_async<16>(to, from, count);
   } else {
-    for (int i = threadIdx.x; i < count; i += blockDim.x) copy_async<4>(to + i, from + i);
+    copy_block_async<4>(to, from, count);
   }
 }
 

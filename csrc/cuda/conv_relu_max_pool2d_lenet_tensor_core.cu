@@ -10,7 +10,7 @@ struct Layer {
   int64_t batch;
   const T *input, *weight, *bias;  // bias may be null
   T* output;
-  uint8_t* indices;  // null: not wanted
+  uint8_t* indices;
 
   explicit Layer(const ConvPoolForward& c)
       : batch(c.shape.batch),
@@ -20,9 +20,10 @@ struct Layer {
         output(static_cast<T*>(c.output)),
         indices(c.indices) {}
 
-  LX_DEVICE void store(int64_t at, const Winner<float>& winner) const {
+  template <bool kCodes, typename Pooled>
+  LX_DEVICE void store(int64_t at, const Pooled& winner) const {
     output[at] = lx::narrow<T>(winner.pooled());
-    if (indices != nullptr) indices[at] = winner.code();
+    if constexpr (kCodes) indices[at] = winner.code();
   }
 };
 
@@ -36,7 +37,7 @@ int64_t conv1_shared_bytes(int images) {
 // block -> `images` images at a time, until the batch is done; passes are counted in 32 bits, for want of registers.
 // Lanes of a warp store 16 neighbouring values of a channel. Shared memory: 38 KB with 16 images in the 16-bit types,
 // 43 KB with 8 in TF32.
-template <typename T>
+template <typename T, bool kCodes>
 __global__ void __launch_bounds__(kTensorCoreThreads, 2) lenet_tensor_core_conv1_kernel(Layer<T> layer, int images) {
   using L = ConvolutionLayout<T>;
   LX_SMEM(shared);
@@ -55,11 +56,11 @@ __global__ void __launch_bounds__(kTensorCoreThreads, 2) lenet_tensor_core_conv1
     __syncthreads();
     load_pixels(pixels, layer.input + first * Conv1::kImage, present, irregular);
     __syncthreads();
-    convolve1<T>(pixels, matrix, biases, present, irregular,
-                 [&](int image, int channel, int y, int x, const Winner<float>& winner) {
-                   const int at = image * Conv1::kPooled + channel * Conv1::kWindows + y * Conv1::kPool + x;
-                   layer.store(first * Conv1::kPooled + at, winner);
-                 });
+    convolve1<T, kCodes>(pixels, matrix, biases, present, irregular,
+                         [&](int image, int channel, int y, int x, const auto& winner) {
+                           const int at = image * Conv1::kPooled + channel * Conv1::kWindows + y * Conv1::kPool + x;
+                           layer.template store<kCodes>(first * Conv1::kPooled + at, winner);
+                         });
   }
 }
 
@@ -71,7 +72,7 @@ int64_t conv2_shared_bytes(int images) {
 }
 
 // block -> as in conv1. Shared memory: 57 KB with 16 images in the 16-bit types, 63 KB with 8 in TF32.
-template <typename T>
+template <typename T, bool kCodes>
 __global__ void __launch_bounds__(kTensorCoreThreads, 2) lenet_tensor_core_conv2_kernel(Layer<T> layer, int images) {
   using L = ConvolutionLayout<T>;
   LX_SMEM(shared);
@@ -88,11 +89,11 @@ __global__ void __launch_bounds__(kTensorCoreThreads, 2) lenet_tensor_core_conv2
     __syncthreads();  // the last pass is done with the shared memory
     load_maps(maps, planes, layer.input + first * Conv2::kImage, present);
     __syncthreads();
-    convolve2<T>(maps, planes, matrix, biases, present,
-                 [&](int image, int channel, int window, const Winner<float>& winner) {
-                   const int at = image * Conv2::kPooled + channel * Conv2::kWindows + window;
-                   layer.store(first * Conv2::kPooled + at, winner);
-                 });
+    convolve2<T, kCodes>(maps, planes, matrix, biases, present,
+                         [&](int image, int channel, int window, const auto& winner) {
+                           const int at = image * Conv2::kPooled + channel * Conv2::kWindows + window;
+                           layer.template store<kCodes>(first * Conv2::kPooled + at, winner);
+                         });
   }
 }
 
@@ -105,14 +106,17 @@ LaunchResult forward(const ConvPoolForward& call, cudaStream_t stream) {
   const int images = images_per_block(call.shape.batch, ConvolutionLayout<T>::kImages, shared_bytes);
   const unsigned grid = blocks_at_once(result, call.shape.batch, images);
   lx::launch(result, first ? "lenet_tensor_core_conv1_kernel" : "lenet_tensor_core_conv2_kernel",
-             first ? lenet_tensor_core_conv1_kernel<T> : lenet_tensor_core_conv2_kernel<T>, grid, kTensorCoreThreads,
-             shared_bytes(images), stream, Layer<T>(call), images);
+             call.indices == nullptr
+                 ? first ? lenet_tensor_core_conv1_kernel<T, false> : lenet_tensor_core_conv2_kernel<T, false>
+             : first ? lenet_tensor_core_conv1_kernel<T, true>
+                     : lenet_tensor_core_conv2_kernel<T, true>,
+             grid, kTensorCoreThreads, shared_bytes(images), stream, Layer<T>(call), images);
   return result;
 }
 
 template <typename T>
 bool supported() {
-  return lx::has_tensor_cores(lenet_tensor_core_conv1_kernel<T>);
+  return lx::has_tensor_cores(lenet_tensor_core_conv1_kernel<T, true>);
 }
 
 }  // namespace

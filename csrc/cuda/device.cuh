@@ -99,8 +99,14 @@ LX_DEVICE T narrow(Accumulator<T> x) {
 }
 template <>
 LX_DEVICE bf16 narrow<bf16>(float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  bf16 b;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(b.bits) : "f"(x));
+  return b;
+#else
   const uint32_t bits = bits_of(x);
   return bf16{static_cast<uint16_t>(is_nan(x) ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+#endif
 }
 template <>
 LX_DEVICE f16 narrow<f16>(float x) {

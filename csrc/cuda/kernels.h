@@ -169,7 +169,7 @@ int64_t lenet_backward_workspace(int64_t batch, int64_t in_channels, int64_t sli
 LaunchResult launch_lenet_backward(DType dtype, const LenetBackwardOf<void>& call, cudaStream_t stream);
 
 // The gradients of both convolutions on the tensor cores in float16, bfloat16 and, for float32, TF32, for large batches
-// of one channel, in two launches. All tensors are contiguous, `input`, `pooled1` and `indices1` 16-byte aligned.
+// of one channel, in two launches. All tensors are contiguous, those of images 16-byte aligned.
 template <typename T>
 struct LenetConvolutionsBackwardOf {
   int64_t batch;
@@ -248,5 +248,10 @@ LaunchResult launch_lenet_lean_forward(DType dtype, const LenetForwardOf<void>& 
 // together or not at all.
 bool has_lenet_lean_convolutions(DType dtype, int64_t channels);
 LaunchResult launch_lenet_lean_convolutions(const LenetForward& call, cudaStream_t stream);
+
+// And its linear layers, from pooled2, in one launch; pooled2 and parameters are 16-byte aligned, hidden1 and hidden2
+// wanted together or not at all.
+bool has_lenet_tf32_linears();
+LaunchResult launch_lenet_tf32_linears(const LenetForward& call, cudaStream_t stream);
 
 }  // namespace lenet_ext::cuda

@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 4) lenet_forward_cluster_kernel(Lene
       add_plane<1, 2, Conv1::kOut>(sums, corner, Conv1::kSize, weights1 + channel);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const Winner<float> winner = winner_of(sums[0], c);
+        const auto winner = pool_tile<true>(sums[0], c);
         const int at = (channel + c) * Conv1::kWindows + rows.begin * Conv1::kPool + window;
         const T value = lx::narrow<T>(winner.pooled());
         store_everywhere(pooled1 + at, value);
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 4) lenet_forward_cluster_kernel(Lene
         const float* const plane[1] = {corner + c * Conv2::kSize * Conv2::kSize};
         add_plane<1, 1, kChannels>(sums, plane, Conv2::kSize, weights2 + c * kTaps * kChannels + channel);
       }
-      const Winner<float> winner = winner_of(sums[0], 0);
+      const auto winner = pool_tile<true>(sums[0], 0);
       const int at = (first_channel + channel) * Conv2::kWindows + window;
       const T value = lx::narrow<T>(winner.pooled());
       store_everywhere(features + at, value);

@@ -1,5 +1,10 @@
 // The gradients of LeNet's convolutions, cut into what a block of 256 threads does with some images in shared memory.
 // Pointers to gradients and codes point at the first of these images; gradients may lie in shared memory as well.
+//
+// They multiply at every position, three of four times by zero. To gather the operands of the winners instead would
+// take a word of shared memory for each multiply-add, of which a multiprocessor loads 32 a clock and computes 128:
+// counted for the gradients of conv2's input, of its weights and of conv1's, 2,700 + 1,880 + 920 clocks an image, where
+// dense tiles in registers take 1,875 + 1,875 + 920.
 #pragma once
 
 #include "lenet_tiles.cuh"

@@ -1,7 +1,7 @@
 // LeNet's forward pass for large batches, on the tensor cores: both convolutions with ReLU and pooling in one launch,
 // in float16, bfloat16 and float32 by way of TF32, and in the 16-bit types the three linear layers in another; with
-// kKeep, what a backward pass needs goes to global memory on the way. In TF32 the linear layers' weights, 240 KB, are
-// more than a block can hold: they are the vendor's.
+// kKeep, what a backward pass needs goes to global memory on the way. In TF32 the linear layers' weights, 236 KB, are
+// more than a block can hold: they have a kernel of another kind (lenet_tf32_linears.cu).
 //
 // In lenet_tensor_core.cu one instruction of twenty is a product. The others choose winners, which nobody asks for in
 // inference, compute addresses, and store values one by one. Here
@@ -14,7 +14,7 @@
 // Counted in the machine code for sm_90 (benchmarks/gpu/machine_code_sm_90.json): 74 instructions for 16 patches of
 // conv1 where the other kernel has 357, 114 for 8 windows of conv2 in place of 245; 156 and 215 with what is kept. The
 // products are what then limits: 318 an image, 510 clocks of a multiprocessor if it begins 0.62 of them a clock, as
-// others have measured on an H100. In TF32, 125 and 211 (206 and 297), and an image's convolutions are 523 products of
+// others have measured on an H100. In TF32, 107 and 211 (188 and 297), and an image's convolutions are 523 products of
 // half the depth, 840 clocks so, and 1,010 loads and stores of 128 bytes of shared memory. No GPU has run these kernels
 // yet.
 //
@@ -138,21 +138,13 @@ LX_DEVICE T kept_value(const Pack<uint32_t, N>& words, const float* values, int 
 // A load that the compiler neither merges with its neighbour nor takes from an earlier one.
 LX_DEVICE uint32_t load_word(const unsigned char* from) { return *reinterpret_cast<const volatile uint32_t*>(from); }
 
-// A pooling window's largest value, with its bias.
-LX_DEVICE float largest_of(float v0, float v1, float v2, float v3) {
-  return lx::max_or_nan(lx::max_or_nan(v0, v1), lx::max_or_nan(v2, v3));
-}
+// A pooling window's largest value, with its bias, and its winner.
 LX_DEVICE float pooled_value(float v0, float v1, float v2, float v3, float bias) {
   return largest_of(v0, v1, v2, v3) + bias;
 }
-
-// Its winner, by the rule of Winner: the first of equals, the last NaN, for which to look may be left out where none
-// can be.
 template <bool kNan>
 LX_DEVICE uint8_t winner_code(float v0, float v1, float v2, float v3, float pooled) {
-  const float largest = largest_of(v0, v1, v2, v3);
-  int position = v0 == largest ? 0 : v1 == largest ? 1 : v2 == largest ? 2 : 3;
-  if (kNan && lx::is_nan(largest)) position = lx::is_nan(v3) ? 3 : lx::is_nan(v2) ? 2 : lx::is_nan(v1) ? 1 : 0;
+  const int position = position_of<kNan>(largest_of(v0, v1, v2, v3), v0, v1, v2, v3);
   return pooled <= 0 ? kDead : static_cast<uint8_t>(position);
 }
 
@@ -196,8 +188,20 @@ __device__ __forceinline__ void lean_conv1(const unsigned char* pixels, const ui
                                            uint8_t* codes) {
   using L = Lean<T>;
   using Pixels = typename L::Pixels;
-  constexpr int kSecond = L::kPerWord == 2 ? 4 : 16;  // from word t of a step to word t + 4, in bytes
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+  // Where a lane's words of a step begin. Patches are 4 columns apart, in TF32 a row of an operand's matrix, of which a
+  // lane names one: rows 0 and 1 of windows, of the step's first four pixels, then of the others.
+  const int corner = L::kPerWord == 2
+                         ? g * 8 + t / 2 * L::kRowBytes + t % 2 * 8
+                         : lane % 8 * kVectorBytes + lane / 8 % 2 * 2 * L::kRowBytes + lane / 16 * kVectorBytes;
+  auto load = [](uint32_t (&a)[4], const unsigned char* at) {
+    if constexpr (L::kPerWord == 1) {
+      lx::load_matrices(a, reinterpret_cast<const uint32_t*>(at));
+    } else {
+      a[0] = load_word(at), a[1] = load_word(at + 2 * L::kRowBytes);
+      a[2] = load_word(at + 4), a[3] = load_word(at + 2 * L::kRowBytes + 4);
+    }
+  };
   uint32_t b[(L::kMatrices1 + 1) / 2 * 2][2];
 #pragma unroll
   for (int i = 0; i < (L::kMatrices1 + 1) / 2; ++i) {
@@ -211,8 +215,7 @@ __device__ __forceinline__ void lean_conv1(const unsigned char* pixels, const ui
 #pragma unroll 1
   for (int image = L::kImagesOfWarp * warp; image < L::kImagesOfWarp * (warp + 1); ++image) {
     if (image >= present) break;  // of the whole warp
-    const unsigned char* const in = pixels + image * L::kImageBytes + g * static_cast<int>(4 * sizeof(T)) +
-                                    (L::kPerWord == 2 ? t / 2 * L::kRowBytes + t % 2 * 8 : t * 4);
+    const unsigned char* const in = pixels + image * L::kImageBytes + corner;
     unsigned char* const out = pooled + (image * Pixels::kImage + t % 2 * Pixels::kOddColumn + g) * kVectorBytes +
                                t / 2 * (L::kPerWord == 2 ? kVectorBytes / 2 : L::kPlane);
     float largest = 0;
@@ -221,9 +224,8 @@ __device__ __forceinline__ void lean_conv1(const unsigned char* pixels, const ui
       float sums[L::kTiles1][4];
 #pragma unroll
       for (int step = 0; step < L::kSteps1; ++step) {
-        const unsigned char* const at = in + (rows * 4 + step * L::kPerWord) * L::kRowBytes;
-        const uint32_t a[4] = {load_word(at), load_word(at + 2 * L::kRowBytes), load_word(at + kSecond),
-                               load_word(at + 2 * L::kRowBytes + kSecond)};
+        uint32_t a[4];
+        load(a, in + (rows * 4 + step * L::kPerWord) * L::kRowBytes);
 #pragma unroll
         for (int tile = 0; tile < L::kTiles1; ++tile) {
           const int matrix = L::matrix1(step, tile);

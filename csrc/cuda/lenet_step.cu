@@ -111,14 +111,14 @@ __global__ void __launch_bounds__(kThreads, 1) lenet_step_data_kernel(LenetStep 
     lx::fill_shared(s.pixels + present * First::kImage, (kImages - present) * First::kImage, 0.0f);
     __syncthreads();
     convolve_images<First, S::kTile>(s.pixels, s.weights1, s.biases1, kImages, kImages,
-                                     [&](int image, int channel, int window, const Winner<float>& winner) {
+                                     [&](int image, int channel, int window, const auto& winner) {
                                        const int at = image * First::kPooled + channel * First::kWindows + window;
                                        s.pooled1[at] = winner.pooled();
                                        s.indices1[at] = winner.code();
                                      });
     __syncthreads();
     convolve_images<Conv2, S::kTile>(s.pooled1, s.weights2, s.biases2, kImages, kImages,
-                                     [&](int image, int channel, int window, const Winner<float>& winner) {
+                                     [&](int image, int channel, int window, const auto& winner) {
                                        const int at = image * Conv2::kPooled + channel * Conv2::kWindows + window;
                                        s.features[at] = winner.pooled();
                                        s.indices2[at] = winner.code();

@@ -100,8 +100,8 @@ __device__ __forceinline__ void linear_images(const uint32_t* in, int pitch, int
 
 // block -> `images` images at a time, until the batch is done; activations in the place of those that are no longer
 // needed. Shared memory: 96 KB with 16 images in the 16-bit types, 106 KB with 8 in TF32, two blocks per
-// multiprocessor.
-template <typename T>
+// multiprocessor. With kKeep what a backward pass needs goes to global memory.
+template <typename T, bool kKeep>
 __global__ void __launch_bounds__(kThreads, 2) lenet_tensor_core_kernel(LenetForwardOf<T> call, int images) {
   using L = Layout<T>;
   LX_SMEM(shared);
@@ -127,29 +127,31 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_tensor_core_kernel(LenetFor
     const int present = static_cast<int>(call.batch - first < images ? call.batch - first : images);
     load_pixels(pixels, call.input + first * Conv1::kImage, present, irregular);
     __syncthreads();
-    convolve1<T>(pixels, matrix1, biases1, present, irregular,
-                 [&](int image, int channel, int y, int x, const Winner<float>& winner) {
-                   constexpr int kInVector = 4 * L::kPerWord;
-                   const T value = lx::narrow<T>(winner.pooled());
-                   const int pixel = image * Conv1::kWindows + y * Conv1::kPool + split_column(x);
-                   elements<T>(pooled1)[(channel / kInVector * planes + pixel) * kInVector + channel % kInVector] =
-                       lx::to_operand(value);
-                   if (call.pooled1 == nullptr) return;
-                   const int at = image * Conv1::kPooled + channel * Conv1::kWindows + y * Conv1::kPool + x;
-                   call.pooled1[first * Conv1::kPooled + at] = value;
-                   call.indices1[first * Conv1::kPooled + at] = winner.code();
-                 });
+    convolve1<T, kKeep>(
+        pixels, matrix1, biases1, present, irregular, [&](int image, int channel, int y, int x, const auto& winner) {
+          constexpr int kInVector = 4 * L::kPerWord;
+          const T value = lx::narrow<T>(winner.pooled());
+          const int pixel = image * Conv1::kWindows + y * Conv1::kPool + split_column(x);
+          elements<T>(pooled1)[(channel / kInVector * planes + pixel) * kInVector + channel % kInVector] =
+              lx::to_operand(value);
+          if constexpr (kKeep) {
+            const int at = image * Conv1::kPooled + channel * Conv1::kWindows + y * Conv1::kPool + x;
+            call.pooled1[first * Conv1::kPooled + at] = value;
+            call.indices1[first * Conv1::kPooled + at] = winner.code();
+          }
+        });
     __syncthreads();
     lx::fill_shared(irregular, images, 0);
-    convolve2<T>(pooled1, planes, matrix2, biases2, present,
-                 [&](int image, int channel, int window, const Winner<float>& winner) {
-                   const T value = lx::narrow<T>(winner.pooled());
-                   const int at = channel * Conv2::kWindows + window;
-                   elements<T>(features)[image * L::kFeaturesPitch * L::kPerWord + at] = lx::to_operand(value);
-                   if (call.pooled2 == nullptr) return;
-                   call.pooled2[(first + image) * Conv2::kPooled + at] = value;
-                   call.indices2[(first + image) * Conv2::kPooled + at] = winner.code();
-                 });
+    convolve2<T, kKeep>(pooled1, planes, matrix2, biases2, present,
+                        [&](int image, int channel, int window, const auto& winner) {
+                          const T value = lx::narrow<T>(winner.pooled());
+                          const int at = channel * Conv2::kWindows + window;
+                          elements<T>(features)[image * L::kFeaturesPitch * L::kPerWord + at] = lx::to_operand(value);
+                          if constexpr (kKeep) {
+                            call.pooled2[(first + image) * Conv2::kPooled + at] = value;
+                            call.indices2[(first + image) * Conv2::kPooled + at] = winner.code();
+                          }
+                        });
     __syncthreads();
     // One copy of the code for the three layers, which all have to fit the registers.
     uint32_t* const hidden1 = features + images * L::kFeaturesPitch;
@@ -177,14 +179,15 @@ LaunchResult forward(const LenetForwardOf<void>& call, cudaStream_t stream) {
   if (call.batch == 0) return result;
   const int images = images_per_block(call.batch, Layout<T>::kImages, Layout<T>::shared_bytes);
   const unsigned grid = blocks_at_once(result, call.batch, images);
-  lx::launch(result, "lenet_tensor_core_kernel", lenet_tensor_core_kernel<T>, grid, kThreads,
-             Layout<T>::shared_bytes(images), stream, typed<T>(call), images);
+  lx::launch(result, "lenet_tensor_core_kernel",
+             call.pooled1 == nullptr ? lenet_tensor_core_kernel<T, false> : lenet_tensor_core_kernel<T, true>, grid,
+             kThreads, Layout<T>::shared_bytes(images), stream, typed<T>(call), images);
   return result;
 }
 
 template <typename T>
 bool supported() {
-  return lx::has_tensor_cores(lenet_tensor_core_kernel<T>);
+  return lx::has_tensor_cores(lenet_tensor_core_kernel<T, true>);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 // Counted in the machine code for sm_90 (benchmarks/gpu/machine_code_sm_90.json): in 16 bits an image is 662 products,
 // 1,070 clocks of a multiprocessor if it begins 0.62 of them a clock, as others have measured on an H100, and fewer
 // clocks of other instructions; the layers' kernels take 12,600 (measured, in float32 as well). In TF32 it is 1,423
-// products of half the depth, 2,300 clocks so, and 3,250 loads and stores of 128 bytes of shared memory, one a clock,
+// products of half the depth, 2,300 clocks so, and 3,440 loads and stores of 128 bytes of shared memory, one a clock,
 // of which nearly a half are the operands of the gradient of conv2's input. No GPU has run these kernels yet.
 #include "lenet_tensor_core_gradients.cuh"
 #include "lenet_weight_sums.cuh"
@@ -15,9 +15,8 @@
 namespace lenet_ext::cuda {
 namespace {
 
-// block -> one slice of the batch, two images at a time, in TF32 one. What the next ones need is loaded only when these
-// are done: the other block of the multiprocessor computes meanwhile. Shared memory: 84 KB, in TF32 87 KB, two blocks a
-// multiprocessor.
+// block -> one slice of the batch, two images at a time, in TF32 one, while what the next ones need arrives. Shared
+// memory: 97 KB, in TF32 99 KB, two blocks a multiprocessor.
 template <typename T>
 __global__ void __launch_bounds__(kGradientThreads, 2)
     lenet_tensor_core_backward_kernel(LenetConvolutionsBackwardOf<T> call, float* __restrict__ partials1,
@@ -31,14 +30,25 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   Conv1WeightSums<T> sums1;
   const int64_t slice_begin = blockIdx.x * call.slice_images;
   const int64_t slice_end = slice_begin + call.slice_images < call.batch ? slice_begin + call.slice_images : call.batch;
+  auto present_at = [slice_end](int64_t first) { return slice_end - first < Pass::kImages ? 1 : Pass::kImages; };
+  auto fetch = [&](int64_t first) {
+    const GradientImages<const T, const uint8_t> images{
+        call.input + first * Conv1::kImage, call.pooled1 + first * Conv1::kPooled,
+        call.grad_pooled2 + first * Conv2::kPooled, call.indices1 + first * Conv1::kPooled,
+        call.indices2 + first * Conv2::kPooled};
+    pass.fetch(images, present_at(first));
+  };
+  fetch(slice_begin);
 #pragma unroll 1
   for (int64_t first = slice_begin; first < slice_end; first += Pass::kImages) {
-    const int present = slice_end - first < Pass::kImages ? 1 : Pass::kImages;
-    __syncthreads();  // the last pass is done with the shared memory
-    load_pixels(pass, call.input + first * Conv1::kImage, present);
-    load_pooled(pass, call.pooled1 + first * Conv1::kPooled, call.indices1 + first * Conv1::kPooled, present);
-    load_gradients(pass, call.grad_pooled2 + first * Conv2::kPooled, call.indices2 + first * Conv2::kPooled, present);
+    const int present = present_at(first);
+    lx::wait_for_copies<0>();
+    __syncthreads();  // all copies are there, and the last pass is done with the shared memory
+    load_pixels(pass, present);
+    load_pooled(pass, present);
+    load_gradients(pass, present);
     __syncthreads();
+    if (first + Pass::kImages < slice_end) fetch(first + Pass::kImages);
     sums2.add(pass);
     pooled_gradient.compute(pass);
     __syncthreads();

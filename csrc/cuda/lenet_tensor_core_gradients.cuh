@@ -15,9 +15,11 @@
 //     conv1.
 //   - What is stored with the channels together is loaded transposed where the depth of a product is positions.
 //   - Winners are bits, of which in 16 bits a shift, an and, and a multiplication make the mask of two values.
+//   - What the next images need is copied as it is, asynchronously, while these are computed.
 // What is stored in shared memory is an operand: in TF32 it has been rounded, biases' gradients included.
 #pragma once
 
+#include "async_copy.cuh"
 #include "lenet_pixels.cuh"
 #include "tensor_core.cuh"
 
@@ -32,6 +34,13 @@ constexpr int kPatchesOfImage = Conv1::kPool * Conv1::kPool / 2;  // of 2 x 4 po
 constexpr int kPatchRows = 6, kPatchPixels = 8, kPatchPlaces = 8 * Conv1::kOut;
 constexpr int kTapsOfWarp = 7;  // of conv2's weight gradient: 7, 6, 6, 6
 static_assert(kTapsOfWarp + (kGradientWarps - 1) * (kTapsOfWarp - 1) == kTaps);
+
+// What the gradients of some images need, as it is in global memory; or where in shared memory it arrives.
+template <typename T, typename Code>
+struct GradientImages {
+  T *input, *pooled1, *grad_pooled2;
+  Code *indices1, *indices2;
+};
 
 // What a pass has in shared memory, and tables of where things lie in it, in bytes.
 template <typename T>
@@ -95,6 +104,7 @@ struct GradientPass {
   uint32_t* input_patches;  // [image, patch]: its first window of conv1; conv1's patch there in the upper half
   uint32_t* depths;         // [step][kStep]: in `patches`; in `pixels` in the upper half
   uint32_t* weights;        // [tap][lane][4]
+  GradientImages<T, uint8_t> next;
 
   LX_DEVICE explicit GradientPass(unsigned char* shared) {
     pixels = lx::take<unsigned char>(shared, kImages * kPixelImage);
@@ -107,13 +117,31 @@ struct GradientPass {
     input_patches = lx::take<uint32_t>(shared, kInputTiles * 16);
     depths = lx::take<uint32_t>(shared, kDepthSteps * kStep);
     weights = lx::take<uint32_t>(shared, kWeightWords);
+    next.input = lx::take<T>(shared, kImages * Conv1::kImage);
+    next.pooled1 = lx::take<T>(shared, kImages * Conv1::kPooled);
+    next.grad_pooled2 = lx::take<T>(shared, kImages * Conv2::kPooled);
+    next.indices1 = lx::take<uint8_t>(shared, kImages * Conv1::kPooled);
+    next.indices2 = lx::take<uint8_t>(shared, kImages * Conv2::kPooled);
   }
   static constexpr int64_t shared_bytes() {
     return lx::taken<unsigned char>(kImages * kPixelImage) + lx::taken<unsigned char>(kPooledBytes) +
            lx::taken<unsigned char>(kGridBytes) + lx::taken<unsigned char>((kNoPatch + 1) * kPatchBytes) +
            lx::taken<unsigned char>(Conv1::kOut / 2 * kWinnerPair) + lx::taken<uint32_t>(kImages * Conv1::kWindows) +
            lx::taken<uint32_t>(kWindowRows * 2) + lx::taken<uint32_t>(kInputTiles * 16) +
-           lx::taken<uint32_t>(kDepthSteps * kStep) + lx::taken<uint32_t>(kWeightWords);
+           lx::taken<uint32_t>(kDepthSteps * kStep) + lx::taken<uint32_t>(kWeightWords) +
+           lx::taken<T>(kImages * Conv1::kImage) + lx::taken<T>(kImages * Conv1::kPooled) +
+           lx::taken<T>(kImages * Conv2::kPooled) + lx::taken<uint8_t>(kImages * Conv1::kPooled) +
+           lx::taken<uint8_t>(kImages * Conv2::kPooled);
+  }
+
+  // The block begins to copy what `present` images need. An image's first indices are 8 modulo 16 bytes.
+  LX_DEVICE void fetch(const GradientImages<const T, const uint8_t>& from, int present) const {
+    lx::copy_block_async<16>(next.input, from.input, present * Conv1::kImage);
+    lx::copy_block_async<16>(next.pooled1, from.pooled1, present * Conv1::kPooled);
+    lx::copy_block_async<16>(next.grad_pooled2, from.grad_pooled2, present * Conv2::kPooled);
+    lx::copy_block_async<8>(next.indices1, from.indices1, present * Conv1::kPooled);
+    lx::copy_block_async<16>(next.indices2, from.indices2, present * Conv2::kPooled);
+    lx::end_copy_group();
   }
 
   // The block writes the tables, and zeros everywhere else.
@@ -166,15 +194,15 @@ LX_DEVICE lx::Operands<T, 2> won(const lx::Operands<T, 2>& values, uint32_t winn
 
 // ----------------------------------------------------------------------------------------------------------- loading
 
-// The pixels of the `present` first images; of the others zeros.
+// From where the copies arrived to where operands are: the pixels of the `present` first images; of the others zeros.
 template <typename T>
-__device__ __forceinline__ void load_pixels(const GradientPass<T>& pass, const T* __restrict__ input, int present) {
+__device__ __forceinline__ void load_pixels(const GradientPass<T>& pass, int present) {
   using Pass = GradientPass<T>;
   constexpr int kVectors = Conv1::kImage / Pass::kInVector, kOfRow = Conv1::kSize / Pass::kInVector;
   for (int i = threadIdx.x; i < Pass::kImages * kVectors; i += kGradientThreads) {
     const int image = i / kVectors, row = i % kVectors / kOfRow, column = i % kOfRow;
     Pack<uint32_t, 4> v = {};
-    if (image < present) v = lx::load_pack<4>(reinterpret_cast<const uint32_t*>(input) + i * 4);
+    if (image < present) v = lx::load_pack<4>(reinterpret_cast<const uint32_t*>(pass.next.input) + i * 4);
     for (uint32_t& word : v.values) word = lx::operand_word<T>(word);
     unsigned char* const to = pass.pixels + image * Pass::kPixelImage + row * Pass::kPixelRow + column * kVectorBytes;
     *reinterpret_cast<Pack<uint32_t, 4>*>(to) = v;
@@ -195,8 +223,7 @@ LX_DEVICE uint32_t winner_bits(uint32_t codes) {
 
 // conv1's pooled output, with a one in slot 3, and its winners. thread -> 4 neighbouring pixels in all channels.
 template <typename T>
-__device__ __forceinline__ void load_pooled(const GradientPass<T>& pass, const T* __restrict__ pooled1,
-                                            const uint8_t* __restrict__ indices1, int present) {
+__device__ __forceinline__ void load_pooled(const GradientPass<T>& pass, int present) {
   using Pass = GradientPass<T>;
   constexpr int kPacks = Conv1::kWindows / 4;
   const T one = lx::narrow<T>(1.0f);
@@ -208,8 +235,8 @@ __device__ __forceinline__ void load_pooled(const GradientPass<T>& pass, const T
 #pragma unroll
       for (int c = 0; c < Conv1::kOut; ++c) {
         const int from = image * Conv1::kPooled + c * Conv1::kWindows + first;
-        values[c] = lx::load_pack<4>(pooled1 + from);
-        winners[c] = winner_bits(*reinterpret_cast<const uint32_t*>(indices1 + from));
+        values[c] = lx::load_pack<4>(pass.next.pooled1 + from);
+        winners[c] = winner_bits(*reinterpret_cast<const uint32_t*>(pass.next.indices1 + from));
       }
     }
     const Pack<uint32_t, 4> places = lx::load_pack<4>(pass.pooled_places + i * 4);
@@ -238,8 +265,7 @@ __device__ __forceinline__ void load_pooled(const GradientPass<T>& pass, const T
 
 // The gradient of conv2's output, from that of its pooled output. thread -> a window in the channels of a vector.
 template <typename T>
-__device__ __forceinline__ void load_gradients(const GradientPass<T>& pass, const T* __restrict__ grad_pooled2,
-                                               const uint8_t* __restrict__ indices2, int present) {
+__device__ __forceinline__ void load_gradients(const GradientPass<T>& pass, int present) {
   using Pass = GradientPass<T>;
   constexpr int kPairs = Pass::kInVector / 2;
   for (int i = threadIdx.x; i < Pass::kGridVectors * Pass::kWindows; i += kGradientThreads) {
@@ -250,13 +276,13 @@ __device__ __forceinline__ void load_gradients(const GradientPass<T>& pass, cons
       const int from = window / Conv2::kWindows * Conv2::kPooled + Pass::kInVector * vector * Conv2::kWindows +
                        window % Conv2::kWindows;
       auto bit = [&](int at) {
-        const uint32_t code = indices2[at];
+        const uint32_t code = pass.next.indices2[at];
         return code == kDead ? 0 : 1u << code;
       };
 #pragma unroll
       for (int k = 0; k < kPairs; ++k) {
         const int low = from + 2 * k * Conv2::kWindows, high = low + Conv2::kWindows;
-        values[k] = lx::operands<T>(grad_pooled2[low], grad_pooled2[high]);
+        values[k] = lx::operands<T>(pass.next.grad_pooled2[low], pass.next.grad_pooled2[high]);
         winners[k] = bit(low) | bit(high) << 8;
       }
     }

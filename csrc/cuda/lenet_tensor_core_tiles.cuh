@@ -162,10 +162,11 @@ __device__ __forceinline__ void load_maps(uint32_t* maps, int planes, const T* f
   }
 }
 
-// conv1 of `images` images: store(image, channel, y, x, winner) for each pooled output.
+// conv1 of `images` images: store(image, channel, y, x, winner) for each pooled output, a winner as pool_window makes
+// it, without a code if none is wanted.
 //
 // warp -> 16 patches at a time, all channels; the matrix stays in registers.
-template <typename T, typename Store>
+template <typename T, bool kCodes, typename Store>
 __device__ __forceinline__ void convolve1(const uint32_t* pixels, const uint32_t* matrix, const float* biases,
                                           int images, const int* irregular, Store store) {
   using L = ConvolutionLayout<T>;
@@ -217,12 +218,9 @@ __device__ __forceinline__ void convolve1(const uint32_t* pixels, const uint32_t
       if (patch >= patches || irregular[image]) continue;
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair) {
-        Winner<float> winner;
-#pragma unroll
-        for (int position = 0; position < 4; ++position) {
-          winner.consider(sums[pair + position / 2 * kPairs][2 * half + position % 2], position);
-        }
-        store(image, 2 * pair + t / 2, rest / 7, rest % 7 * 2 + t % 2, winner);
+        const float (&above)[4] = sums[pair], (&below)[4] = sums[pair + kPairs];
+        store(image, 2 * pair + t / 2, rest / 7, rest % 7 * 2 + t % 2,
+              pool_window<kCodes>(above[2 * half], above[2 * half + 1], below[2 * half], below[2 * half + 1]));
       }
     }
   }
@@ -254,11 +252,11 @@ __device__ __forceinline__ void convolve1(const uint32_t* pixels, const uint32_t
 }
 
 // conv2 of `images` images in `maps`, whose vectors are `planes` pixels apart: store(image, channel, window, winner)
-// for each pooled output.
+// for each pooled output, as conv1 has it.
 //
 // warp -> 8 windows at a time, all channels. Rows g and g + 8 of a product are window g at dy = 0 and 1; there is one
 // product for dx = 0 and one for dx = 1, so that the four values of a window are one thread's.
-template <typename T, typename Store>
+template <typename T, bool kCodes, typename Store>
 __device__ __forceinline__ void convolve2(const uint32_t* maps, int planes, const uint32_t* matrix, const float* biases,
                                           int images, Store store) {
   using L = ConvolutionLayout<T>;
@@ -313,12 +311,8 @@ __device__ __forceinline__ void convolve2(const uint32_t* maps, int planes, cons
     for (int tile = 0; tile < 2; ++tile) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        Winner<float> winner;
-#pragma unroll
-        for (int position = 0; position < 4; ++position) {
-          winner.consider(sums[position % 2][tile][position / 2 * 2 + c], position);
-        }
-        store(window / Conv2::kWindows, 8 * tile + 2 * t + c, window % Conv2::kWindows, winner);
+        store(window / Conv2::kWindows, 8 * tile + 2 * t + c, window % Conv2::kWindows,
+              pool_window<kCodes>(sums[0][tile][c], sums[1][tile][c], sums[0][tile][2 + c], sums[1][tile][2 + c]));
       }
     }
   }

@@ -1,9 +1,9 @@
 // The whole network on CUDA. Compiled only where nvcc is found. For up to 128 classes there are kernels for the forward
 // pass as a whole, in float32 for one channel and for three and, where the GPU has tensor cores for them, in float16
 // and bfloat16 for one; the backward pass of all but large batches is two launches in each of them, for one channel and
-// for three. Of large batches of one channel, both convolutions have a kernel, and their gradients two launches, in
-// float16, bfloat16 and TF32. Otherwise the layers go one after the other, without the cost of five operators and five
-// Functions.
+// for three. Of large batches of one channel, both convolutions have a kernel, the linear layers another, and the
+// convolutions' gradients two launches, in float16, bfloat16 and TF32. Otherwise the layers go one after the other,
+// without the cost of five operators and five Functions.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -59,7 +59,7 @@ enum class ForwardPath {
   kStrict,            // by one block
   kTensorCores,       // on the tensor cores
   kLean,              // on the tensor cores in two launches, for many images
-  kLeanConvolutions,  // both convolutions so in TF32, in one launch, the linear layers one after the other
+  kLeanConvolutions,  // both convolutions so in TF32, in one launch; the linear layers in another, or one by one
 };
 
 struct ForwardProblem {
@@ -100,7 +100,10 @@ constexpr int64_t kFewestImagesOfTf32Convolutions = 2048;
 constexpr int64_t kFewestImagesOfLean = 1024, kFewestImagesOfLeanTraining = 2048;
 // In TF32 the same kernel computes the convolutions where else they would be layers, from kFewestImagesOfTf32Layers on
 // with more classes, too. Predicted, not measured: 1,000 clocks of a multiprocessor an image, 1,300 if loads are waited
-// for, which is 280 to 370 us for 65536 images, where the layers took 820.
+// for, which is 300 to 390 us for 65536 images, where the layers took 820. Where products may be rounded, too, the
+// linear layers are a launch of their own, from where each multiprocessor has a warp's images: predicted 15 us for 4096
+// of them and 60 for 65536, where the library's took 21 and 132 (lenet_tf32_linears.cu).
+constexpr int64_t kFewestImagesOfTf32Linears = 4096;
 
 ForwardPath forward_path(const ForwardProblem& p) {
   const bool float32 = p.dtype == cuda::DType::kFloat32;
@@ -132,6 +135,11 @@ ForwardPath forward_path(const ForwardProblem& p) {
   return ForwardPath::kLayers;
 }
 
+// Whether the linear layers behind the convolutions in TF32 are one launch.
+bool has_linears_in_one_launch(const ForwardProblem& p) {
+  return p.tf32_products && cuda::has_lenet_tf32_linears() && takes_direct(p.batch >= kFewestImagesOfTf32Linears);
+}
+
 cuda::LaunchResult launch_forward(ForwardPath path, cuda::DType dtype, const Tensor& images,
                                   const std::vector<Tensor>& p, const LenetLayers& a, cudaStream_t stream) {
   if (path == ForwardPath::kStrict) return cuda::launch_lenet_forward(forward_of<float>(images, p, a), stream);
@@ -151,8 +159,9 @@ LenetLayers lenet_forward(const char* op, const Tensor& input, TensorList parame
   const CudaScope scope(input);
   const int64_t batch = input.size(0), classes = parameters[8].size(0);
   const cuda::DType dtype = cuda_dtype(op, input);
-  const ForwardPath path = forward_path(
-      {dtype, batch, input.size(1), classes, training, allows_tf32_convolutions(), allows_tf32_products()});
+  const ForwardProblem problem{
+      dtype, batch, input.size(1), classes, training, allows_tf32_convolutions(), allows_tf32_products()};
+  const ForwardPath path = forward_path(problem);
   if (path == ForwardPath::kLayers) return lenet_by_layers(kLayers, op, input.contiguous(), parameters, training);
 
   const bool convolutions = path == ForwardPath::kLeanConvolutions;
@@ -169,11 +178,17 @@ LenetLayers lenet_forward(const char* op, const Tensor& input, TensorList parame
   if (training || convolutions) a.pooled2 = at::empty({batch, 16, 5, 5}, options);
   if (convolutions) {
     check_launch(op, cuda::launch_lenet_lean_convolutions(forward_of<float>(images, p, a), scope.stream), input);
-    lenet_linear_by_layers(kLayers, op, p, a);
-    return a;
+    if (!has_linears_in_one_launch(problem)) {
+      lenet_linear_by_layers(kLayers, op, p, a);
+      return a;
+    }
   }
   a.output = at::empty({batch, classes}, options);
   if (training) a.hidden1 = at::empty({batch, 120}, options), a.hidden2 = at::empty({batch, 84}, options);
+  if (convolutions) {
+    check_launch(op, cuda::launch_lenet_tf32_linears(forward_of<float>(images, p, a), scope.stream), input);
+    return a;
+  }
   check_launch(op, launch_forward(path, dtype, images, p, a, scope.stream), input);
   return a;
 }
@@ -199,11 +214,11 @@ struct BackwardProblem {
 };
 
 // The cost rule for large batches on the tensor cores, predicted and not yet measured: by their counts of instructions
-// the convolutions take some 1,100 clocks of a multiprocessor an image in 16 bits, 2,000 if every load is waited for,
-// and in TF32, which is taken where both kinds of layers may be rounded to it, 3,250 and 5,000, where the layers'
-// kernels took 12,600 on an H100. For 4096 images that is 35 us, or 90, in place of 230, for which no other bound is
-// needed than that of the two launches: below it, what is saved is in doubt, and they stay until somebody measures.
-// Training has no use for the gradient of the images; who wants it has the other ways.
+// the convolutions take some 1,070 clocks of a multiprocessor an image in 16 bits, 1,300 with a fifth of waiting, and
+// in TF32, which is taken where both kinds of layers may be rounded to it, 3,440 and 4,100, where the layers' kernels
+// took 12,600 on an H100. For 4096 images that is 24 us, or 75, in place of 230, for which no other bound is needed
+// than that of the two launches: below it, what is saved is in doubt, and they stay until somebody measures. Training
+// has no use for the gradient of the images; who wants it has the other ways.
 BackwardPath backward_path(const BackwardProblem& p) {
   if (p.batch == 0) return BackwardPath::kLayers;
   const bool permitted = p.dtype != cuda::DType::kFloat32 || (p.tf32_convolutions && p.tf32_products);
@@ -222,7 +237,7 @@ LenetGradients backward_on_tensor_cores(const CudaScope& scope, const char* op, 
   auto [fc1, fc2, fc3] = lenet_linear_backward_by_layers(kLayers, op, grad_output, parameters, a);
   const Tensor images = contiguous_and_aligned(input), weight2 = parameters[2].contiguous();
   const Tensor pooled1 = contiguous_and_aligned(a.pooled1), indices1 = contiguous_and_aligned(a.indices1);
-  const Tensor grad_pooled2 = fc1.input.contiguous();
+  const Tensor grad_pooled2 = contiguous_and_aligned(fc1.input), indices2 = contiguous_and_aligned(a.indices2);
   LenetGradients gradients;
   cuda::LenetConvolutionsBackwardOf<void> call{};
   for (int i = 0; i < 4; ++i) {
@@ -232,7 +247,7 @@ LenetGradients backward_on_tensor_cores(const CudaScope& scope, const char* op, 
   call.batch = input.size(0), call.slice_images = cuda::lenet_tensor_core_backward_slice_images(call.batch);
   call.input = images.const_data_ptr(), call.weight2 = weight2.const_data_ptr();
   call.pooled1 = pooled1.const_data_ptr(), call.indices1 = indices1.const_data_ptr<uint8_t>();
-  call.grad_pooled2 = grad_pooled2.const_data_ptr(), call.indices2 = a.indices2.const_data_ptr<uint8_t>();
+  call.grad_pooled2 = grad_pooled2.const_data_ptr(), call.indices2 = indices2.const_data_ptr<uint8_t>();
   const int64_t bytes = cuda::lenet_tensor_core_backward_workspace(call.batch, call.slice_images);
   const Tensor workspace = at::empty({bytes}, input.options().dtype(at::kByte));
   call.workspace = workspace.mutable_data_ptr();

@@ -120,6 +120,9 @@ def operators() -> ctypes.CDLL:
     loaded.cuda_on_cpu_lenet_backward_path.argtypes = [ctypes.c_bool] * 4 + [ctypes.c_int64]
     pointer = ctypes.c_void_p
     loaded.cuda_on_cpu_lean_convolutions.argtypes = [ctypes.c_int64, pointer, ctypes.POINTER(pointer), *[pointer] * 4]
+    loaded.cuda_on_cpu_tf32_linears.argtypes = [ctypes.c_int64] * 2 + [pointer, ctypes.POINTER(pointer), *[pointer] * 3]
+    loaded.cuda_on_cpu_has_linears_in_one_launch.argtypes = [ctypes.c_bool, ctypes.c_int64]
+    loaded.cuda_on_cpu_has_linears_in_one_launch.restype = ctypes.c_bool
     loaded.cuda_on_cpu_set_shared_memory.argtypes = [ctypes.c_int64]
     loaded.schemas = library  # keeps the definitions alive
     return loaded

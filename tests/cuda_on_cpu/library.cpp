@@ -62,4 +62,19 @@ extern "C" int cuda_on_cpu_lean_convolutions(int64_t batch, const float* input, 
   call.pooled1 = pooled1, call.indices1 = indices1, call.pooled2 = pooled2, call.indices2 = indices2;
   return static_cast<int>(cuda::launch_lenet_lean_convolutions(call, {}).error);
 }
+// The linear layers in TF32, likewise. parameters: of all layers; hidden1 and hidden2 may be null.
+extern "C" int cuda_on_cpu_tf32_linears(int64_t batch, int64_t classes, float* pooled2, const float* const* parameters,
+                                        float* hidden1, float* hidden2, float* output) {
+  using namespace lenet_ext;
+  cuda::LenetForward call{};
+  call.batch = batch, call.in_channels = 1, call.classes = classes, call.pooled2 = pooled2;
+  for (int i = 0; i < 10; ++i) call.parameters[i] = parameters[i];
+  call.hidden1 = hidden1, call.hidden2 = hidden2, call.output = output;
+  return static_cast<int>(cuda::launch_lenet_tf32_linears(call, {}).error);
+}
+// Whether the cost rule takes them, behind the convolutions.
+extern "C" bool cuda_on_cpu_has_linears_in_one_launch(bool tf32_products, int64_t batch) {
+  using namespace lenet_ext;
+  return has_linears_in_one_launch({cuda::DType::kFloat32, batch, 1, 10, false, true, tf32_products});
+}
 extern "C" int64_t cuda_on_cpu_launches() { return lx_shim::state().launches; }

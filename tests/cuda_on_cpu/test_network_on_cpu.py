@@ -208,7 +208,7 @@ def test_a_gpu_without_tensor_cores_for_it(ops, control, precision):
             before = control.cuda_on_cpu_launches()
             got = ops.lenet(x, parameters)
             launches = control.cuda_on_cpu_launches() - before
-    assert launches == (1 if precision == "tf32" else 5)
+    assert launches == (1 if precision == "tf32" else 4)  # in 16 bits the first linear layer is the vendor's
     if precision == "tf32":
         assert torch.equal(got, strict)
         assert not torch.equal(got, on_tensor_cores)
@@ -546,6 +546,59 @@ def test_both_convolutions_in_tf32_keep_non_finite_pixels_where_they_belong(ops,
         torch.testing.assert_close(pooled.double(), want, rtol=tolerance, atol=4 * tolerance, equal_nan=True)
     for pooled, indices in ((got[0], got[1]), (got[2], got[3])):
         assert torch.equal(indices == 255, pooled <= 0)
+
+
+def tf32_linears(control, features, parameters, keep):
+    """The linear layers in TF32: the output, and the hidden layers, if they are kept."""
+    batch, classes = len(features), len(parameters[8])
+    output, hidden1, hidden2 = (torch.full((batch, width), float("nan")) for width in (classes, 120, 84))
+    addresses = (ctypes.c_void_p * 10)(*(p.data_ptr() for p in parameters))
+    kept = [t.data_ptr() if keep else None for t in (hidden1, hidden2)]
+    error = control.cuda_on_cpu_tf32_linears(batch, classes, features.data_ptr(), addresses, *kept, output.data_ptr())
+    assert error == 0
+    return (output, hidden1, hidden2) if keep else (output,)
+
+
+# A warp has 32 images; each multiprocessor gets one before one gets another.
+@pytest.mark.parametrize(("batch", "classes"), [(1, 10), (31, 1), (33, 11), (70, 128), extended(300, 10)])
+def test_the_linear_layers_in_tf32_are_one_launch(ops, control, batch, classes):
+    net, parameters = reference_net(1, classes, torch.float32)
+    features = torch.randn(batch, 400).relu()
+    before = control.cuda_on_cpu_launches()
+    kept = under_schedules(control, -1, lambda: tf32_linears(control, features, parameters, True))
+    assert control.cuda_on_cpu_launches() - before == len(SCHEDULES)
+    assert torch.equal(
+        under_schedules(control, -1, lambda: tf32_linears(control, features, parameters, False))[0], kept[0]
+    )
+    net, expected = net.double(), [features.double()]
+    for layer in (net.fc1, net.fc2, net.fc3):
+        expected.append(layer(expected[-1] if layer is net.fc1 else expected[-1].relu()).detach())
+    tolerance = TOLERANCES["tf32"]
+    for got, want in zip(kept, (expected[3], expected[1].relu(), expected[2].relu()), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+    assert bool((kept[1].view(torch.int32) & 0x1FFF).any())  # not rounded to what it is multiplied as
+    part = tf32_linears(control, features[batch // 2 :].clone(), parameters, True)
+    for one, other in zip(part, kept, strict=True):
+        assert torch.equal(one, other[batch // 2 :])
+    # Infinities in an image are that image's alone; a weight behind the last output would make NaN of them.
+    features[batch // 3, 5] = float("inf")
+    got = tf32_linears(control, features, parameters, True)
+    keep = torch.arange(batch) != batch // 3
+    for one, other in zip(got, kept, strict=True):
+        assert torch.equal(one[keep], other[keep])
+    torch.testing.assert_close(got[1][batch // 3].isinf(), parameters[4][:, 5] > 0)
+
+
+def test_where_the_linear_layers_in_tf32_are_taken(ops, control):
+    def taken(products=True):
+        return [control.cuda_on_cpu_has_linears_in_one_launch(products, batch) for batch in (4095, 4096)]
+
+    assert taken() == [False, True]
+    assert taken(products=False) == [False, False]
+    with without_tensor_cores(control):
+        assert taken() == [False, False]
+    with shared_memory(control, 163):
+        assert taken() == [False, False]
 
 
 @pytest.mark.extended
