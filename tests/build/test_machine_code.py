@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from gpu import machine_code  # noqa: E402
+from gpu import kernel_times, machine_code  # noqa: E402
 
 PTXAS = """\
 ptxas info    : 0 bytes gmem
@@ -107,3 +107,28 @@ def test_the_kernels_are_those_of_the_table():
         pytest.skip(f"the table is of nvcc {table['nvcc']}, here is {tools.version}")
     found = machine_code.differences(table, machine_code.measure(tools))
     assert not found, "\n".join(found)
+
+
+def test_every_kernel_has_a_predicted_time():
+    """Where the kernels or what is said of them has changed, `python benchmarks/gpu/kernel_times.py --update`."""
+    if not machine_code.TABLE.is_file():
+        pytest.skip("a source distribution comes without the table")
+    table = json.loads(machine_code.TABLE.read_text())
+    assert [name for name in table["kernels"] if kernel_times.work_of(name) is None] == []
+    assert kernel_times.TABLE.read_text() == kernel_times.render(table)
+
+
+def test_what_limits_a_kernel():
+    kernel = {"instructions": 300, "loops": [{"all": 100, "tensor": 31}, {"all": 20}]}
+
+    def predicted(**work):
+        found = kernel_times.predict(kernel, kernel_times.Work("", 132 * 1700, before_us=1.0, waiting=2.0, **work))
+        return found.limit, pytest.approx(found.us)
+
+    # 2,000 instructions are 500 clocks; 620 products are 1,000.
+    assert predicted(trips=(10, 50)) == ("instructions", 1 + 2 * 500)
+    assert predicted(trips=(20,)) == ("products", 1 + 2 * 1000)
+    assert predicted(trips=(20,), shared=1500) == ("shared memory", 1 + 2 * 1500)
+    assert predicted(trips=(0, 0), passes=100) == ("instructions", 1 + 2 * 100 * kernel_times.OUTSIDE * 180 / 4)
+    assert predicted(bytes=kernel_times.BYTES_A_US / 1320) == ("global memory", 1 + 170)
+    assert predicted(us=7.0, said="measured") == ("measured", 7.0)

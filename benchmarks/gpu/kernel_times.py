@@ -1,0 +1,301 @@
+"""The time that each kernel should take on an H100, predicted from what nvcc made of it.
+
+A kernel's work on some problem, that is how often its warps run the loops of the table of `machine_code.py`, gives the
+clocks that a multiprocessor needs at least: four instructions a clock, 0.62 products on the tensor cores, one access of
+128 bytes to shared memory. What a kernel waits for comes on top, as a factor that was measured.
+
+    python benchmarks/gpu/kernel_times.py            # prints the table
+    python benchmarks/gpu/kernel_times.py --update   # writes it to kernel_times.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MACHINE_CODE = Path(__file__).with_name("machine_code_sm_90.json")
+TABLE = Path(__file__).with_suffix(".md")
+
+MULTIPROCESSORS, CLOCKS_A_US = 132, 1700.0
+INSTRUCTIONS_A_CLOCK = 4.0
+PRODUCTS_A_CLOCK = 0.62  # as others have measured mma.sync on an H100
+BYTES_A_US = 2.99e6  # measured: a copy in global memory
+# Of the instructions outside of the inner loops those that are run once a trip of the loops around them, and not before
+# them: 172 of 318 and 380 of 662 in conv1's kernels.
+OUTSIDE = 0.55
+# Measured over counted, on an H100 at commit e811d08. In large batches: in float32 conv1 1.4, conv2 1.5, the gradients
+# of conv2's input 1.5, of its weights 1.6, of conv1's weights 1.9; on the tensor cores conv1 1.7 to 2.2, conv2 2.8. In
+# small ones, a block or two on a multiprocessor: conv1 1.3, conv2 2.5, the gradients of the whole network 4.8.
+WAITING, WAITING_ON_TENSOR_CORES, WAITING_ALONE, WAITING_IN_STEP = 1.5, 2.2, 2.5, 4.8
+# Guessed, where asynchronous copies are on their way during the products; with two blocks, and with four warps each.
+WAITING_FOR_NO_LOAD, WAITING_FOR_BARRIERS = 1.3, 1.2
+LAUNCH_US = 3.0  # with what a block does before its first image
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one launch. Everything is counted for an image (or another unit), all warps together."""
+
+    problem: str
+    images: float
+    trips: tuple[float, ...] = ()  # of a warp through each loop of the table, in its order
+    passes: float = 0.0  # of a warp through what is outside of these loops
+    products: float = 0.0  # beside those in the loops
+    shared: float = 0.0  # accesses of 128 bytes, where they may be the limit
+    bytes: float = 0.0  # of global memory
+    multiprocessors: int = MULTIPROCESSORS  # that have something to do
+    waiting: float = WAITING
+    before_us: float = LAUNCH_US  # the first image
+    us: float | None = None  # where it is not counted: measured on an H100 at commit e811d08, or after what was
+    said: str = "measured"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    us: float
+    limit: str
+
+
+def predict(kernel: dict[str, Any], work: Work) -> Prediction:
+    if work.us is not None:
+        return Prediction(work.us, work.said)
+    loops = kernel["loops"][: len(work.trips)]
+    in_loops = sum(trips * loop["all"] for trips, loop in zip(work.trips, loops, strict=False))
+    outside = OUTSIDE * (kernel["instructions"] - sum(loop["all"] for loop in loops))
+    products = work.products + sum(
+        trips * loop.get("tensor", 0) for trips, loop in zip(work.trips, loops, strict=False)
+    )
+    clocks = {
+        "instructions": (in_loops + work.passes * outside) / INSTRUCTIONS_A_CLOCK,
+        "products": products / PRODUCTS_A_CLOCK,
+        "shared memory": work.shared,
+    }
+    limit = max(clocks, key=lambda name: clocks[name])
+    us = work.waiting * work.images * clocks[limit] / (work.multiprocessors * CLOCKS_A_US)
+    of_memory = work.images * work.bytes / BYTES_A_US
+    if of_memory > us:
+        us, limit = of_memory, "global memory"
+    return Prediction(work.before_us + us, limit)
+
+
+# --------------------------------------------------------------------------------------------------- what kernels do
+
+MANY, SOME, FEW = 65536, 1024, 64
+STORED = {"float": 4, "bf16": 2, "f16": 2, "double": 8}
+
+
+def _alone(images: int, **what: Any) -> Work:
+    """Of a block an image."""
+    blocks = min(images, MULTIPROCESSORS)
+    return Work(f"{images} images", images, multiprocessors=blocks, **{"waiting": WAITING_ALONE, **what})
+
+
+def _conv_forward(arguments: list[str]) -> Work:
+    # A tile is a window in one image or two, and all channels of conv1, or 8 or 2 of conv2.
+    first, tile, stored = "1, 6, 32" in arguments[1], arguments[2][-1], STORED[arguments[0]]
+    if tile == "2":
+        warps = 3.1 if first else 0.8
+        of_memory = 1024 * stored + 1176 * (stored + 1) if first else 1176 * stored + 400 * (stored + 1)
+        return Work(f"{MANY} images", MANY, (warps * (5 if first else 30),), warps, bytes=of_memory)
+    warps = 7 if tile == "0" else 3.5
+    return _alone(FEW if tile == "0" else 256, trips=(warps * (5 if first else 30),), passes=warps)
+
+
+def _forward(arguments: list[str]) -> Work:
+    # conv1 (for each channel), conv2, and 4 of a layer's outputs for 5 images in a quarter of the depth.
+    channels, tile = (3 if "3, 6" in arguments[0] else 1), arguments[1][-1]
+    if tile == "2":
+        return Work(f"{4096} images", 4096, (24, 15.5 * channels, 25.4), 2.0)
+    conv1, conv2, linear = (35 * channels, 210, 254) if tile == "0" else (17.5 * channels, 105, 127)
+    return _alone(FEW if tile == "0" else 256, trips=(conv1, linear, conv2), passes=8)
+
+
+def _tensor_core_network(arguments: list[str]) -> Work:
+    # A block alone with one image was measured: most of it is the wait for the linear layers' weights.
+    if arguments[0] == "float":  # conv1; five steps of conv2; a linear layer
+        return Work(f"{SOME} images", SOME, (6.1, 15.6, 16), 3.1, before_us=41.9)
+    return Work(f"{SOME} images", SOME, (3.1, 6.1, 4.1), 0.5, before_us=25.4)
+
+
+def _tensor_core_conv1(arguments: list[str]) -> Work:
+    stored = STORED[arguments[0]]
+    of_memory = 1024 * stored + 1176 * (stored + 1)
+    return Work(f"{MANY} images", MANY, (6.125,), bytes=of_memory, waiting=WAITING_ON_TENSOR_CORES)
+
+
+def _tensor_core_conv2(arguments: list[str]) -> Work:
+    stored = STORED[arguments[0]]
+    of_memory = 1176 * stored + 400 * (stored + 1)
+    if arguments[0] == "float":
+        return Work(f"{MANY} images", MANY, (15.6,), 3.1, bytes=of_memory, waiting=WAITING_ON_TENSOR_CORES)
+    return Work(f"{MANY} images", MANY, (3.1,), bytes=of_memory, waiting=WAITING_ON_TENSOR_CORES)
+
+
+def _lean_convolutions(arguments: list[str]) -> Work:
+    stored, kept = STORED[arguments[0]], arguments[1] == "true"
+    of_memory = 1424 * stored + kept * (1176 * (stored + 1) + 400)
+    shared = 1010 if arguments[0] == "float" else 350
+    waits = {"waiting": WAITING_FOR_NO_LOAD, "before_us": 8.0}
+    return Work(f"{MANY} images", MANY, (3.125, 7), shared=shared, bytes=of_memory, **waits)
+
+
+def _lean_linears(arguments: list[str]) -> Work:
+    # fc1 in five steps of 16 images; then fc2 and fc3.
+    return Work(f"{MANY} images", MANY, (5 / 16,), 1 / 16, products=100 / 16, shared=60, before_us=8.0)
+
+
+def _tf32_linears(arguments: list[str]) -> Work:
+    # 25 times two steps of fc1 in 32 images; then fc2 and fc3.
+    of_memory = 4 * (410 + 204 * (arguments[0] == "true"))
+    waits = {"waiting": WAITING_FOR_NO_LOAD, "before_us": 10.0}
+    return Work(f"{MANY} images", MANY, (25 / 32,), 1 / 32, 187 / 16, shared=65, bytes=of_memory, **waits)
+
+
+def _gradients(arguments: list[str]) -> Work:
+    # The products of conv2's input and of conv1's weights are in two of the loops; those of conv2's weights are not.
+    if arguments[0] == "float":
+        return Work(f"{MANY} images", MANY, products=1423, shared=3440, bytes=12000, waiting=WAITING_FOR_BARRIERS)
+    return Work(f"{MANY} images", MANY, products=662, shared=700, bytes=6800, waiting=WAITING_FOR_BARRIERS)
+
+
+def _backward_data(arguments: list[str]) -> Work:
+    # conv1's weights, the gradient of conv2's input, conv2's weights; with one image the last two change places.
+    colour, images = "3, 6" in arguments[0], arguments[-1]
+    conv1 = 12.25 * (3 if colour else 1)
+    if images == "1":
+        if not colour and arguments[1] == "float":
+            return Work(f"{FEW} images", FEW, us=28.4)
+        return _alone(FEW, trips=(conv1, 40, 140), passes=1, waiting=WAITING_IN_STEP)
+    batch = 512 if images == "2" else 2048
+    return Work(f"{batch} images", batch, (conv1, 70, 40), 0.25, waiting=WAITING_ALONE)
+
+
+def _step_data(arguments: list[str]) -> Work:
+    # The same and the forward pass.
+    colour, images = "3, 6" in arguments[0], arguments[1]
+    conv1 = 12.25 * (3 if colour else 1)
+    if images == "1":
+        return _alone(FEW, trips=(conv1, 40, 140), passes=8, waiting=WAITING_IN_STEP)
+    batch = 512 if images == "2" else 2048
+    trips = (conv1, 70, 20 * (3 if colour else 1)) if images == "2" else (24, conv1, 70)
+    return Work(f"{batch} images", batch, trips, 2, waiting=WAITING_ALONE)
+
+
+def _cluster(arguments: list[str]) -> Work:
+    images, us = {"8": (1, 10.5), "4": (20, 12.0), "2": (FEW, 15.4)}[arguments[1]]
+    said = "as in float32" if arguments[0] != "float" else "between 2 and 8" if arguments[1] == "4" else "measured"
+    return Work(f"{images} image{'s' * (images > 1)}", images, us=us, said=said)
+
+
+def _million(what: str, trips: tuple[float, ...], **rest: Any) -> Callable[[list[str]], Work]:
+    """Of a million of something, each of them `trips` of a thread through a loop."""
+    return lambda arguments: Work(f"a million {what}", 1.0, tuple(1e6 / 32 * t for t in trips), **rest)
+
+
+def _small_product(arguments: list[str]) -> Work:
+    us = {"float": 7.7, "bf16": 10.4, "f16": 10.4, "double": 7.7}[arguments[0]]
+    said = {"f16": "as in bfloat16", "double": "as in float32"}.get(arguments[0], "measured")
+    return Work("64 rows, 400 -> 120", 64, us=us, said=said)
+
+
+_AS_FLOAT = dict.fromkeys(("bf16", "f16"), "as in float32")
+
+WORK: list[tuple[str, Callable[[list[str]], Work]]] = [
+    ("lenet_conv_forward_kernel", _conv_forward),
+    ("lenet_forward_kernel", _forward),
+    ("lenet_forward_cluster_kernel", _cluster),
+    ("lenet_tensor_core_kernel", _tensor_core_network),
+    ("lenet_tensor_core_conv1_kernel", _tensor_core_conv1),
+    ("lenet_tensor_core_conv2_kernel", _tensor_core_conv2),
+    ("lenet_lean_convolutions_kernel", _lean_convolutions),
+    ("lenet_lean_linears_kernel", _lean_linears),
+    ("lenet_tf32_linears_kernel", _tf32_linears),
+    ("lenet_tensor_core_backward_kernel", _gradients),
+    ("lenet_convolution_sums_kernel", lambda a: Work("256 slices", 256, bytes=2572 * 4)),
+    ("lenet_grad_input_kernel", lambda a: Work(f"{MANY} images", MANY, (64,), 0.8)),
+    (
+        "lenet_grad_input_small_kernel",
+        lambda a: _alone(FEW, trips=(140,), passes=7) if a[-1] == "1" else _alone(256, trips=(70,), passes=3.5),
+    ),
+    ("lenet_conv1_grad_weight_kernel", lambda a: Work(f"{MANY} images", MANY, (12.25,))),
+    ("lenet_conv2_grad_weight_kernel", lambda a: Work(f"{MANY} images", MANY, (40,))),
+    ("lenet_backward_data_kernel", _backward_data),
+    (
+        "lenet_backward_weight_kernel",
+        lambda a: Work(f"{FEW} images", FEW, us=6.7, said=_AS_FLOAT.get(a[0], "measured")),
+    ),
+    ("lenet_step_data_kernel", _step_data),
+    ("lenet_step_update_kernel", lambda a: Work(f"{FEW} images", FEW, us=7.0, said="as the gradients alone")),
+    ("small_matrix_product_kernel", _small_product),
+    ("conv_pool_forward_kernel", _million("multiply-adds", (1 / 4,))),
+    ("conv_at_indices_kernel", _million("multiply-adds", (1 / 4,))),
+    ("grad_input_kernel", _million("multiply-adds", (1 / 4,))),
+    ("grad_weight_partial_kernel", _million("multiply-adds", (0, 0, 1))),
+    ("grad_bias_partial_kernel", _million("outputs", (1 / 4,), bytes=5e6)),
+    ("grad_weight_sum_kernel", _million("partial sums", (1 / 16,), bytes=4e6)),
+    ("bias_relu_pool_kernel", _million("outputs of 2 x 2 windows", (0, 2), passes=1e6 / 32, bytes=21e6)),
+    ("relu_avg_pool_kernel", _million("outputs of 2 x 2 windows", (), passes=1e6 / 32, bytes=20e6)),
+    ("relu_avg_pool_backward_kernel", _million("inputs, 2 x 2 windows", (), passes=1e6 / 32, bytes=9e6)),
+    ("bias_relu_pool_backward_kernel", _million("positions, 2 x 2 windows", (1 / 4,), passes=1e6 / 32, bytes=5.3e6)),
+]
+
+
+def split_name(name: str) -> tuple[str, list[str]]:
+    """A kernel's name without and with its template arguments.
+
+    >>> split_name("kernel<Layer<1, 6>, bf16>")
+    ('kernel', ['Layer<1, 6>', 'bf16'])
+    """
+    head, _, rest = name.partition("<")
+    arguments, depth, begin = [], 0, 0
+    for i, character in enumerate(rest):
+        depth += {"<": 1, ">": -1}.get(character, 0)
+        if (character == "," and depth == 0) or depth < 0:
+            arguments.append(rest[begin:i].strip())
+            begin = i + 1
+    return head, arguments
+
+
+def work_of(name: str) -> Work | None:
+    head, arguments = split_name(name)
+    made = next((work for kernel, work in WORK if kernel == head), None)
+    return None if made is None else made(arguments)
+
+
+def render(table: dict[str, Any]) -> str:
+    lines = [
+        "# Predicted times of the kernels",
+        "",
+        f"Of {table['architecture']}, by what nvcc {table['nvcc']} makes of them; `kernel_times.py` says how.",
+        "",
+        "| kernel | problem | microseconds | limit |",
+        "| --- | --- | ---: | --- |",
+    ]
+    for name, kernel in table["kernels"].items():
+        work = work_of(name)
+        if work is None:
+            lines.append(f"| `{name}` | - | - | - |")
+        else:
+            found = predict(kernel, work)
+            us = f"{found.us:.0f}" if found.us >= 100 else f"{found.us:.3g}"
+            lines.append(f"| `{name}` | {work.problem} | {us} | {found.limit} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="write kernel_times.md")
+    options = parser.parse_args()
+    text = render(json.loads(MACHINE_CODE.read_text()))
+    if options.update:
+        TABLE.write_text(text)
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
