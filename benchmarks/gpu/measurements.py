@@ -104,6 +104,14 @@ def graphed(function: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
+def add_graph(functions: dict[str, Callable[[], Any]], name: str, program: Callable[[], Any]) -> None:
+    """Unless it cannot be captured, which costs this time alone."""
+    try:
+        functions[name] = graphed(program)
+    except RuntimeError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+
+
 def set_precision(precision: str) -> Any:
     """The dtype; float32 means float32 unless TF32 is what is measured."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -152,11 +160,10 @@ def measure_net(save: Callable[[Any], Any], precision: str) -> None:
             functions: dict[str, Callable[[], Any]] = {}
             for name, kind in (("ours", lenet_ext.Net), ("stock", lenet_ext.ReferenceNet)):
                 functions[name] = net_program(kind(device=DEVICE, dtype=dtype), x, target, mode)
-                program = net_program(kind(device=DEVICE, dtype=dtype), x, target, mode)
-                functions[f"{name} graph"] = graphed(program)
+                add_graph(functions, f"{name} graph", net_program(kind(device=DEVICE, dtype=dtype), x, target, mode))
             last = lenet_ext.ReferenceNet(device=DEVICE, dtype=dtype).to(memory_format=torch.channels_last)
             program = net_program(last, x.to(memory_format=torch.channels_last), target, mode)
-            functions["channels_last graph"] = graphed(program)
+            add_graph(functions, "channels_last graph", program)
             us = timed(functions, limit=CELL_SECONDS)
             rows.append({"case": f"{mode} batch {batch}", "precision": precision, "us": us})
             save(rows)

@@ -337,6 +337,17 @@ def test_a_graph_keeps_what_it_computes_with(monkeypatch):
     replay()
 
 
+def test_what_cannot_be_captured_is_left_out(monkeypatch, capsys):
+    def broken(program):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    functions = {"ours": lambda: None}
+    monkeypatch.setattr(measurements, "graphed", broken)
+    measurements.add_graph(functions, "ours graph", lambda: None)
+    assert [*functions] == ["ours"]
+    assert "ours graph: operation not permitted" in capsys.readouterr().err
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Every measurement on the CPU, at sizes that take no time."""
