@@ -95,7 +95,7 @@ LX_DEVICE float largest_of(float v0, float v1, float v2, float v3) {
 }
 
 // Where it is, by the rule of Winner: the first of equals, the last NaN, for which to look may be left out where none
-// can be. To find the value first takes half the instructions of Winner's comparison of one after the other.
+// can be. To find the value first takes fewer instructions than Winner's comparison of one after the other.
 template <bool kNan>
 LX_DEVICE int position_of(float largest, float v0, float v1, float v2, float v3) {
   int position = v0 == largest ? 0 : v1 == largest ? 1 : v2 == largest ? 2 : 3;

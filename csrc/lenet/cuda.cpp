@@ -102,7 +102,7 @@ constexpr int64_t kFewestImagesOfLean = 1024, kFewestImagesOfLeanTraining = 2048
 // with more classes, too. Predicted, not measured: 1,000 clocks of a multiprocessor an image, 1,300 if loads are waited
 // for, which is 300 to 390 us for 65536 images, where the layers took 820. Where products may be rounded, too, the
 // linear layers are a launch of their own, from where each multiprocessor has a warp's images: predicted 15 us for 4096
-// of them and 60 for 65536, where the library's took 21 and 132 (lenet_tf32_linears.cu).
+// of them and 46 for 65536, 64 with what is kept, where the library's took 21 and 132 (lenet_tf32_linears.cu).
 constexpr int64_t kFewestImagesOfTf32Linears = 4096;
 
 ForwardPath forward_path(const ForwardProblem& p) {
