@@ -28,6 +28,7 @@ HOT = {
     "lenet_tensor_core_backward_kernel": 255,  # of 128 threads
     "lenet_lean_convolutions_kernel": 128,
     "lenet_lean_linears_kernel": 128,
+    "lenet_tf32_linears_kernel": 255,  # one block of 256 threads a multiprocessor
     "lenet_conv_forward_kernel": 128,
     "lenet_grad_input_kernel": 128,
     "lenet_grad_input_small_kernel": 128,
