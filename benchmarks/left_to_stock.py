@@ -1,9 +1,9 @@
 """What `lenet_ext.fuse` leaves to stock, and what it would gain: convolution + ReLU, alone and before average pooling.
 
-Without pooling the fused kernel can do it, with windows of one value: it takes turns with both layouts of stock. For
-average pooling there is no kernel. Stock takes turns with its own convolution, and what that leaves of the time is the
-most that fusing could save as long as the convolution is the vendor's. With --json the rows become the sections
-"relu_alone" and "average_pooling" of a results file of ``lenet-ext bench``.
+Without pooling the fused kernel can do it, with windows of one value: it takes turns with both layouts of stock.
+Average pooling is not done in the convolution's kernel, but with ReLU in one pass behind it, on request. Stock takes
+turns with its own convolution, and what that leaves of the time is the most that such a pass could save. With --json
+the rows become the sections "relu_alone" and "average_pooling" of a results file of ``lenet-ext bench``.
 """
 
 from __future__ import annotations

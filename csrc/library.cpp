@@ -12,6 +12,10 @@
   "int[2] stride, int[4] padding, int[2] dilation, int groups, " \
   "int[2] pool_kernel_size, int[2] pool_stride, int[2] pool_padding, int[2] pool_dilation"
 
+#define AVG_POOL_OPTIONS                                                \
+  "int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, " \
+  "bool count_include_pad, int? divisor_override"
+
 TORCH_LIBRARY(lenet_ext, m) {
   m.set_python_module("lenet_ext.ops");
 
@@ -37,6 +41,10 @@ TORCH_LIBRARY(lenet_ext, m) {
       "linear_relu_backward(Tensor grad_output, Tensor output, Tensor? input, Tensor? weight, bool[3] output_mask)"
       " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   // --8<-- [end:linear]
+
+  // divisor_override=None: the size of the window.
+  m.def("relu_avg_pool2d(Tensor input, " AVG_POOL_OPTIONS ") -> Tensor");
+  m.def("relu_avg_pool2d_backward(Tensor grad_output, Tensor input, " AVG_POOL_OPTIONS ") -> Tensor");
 
   // The whole network. `parameters`: weight and bias of conv1, conv2, fc1, fc2, fc3.
   m.def("lenet(Tensor input, Tensor[] parameters) -> Tensor");

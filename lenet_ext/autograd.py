@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 from lenet_ext import ops
 
-__all__ = ["ConvReLUMaxPool2dFunction", "LinearFunction", "LinearReLUFunction"]
+__all__ = ["ConvReLUMaxPool2dFunction", "LinearFunction", "LinearReLUFunction", "ReLUAvgPool2dFunction"]
 
 
 def _wanted(gradients: tuple[Tensor, Tensor, Tensor], mask: list[bool]) -> tuple[Tensor | None, ...]:
@@ -157,3 +157,40 @@ class LinearReLUFunction(Function):
             return None, None, None
         mask = list(ctx.needs_input_grad)
         return _wanted(ops.linear_relu_backward(grad_output, *ctx.saved_tensors, mask), mask)
+
+
+class ReLUAvgPool2dFunction(Function):
+    r"""ReLU and average pooling. With :math:`\mathcal{W}(p)` the window of the output's position :math:`p` and
+    :math:`d(p)` its divisor (the positions of the window, those in the padding among them or not, or
+    ``divisor_override``),
+
+    .. math:: y[n,c,p] = \frac{1}{d(p)} \sum_{q \in \mathcal{W}(p)} \max(0, x[n,c,q]).
+
+    With :math:`g = \partial L / \partial y`, and where :math:`x > 0` or is NaN (elsewhere the gradient is 0),
+
+    .. math:: \partial L/\partial x[n,c,q] = \sum_{p:\; q \in \mathcal{W}(p)} \frac{g[n,c,p]}{d(p)}.
+
+    Saved: input, which must therefore not be modified in place; what ReLU makes of it is stored nowhere. The backward
+    pass is linear in :math:`g`: its own derivative is the average of what ReLU lets pass, and so is the tangent of the
+    output. Source: chain rule for ``torch.nn.functional.relu`` and ``avg_pool2d`` as the PyTorch documentation defines
+    them.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, *options: Any) -> Tensor:
+        return ops.relu_avg_pool2d(input, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        input, *ctx.options = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple:
+        others = (None,) * len(ctx.options)
+        if grad_output is None:
+            return None, *others
+        return ops.relu_avg_pool2d_backward(grad_output, *ctx.saved_tensors, *ctx.options), *others

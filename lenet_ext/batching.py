@@ -139,6 +139,19 @@ def _(info, in_dims, grad_output, indices, input, weight, input_size, weight_siz
     return _unmapped_where_not_wanted(apart, dims, mask)
 
 
+@torch.library.register_vmap("lenet_ext::relu_avg_pool2d")
+def _(info, in_dims, input, *options):
+    size = info.batch_size
+    return _from_batch(ops.relu_avg_pool2d(_to_batch(input, in_dims[0], size), *options), size), 0
+
+
+@torch.library.register_vmap("lenet_ext::relu_avg_pool2d_backward")
+def _(info, in_dims, grad_output, input, *options):
+    size = info.batch_size
+    tensors = _to_batch(grad_output, in_dims[0], size), _to_batch(input, in_dims[1], size)
+    return _from_batch(ops.relu_avg_pool2d_backward(*tensors, *options), size), 0
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """(size, ..., features) as (size, rows, features). Without features nothing would determine a -1."""
     return tensor.reshape(tensor.shape[0], prod(tensor.shape[1:-1]), tensor.shape[-1])

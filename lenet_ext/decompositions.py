@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._ops import OperatorBase
 
 from lenet_ext import ops
-from lenet_ext.functional import stock_composition
+from lenet_ext.functional import stock_composition, stock_relu_avg_pool2d
 
 __all__ = ["TABLE"]
 
@@ -42,6 +42,7 @@ TABLE: dict[OperatorBase, Callable[..., Any]] = {
     ops.conv_relu_max_pool2d: stock_composition,
     ops.linear: F.linear,
     ops.linear_relu: _linear_relu,
+    ops.relu_avg_pool2d: stock_relu_avg_pool2d,
     ops.lenet: _lenet,
 }
 """For ``run_decompositions``. The decomposed program computes the same and has the same derivatives."""

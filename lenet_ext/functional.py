@@ -15,7 +15,7 @@ from lenet_ext import ops
 from lenet_ext._build import require_cuda
 from lenet_ext._C import is_ordinary
 
-__all__ = ["conv_relu_max_pool2d", "linear", "linear_relu"]
+__all__ = ["conv_relu_max_pool2d", "linear", "linear_relu", "relu_avg_pool2d"]
 
 _CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16})
 _CUDA_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
@@ -27,28 +27,30 @@ _INTEGER_DTYPES = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, t
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _integer(name: str, value: Any) -> int:
+def _integer(
+    name: str, value: Any, op: str = "conv_relu_max_pool2d", expected: str = "an int or a pair of ints"
+) -> int:
     if isinstance(value, Tensor) and value.numel() == 1 and value.dtype in _INTEGER_DTYPES:
         value = int(value)  # as stock does; a bool among them, though not one of Python's
     if isinstance(value, (bool, float, str, Tensor)) or not hasattr(value, "__index__"):
-        raise TypeError(f"conv_relu_max_pool2d: {name} must be an int or a pair of ints, got {value!r}")
+        raise TypeError(f"{op}: {name} must be {expected}, got {value!r}")
     number = index(value)
     if not -(2**63) <= number < 2**63:
-        raise ValueError(f"conv_relu_max_pool2d: {name} must fit into 64 bits, got {value!r}")
+        raise ValueError(f"{op}: {name} must fit into 64 bits, got {value!r}")
     return number
 
 
-def _pair(name: str, value: Any) -> tuple[int, int]:
+def _pair(name: str, value: Any, op: str = "conv_relu_max_pool2d") -> tuple[int, int]:
     if isinstance(value, (tuple, list)):
         if len(value) == 1:
             value = value[0]
         elif len(value) == 2:
-            return _integer(name, value[0]), _integer(name, value[1])
+            return _integer(name, value[0], op), _integer(name, value[1], op)
         else:
             for element in value:
-                _integer(name, element)
-            raise RuntimeError(f"conv_relu_max_pool2d: {name} must be an int or a pair of ints, got {value!r}")
-    number = _integer(name, value)
+                _integer(name, element, op)
+            raise RuntimeError(f"{op}: {name} must be an int or a pair of ints, got {value!r}")
+    number = _integer(name, value, op)
     return number, number
 
 
@@ -110,8 +112,31 @@ def normalize_options(
     )
 
 
+def _average_options(
+    kernel_size: Any, stride: Any, padding: Any, ceil_mode: Any, count_include_pad: Any, divisor_override: Any
+) -> tuple:
+    """The options of relu_avg_pool2d as the operator takes them."""
+    op = "relu_avg_pool2d"
+    kernel_size = _pair("kernel_size", kernel_size, op)
+    no_stride = stride is None or (isinstance(stride, (tuple, list)) and not stride)
+    for name, value in (("ceil_mode", ceil_mode), ("count_include_pad", count_include_pad)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: {name} must be a bool, got {value!r}")
+    if divisor_override is not None:
+        divisor_override = _integer("divisor_override", divisor_override, op, "an int or None")
+    return (
+        kernel_size,
+        kernel_size if no_stride else _pair("stride", stride, op),
+        _pair("padding", padding, op),
+        ceil_mode,
+        count_include_pad,
+        divisor_override,
+    )
+
+
 # `typed` tells True and 1.0 from 1, but only at the top level: calls with pairs are not cached.
 _cached_options = lru_cache(maxsize=1024, typed=True)(normalize_options)
+_cached_average_options = lru_cache(maxsize=1024, typed=True)(_average_options)
 _SCALARS = frozenset({int, str, bool, float, type(None)})
 
 
@@ -126,15 +151,18 @@ def _is_autocasting(device_type: str) -> bool:
     return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
 
 
-def _has_kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Do the operators take these tensors? (If they do not fit together, the operators say so.)"""
+def _has_kernel(input: Tensor, *others: Tensor | None, casts: bool = True) -> bool:
+    """Do the operators take these tensors? (If they do not fit together, the operators say so.)
+
+    `casts`: whether autocast casts the operator's arguments.
+    """
     device_type = input.device.type
     dtype = input.dtype
-    if _is_autocasting(device_type) and input.is_floating_point() and dtype != torch.float64:
+    if casts and _is_autocasting(device_type) and input.is_floating_point() and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)  # the operators cast, as stock's do
     if dtype not in _KERNEL_DTYPES.get(device_type, ()):
         return False
-    for tensor in (input, weight, bias):
+    for tensor in (input, *others):
         if tensor is not None and (tensor.layout is not torch.strided or tensor.is_nested):
             return False
     # A tensor without data (torch.compile, torch.export) needs no kernel.
@@ -338,6 +366,81 @@ def _stock_linear(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -
         if not fits:
             raise RuntimeError(f"{op}: bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}")
     return F.linear(input, weight, bias)
+
+
+def relu_avg_pool2d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    r"""ReLU and 2-D average pooling in one pass, behind any layer.
+
+    Equivalent to ``F.avg_pool2d(F.relu(input), kernel_size, stride, padding, ceil_mode, count_include_pad,
+    divisor_override)``, in float32 and float64 on the CPU to the last bit, but the output of ReLU is stored nowhere.
+
+    Args:
+        input: ``(N, C, H, W)`` or ``(C, H, W)``, any strides; float32, float64, bfloat16 (and float16 on CUDA) have
+            kernels, whatever else stock accepts goes through the stock composition.
+        kernel_size, stride, padding: int or pair; ``stride=None`` means ``kernel_size``.
+        ceil_mode: whether a last window may overhang.
+        count_include_pad: whether the padding counts among the positions that are averaged.
+        divisor_override: by what to divide each window's sum, in place of the number of its positions.
+
+    Returns:
+        ``(N, C, H', W')`` or ``(C, H', W')``, contiguous for a contiguous input, channels_last for a channels_last one.
+        It never aliases `input`.
+
+    Raises:
+        RuntimeError: an option is out of range, or does not fit input's shape.
+        TypeError: an argument is of the wrong type.
+        ValueError: an integer does not fit into 64 bits.
+
+    NaN passes ReLU, whose gradient at 0 is 0. For the backward pass, input is saved: it must not be modified in place.
+
+    Example:
+        >>> import torch, lenet_ext
+        >>> lenet_ext.functional.relu_avg_pool2d(torch.tensor([[[1.0, -2.0], [3.0, 4.0]]]), 2)
+        tensor([[[2.]]])
+    """
+    if has_torch_function_variadic(input):
+        return handle_torch_function(
+            relu_avg_pool2d,
+            (input,),
+            input,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            ceil_mode=ceil_mode,
+            count_include_pad=count_include_pad,
+            divisor_override=divisor_override,
+        )
+    if not isinstance(input, Tensor):
+        raise TypeError(f"relu_avg_pool2d: input must be a Tensor, got {type(input).__name__}")
+    arguments = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    cacheable = not torch.compiler.is_compiling() and _SCALARS.issuperset(map(type, arguments))
+    options = (_cached_average_options if cacheable else _average_options)(*arguments)
+    dim = input.dim()
+    if dim not in (3, 4):
+        raise RuntimeError(
+            f"relu_avg_pool2d: input must be 3-D (unbatched) or 4-D (batched), got shape {tuple(input.shape)}"
+        )
+    has_kernel = _has_kernel(input, casts=False)
+    if has_kernel and dim == 4:
+        return ops.relu_avg_pool2d(input, *options)
+    if has_kernel:
+        return ops.relu_avg_pool2d(input.unsqueeze(0), *options).squeeze(0)
+    # Our messages name our arguments.
+    ops.average_pooled_shape("relu_avg_pool2d", input.unsqueeze(0) if dim == 3 else input, *options)
+    return stock_relu_avg_pool2d(input, *options)
+
+
+def stock_relu_avg_pool2d(input: Tensor, *options: Any) -> Tensor:
+    """What relu_avg_pool2d computes, in PyTorch's own operators."""
+    return F.avg_pool2d(F.relu(input), *options)
 
 
 # --- for torch.jit.script, which takes only a part of Python ---------------------------------------------------------

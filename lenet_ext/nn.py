@@ -1,4 +1,4 @@
-"""The fused operations as modules: subclasses of ``nn.Conv2d`` and ``nn.Linear`` with the same parameters."""
+"""The fused operations as modules: subclasses of stock's layers, with the same parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lenet_ext import functional
 
-__all__ = ["ConvReLUMaxPool2d", "Linear", "LinearReLU"]
+__all__ = ["ConvReLUMaxPool2d", "Linear", "LinearReLU", "ReLUAvgPool2d"]
 
 
 class ConvReLUMaxPool2d(nn.Conv2d):
@@ -185,6 +185,54 @@ class LinearReLU(nn.Linear):
 
 
 # --8<-- [end:linear-relu]
+
+
+class ReLUAvgPool2d(nn.AvgPool2d):
+    """``nn.Sequential(nn.ReLU(), nn.AvgPool2d(...))`` in one pass, :func:`lenet_ext.functional.relu_avg_pool2d`.
+
+    Args:
+        kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override: as in ``nn.AvgPool2d``.
+
+    Example:
+        >>> import torch, lenet_ext
+        >>> lenet_ext.nn.ReLUAvgPool2d(2)(torch.randn(1, 6, 28, 28)).shape
+        torch.Size([1, 6, 14, 14])
+    """
+
+    def _scripted(self, input: Tensor) -> Tensor:
+        """What torch.jit.script makes of a forward pass: of Python it takes only a part."""
+        if input.dim() == 4 and functional.scripted_has_kernel(input):
+            return torch.ops.lenet_ext.relu_avg_pool2d(
+                input,
+                self.kernel_size,
+                self.stride,
+                self.padding,
+                self.ceil_mode,
+                self.count_include_pad,
+                self.divisor_override,
+            )
+        return F.avg_pool2d(
+            F.relu(input),
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._scripted(input)
+        return functional.relu_avg_pool2d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor_override,
+        )
 
 
 def _refuse_to_mkldnn(layer: nn.Module) -> None:

@@ -3,7 +3,7 @@
 With ``dynamo=True`` (the default) the exporter decomposes them by itself, see :mod:`lenet_ext.decompositions`. Imported
 when ``torch.onnx`` is, by :mod:`lenet_ext.on_import`.
 
-Source of the operators' attributes: ONNX operator schemas, "Conv", "MaxPool", "MatMul".
+Source of the operators' attributes: ONNX operator schemas, "Conv", "MaxPool", "MatMul", "AveragePool".
 """
 
 from __future__ import annotations
@@ -71,9 +71,32 @@ def _linear_relu(g: Any, input: Any, weight: Any, bias: Any) -> Any:
     return g.op("Relu", _linear(g, input, weight, bias))
 
 
+@parse_args("v", "is", "is", "is", "i", "i", "none")
+def _relu_avg_pool2d(
+    g: Any,
+    input: Any,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: int,
+    count_include_pad: int,
+    divisor_override: None,
+) -> Any:
+    return g.op(
+        "AveragePool",
+        g.op("Relu", input),
+        kernel_shape_i=kernel_size,
+        strides_i=stride,
+        pads_i=padding * 2,
+        ceil_mode_i=ceil_mode,
+        count_include_pad_i=count_include_pad,
+    )
+
+
 for name, symbolic in (
     ("conv_relu_max_pool2d", _conv_relu_max_pool2d),
     ("linear", _linear),
     ("linear_relu", _linear_relu),
+    ("relu_avg_pool2d", _relu_avg_pool2d),
 ):
     register_custom_op_symbolic(f"lenet_ext::{name}", symbolic, _FIRST_OPSET)

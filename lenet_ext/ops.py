@@ -27,6 +27,8 @@ linear = torch.ops.lenet_ext.linear.default
 linear_relu = torch.ops.lenet_ext.linear_relu.default
 linear_backward = torch.ops.lenet_ext.linear_backward.default
 linear_relu_backward = torch.ops.lenet_ext.linear_relu_backward.default
+relu_avg_pool2d = torch.ops.lenet_ext.relu_avg_pool2d.default
+relu_avg_pool2d_backward = torch.ops.lenet_ext.relu_avg_pool2d_backward.default
 lenet = torch.ops.lenet_ext.lenet.default
 lenet_with_activations = torch.ops.lenet_ext.lenet_with_activations.default
 lenet_backward = torch.ops.lenet_ext.lenet_backward.default
@@ -78,7 +80,7 @@ def convolution_size(size: int, pad_before: int, pad_after: int, dilation: int, 
 
 
 def _pooled_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
-    """Source: PyTorch documentation of ``torch.nn.MaxPool2d``, "Shape" and ``ceil_mode``."""
+    """Source: PyTorch documentation of ``torch.nn.MaxPool2d`` and ``AvgPool2d``, "Shape" and ``ceil_mode``."""
     span = size + 2 * padding - dilation * (kernel - 1) - 1
     out = (span + (stride - 1 if ceil_mode else 0)) // stride + 1
     if ceil_mode and (out - 1) * stride >= size + padding:
@@ -284,6 +286,61 @@ def _(grad_output, input, weight, output_mask):
 @torch.library.register_fake("lenet_ext::linear_relu_backward")
 def _(grad_output, output, input, weight, output_mask):
     return _linear_gradients("linear_relu_backward", grad_output, input, weight, output_mask)
+
+
+def average_pooled_shape(
+    op: str,
+    input: Tensor,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> list[int]:
+    """The shape of relu_avg_pool2d's output. Raises RuntimeError where the arguments do not fit together."""
+    _check(input.dim() == 4, f"{op}: input must be 4-D, got shape {tuple(input.shape)}")
+    for name, values, lowest in (("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0)):
+        _check(
+            all(lowest <= value < 2**31 for value in values),
+            f"{op}: {name} should be at least {lowest} and less than 2**31, but got {list(values)}",
+        )
+    _check(
+        all(pad <= kernel // 2 for pad, kernel in zip(padding, kernel_size, strict=True)),
+        f"{op}: padding should be smaller than or equal to half of kernel_size={list(kernel_size)}, "
+        f"but got {list(padding)}",
+    )
+    _check(divisor_override != 0, f"{op}: divisor_override must be not zero")
+    batch, channels, *size = input.shape
+    _check(
+        channels > 0 and size[0] > 0 and size[1] > 0,
+        f"{op}: input may be empty in its batch dimension alone, got shape {tuple(input.shape)}",
+    )
+    pooled = [_pooled_size(size[i], kernel_size[i], stride[i], padding[i], 1, ceil_mode) for i in range(2)]
+    _check(
+        pooled[0] > 0 and pooled[1] > 0,
+        f"{op}: kernel_size={list(kernel_size)} is too large for input of shape {tuple(input.shape)}: "
+        "output size is too small",
+    )
+    return [batch, channels, *pooled]
+
+
+@torch.library.register_fake("lenet_ext::relu_avg_pool2d")
+def _(input, *options):
+    shape = average_pooled_shape("relu_avg_pool2d", input, *options)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
+
+
+@torch.library.register_fake("lenet_ext::relu_avg_pool2d_backward")
+def _(grad_output, input, *options):
+    op = "relu_avg_pool2d_backward"
+    _check_together(op, grad_output=grad_output, input=input)
+    shape = average_pooled_shape(op, input, *options)
+    _check(
+        list(grad_output.shape) == shape,
+        f"{op}: grad_output must have shape {shape}, got {tuple(grad_output.shape)}",
+    )
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
 
 
 _LENET_PARAMETERS = [

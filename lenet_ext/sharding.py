@@ -109,6 +109,19 @@ def _conv_backward_layouts(
     ]
 
 
+def _by_images_or_channels(tensors: int) -> list[Layout]:
+    """Of operators that do the same to each plane; all of their tensors lie alike."""
+    return [Layout((placement,) * tensors, (placement,)) for placement in (_WHOLE, Shard(0), Shard(1))]
+
+
+def _relu_avg_pool_layouts(*_: Any) -> list[Layout]:
+    return _by_images_or_channels(1)
+
+
+def _relu_avg_pool_backward_layouts(*_: Any) -> list[Layout]:
+    return _by_images_or_channels(2)
+
+
 # --- the choice among them ---
 
 
@@ -216,6 +229,8 @@ _LAYOUTS: dict[OpOverload, Callable[..., list[Layout]]] = {
     ops.linear_relu: _linear_relu_layouts,
     ops.linear_backward: _linear_backward_layouts,
     ops.linear_relu_backward: _linear_relu_backward_layouts,
+    ops.relu_avg_pool2d: _relu_avg_pool_layouts,
+    ops.relu_avg_pool2d_backward: _relu_avg_pool_backward_layouts,
 }
 
 

@@ -1,6 +1,6 @@
 """What the fused functions must equal, and how near.
 
-The three references have the signatures of `lenet_ext.functional` and consist of stock layers only. Everything else in
+The references have the signatures of `lenet_ext.functional` and consist of stock layers only. Everything else in
 this file measures distance to them.
 """
 
@@ -32,6 +32,10 @@ def conv_relu_max_pool2d(
 ):
     conv = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return F.max_pool2d(F.relu(conv), pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode)
+
+
+def relu_avg_pool2d(input, *args, **kwargs):
+    return F.avg_pool2d(F.relu(input), *args, **kwargs)
 
 
 def linear(input, weight, bias=None):

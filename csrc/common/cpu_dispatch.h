@@ -10,6 +10,7 @@
 #include "cpu/gemm_kernels.h"
 #include "cpu/lenet_kernels.h"
 #include "cpu/optimizer_kernels.h"
+#include "cpu/relu_avg_pool2d_kernels.h"
 
 namespace lenet_ext::cpu {
 
@@ -18,10 +19,11 @@ LENET_EXT_CPU_DECLARE(ConvPoolLenetKernels, conv_pool_lenet_kernels)
 LENET_EXT_CPU_DECLARE(GemmKernels, gemm_kernels)
 LENET_EXT_CPU_DECLARE(LenetKernels, lenet_kernels)
 LENET_EXT_CPU_DECLARE(OptimizerKernels, optimizer_kernels)
+LENET_EXT_CPU_DECLARE(ReluAvgPoolKernels, relu_avg_pool_kernels)
 
-template <typename T>
-const ConvPoolTable<T>& conv_pool_table() {
-  const ConvPoolKernels& kernels = LENET_EXT_CPU_DISPATCH(conv_pool_kernels);
+// The table of an element type, of kernels for all three.
+template <typename T, typename Kernels>
+const auto& table_of(const Kernels& kernels) {
   if constexpr (std::is_same_v<T, float>) {
     return kernels.float32;
   } else if constexpr (std::is_same_v<T, double>) {
@@ -29,6 +31,16 @@ const ConvPoolTable<T>& conv_pool_table() {
   } else {
     return kernels.bfloat16;
   }
+}
+
+template <typename T>
+const ConvPoolTable<T>& conv_pool_table() {
+  return table_of<T>(LENET_EXT_CPU_DISPATCH(conv_pool_kernels));
+}
+
+template <typename T>
+const ReluAvgPoolTable<T>& relu_avg_pool_table() {
+  return table_of<T>(LENET_EXT_CPU_DISPATCH(relu_avg_pool_kernels));
 }
 
 template <typename A>

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "common/checks.h"
+#include "common/pooled_size.h"
 
 namespace lenet_ext {
 namespace {
@@ -25,16 +26,6 @@ void check_non_negative(const char* op, const char* name, at::IntArrayRef values
 int64_t convolution_size(int64_t size, int64_t pad_before, int64_t pad_after, int64_t dilation, int64_t kernel,
                          int64_t stride) {
   return (size + pad_before + pad_after - dilation * (kernel - 1) - 1) / stride + 1;
-}
-
-// PyTorch documentation of MaxPool2d, "Shape" and "ceil_mode": with ceil_mode a last window may overhang, but
-// must start inside the input or its left padding.
-int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
-  const int64_t span = size + 2 * padding - dilation * (kernel - 1) - 1;
-  if (span < 0 && !(ceil_mode && span + stride - 1 >= 0)) return 0;
-  int64_t out = (span + (ceil_mode ? stride - 1 : 0)) / stride + 1;
-  if (ceil_mode && (out - 1) * stride >= size + padding) --out;
-  return out;
 }
 
 constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
@@ -186,12 +177,6 @@ ConvPoolShape check_conv_relu_max_pool2d_backward(const char* op, const at::Tens
   TORCH_CHECK(grad_output.sizes() == indices.sizes(), op, ": grad_output must have the shape of indices ",
               indices.sizes(), ", got ", grad_output.sizes());
   return s;
-}
-
-at::MemoryFormat output_memory_format(const at::Tensor& input) {
-  return !input.is_contiguous() && input.suggest_memory_format() == at::MemoryFormat::ChannelsLast
-             ? at::MemoryFormat::ChannelsLast
-             : at::MemoryFormat::Contiguous;
 }
 
 VendorConvolution vendor_convolution_input(const at::Tensor& input, const ConvPoolOptions& options) {

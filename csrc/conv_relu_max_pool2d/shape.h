@@ -8,6 +8,7 @@
 
 #include "common/conv_pool_shape.h"
 #include "common/gradients.h"
+#include "common/memory_format.h"
 
 namespace lenet_ext {
 
@@ -36,9 +37,6 @@ ConvPoolShape check_conv_relu_max_pool2d_backward(const char* op, const at::Tens
                                                   const at::Tensor& weight, at::IntArrayRef input_size,
                                                   at::IntArrayRef weight_size, const ConvPoolOptions& options,
                                                   GradientMask wanted);
-
-// channels_last input gives channels_last output, everything else contiguous.
-at::MemoryFormat output_memory_format(const at::Tensor& input);
 
 // The arguments of the vendor's convolution (ATen), which takes symmetric padding only: `input` is padded
 // explicitly where `options.padding` is not symmetric.

@@ -281,13 +281,15 @@ LENET_EXT_INLINE void close_relu(V& best, I& code, int closed_code) {
 #if defined(__clang__)
 #define LENET_EXT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define LENET_EXT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, IntVec<float, N>{__VA_ARGS__})
+#define LENET_EXT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, IntVec<T, N>{__VA_ARGS__})
 #endif
 
 // a0 b0 a1 b1 ... of the lower (upper) halves.
-template <int N>
-LENET_EXT_INLINE Vec<float, N> interleave_low(Vec<float, N> a, Vec<float, N> b) {
-  if constexpr (N == 4) {
+template <int N, typename T = float>
+LENET_EXT_INLINE Vec<T, N> interleave_low(Vec<T, N> a, Vec<T, N> b) {
+  if constexpr (N == 2) {
+    return LENET_EXT_SHUFFLE(a, b, 0, 2);
+  } else if constexpr (N == 4) {
     return LENET_EXT_SHUFFLE(a, b, 0, 4, 1, 5);
   } else if constexpr (N == 8) {
     return LENET_EXT_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
@@ -295,14 +297,42 @@ LENET_EXT_INLINE Vec<float, N> interleave_low(Vec<float, N> a, Vec<float, N> b) 
     return LENET_EXT_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   }
 }
-template <int N>
-LENET_EXT_INLINE Vec<float, N> interleave_high(Vec<float, N> a, Vec<float, N> b) {
-  if constexpr (N == 4) {
+template <int N, typename T = float>
+LENET_EXT_INLINE Vec<T, N> interleave_high(Vec<T, N> a, Vec<T, N> b) {
+  if constexpr (N == 2) {
+    return LENET_EXT_SHUFFLE(a, b, 1, 3);
+  } else if constexpr (N == 4) {
     return LENET_EXT_SHUFFLE(a, b, 2, 6, 3, 7);
   } else if constexpr (N == 8) {
     return LENET_EXT_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
   } else {
     return LENET_EXT_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+}
+
+// Of a and b behind one another, every second element from the first (the second) on.
+template <int N, typename T>
+LENET_EXT_INLINE Vec<T, N> evens(Vec<T, N> a, Vec<T, N> b) {
+  if constexpr (N == 2) {
+    return LENET_EXT_SHUFFLE(a, b, 0, 2);
+  } else if constexpr (N == 4) {
+    return LENET_EXT_SHUFFLE(a, b, 0, 2, 4, 6);
+  } else if constexpr (N == 8) {
+    return LENET_EXT_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+  } else {
+    return LENET_EXT_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  }
+}
+template <int N, typename T>
+LENET_EXT_INLINE Vec<T, N> odds(Vec<T, N> a, Vec<T, N> b) {
+  if constexpr (N == 2) {
+    return LENET_EXT_SHUFFLE(a, b, 1, 3);
+  } else if constexpr (N == 4) {
+    return LENET_EXT_SHUFFLE(a, b, 1, 3, 5, 7);
+  } else if constexpr (N == 8) {
+    return LENET_EXT_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  } else {
+    return LENET_EXT_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
   }
 }
 #undef LENET_EXT_SHUFFLE

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "../common/avg_pool_shape.h"
 #include "../common/conv_pool_shape.h"
 
 namespace lenet_ext::cuda {
@@ -116,6 +117,22 @@ struct SmallMatrixProduct {
 };
 LaunchResult launch_small_matrix_product(DType dtype, const SmallMatrixProduct& call, cudaStream_t stream);
 // --8<-- [end:product]
+
+// output = avg_pool2d(relu(input)); all tensors are contiguous or channels_last, as the shape says.
+struct ReluAvgPool {
+  AvgPoolShape shape;
+  const void* input;
+  void* output;
+};
+LaunchResult launch_relu_avg_pool(DType dtype, const ReluAvgPool& call, cudaStream_t stream);
+
+struct ReluAvgPoolBackward {
+  AvgPoolShape shape;
+  const void* grad_output;
+  const void* input;
+  void* grad_input;
+};
+LaunchResult launch_relu_avg_pool_backward(DType dtype, const ReluAvgPoolBackward& call, cudaStream_t stream);
 
 // The whole network in one launch. All tensors are contiguous, weights are 16-byte aligned.
 template <typename T>

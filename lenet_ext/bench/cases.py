@@ -214,11 +214,11 @@ def _network(name: str) -> Case:
         title,
         shape,
         make,
-        lambda: fuse(make(), inplace=True),
+        lambda: fuse(make(), inplace=True, average_pooling=True),
         input_grad=False,
         group="networks",
         batch_sizes=(1, 64),
-        for_inference=partial(fuse, inplace=True, fold_batch_norm=True),
+        for_inference=partial(fuse, inplace=True, fold_batch_norm=True, average_pooling=True),
     )
 
 

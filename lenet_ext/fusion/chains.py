@@ -1,4 +1,4 @@
-"""Finds the chains that a fused layer can replace: conv -> ReLU -> max-pool and linear -> ReLU.
+"""Finds the chains that a fused layer can replace: conv -> ReLU -> max-pool and linear -> ReLU, and ReLU -> AvgPool2d.
 
 A chain goes from step to step, in and out of Sequentials, as long as nobody else can see the difference.
 """
@@ -6,6 +6,7 @@ A chain goes from step to step, in and out of Sequentials, as long as nobody els
 from __future__ import annotations
 
 import ast
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ class Chain:
     """What a fused layer takes over.
 
     Attributes:
-        layer: the convolution or linear layer.
-        pool: the pooling's options, if it is a convolution.
+        layer: the convolution or linear layer, or the average pooling.
+        pool: the max-pooling's options, if it is a convolution.
         superfluous: the calls that go.
         crossed: the modules that stay where the chain was, and see another value now.
     """
@@ -99,7 +100,7 @@ class Chains:
         if call is not None:
             self._followed.add(call)
         for index, step in enumerate(run.steps):
-            if isinstance(step.module, (nn.Conv2d, nn.Linear)):
+            if isinstance(step.module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
                 self._runs[id(step.module)].append((run, index))
 
     def _name(self, module: nn.Module) -> str:
@@ -116,6 +117,7 @@ class Chains:
         Raises:
             NoChainError: there is none.
         """
+        check_layer(layer)
         found = [self._chain(layer, run, index) for run, index in self._runs_of(layer)]
         if any(chain.pool != found[0].pool for chain in found):
             raise NoChainError("followed by different poolings at different places")
@@ -125,7 +127,6 @@ class Chains:
 
     def _runs_of(self, layer: nn.Module) -> list[tuple[Run, int]]:
         """All places where a layer is called, if these can be told."""
-        check_layer(layer)
         if id(layer) in self._callers.given_away:
             raise NoChainError(self._callers.given_away[id(layer)])
         for call in self._callers.calls[id(layer)]:
@@ -192,6 +193,7 @@ class Chains:
         Raises:
             NoChainError: there is none.
         """
+        check_layer(layer)
         heads = [(run.steps[index], next(run.following(index))) for run, index in self._runs_of(layer)]
         steps = [step for _, step in heads]
         norm = steps[0].module
@@ -199,13 +201,55 @@ class Chains:
             raise NoChainError(f"followed by {self._label(steps[0])}")
         for pair in heads:
             self._check_crossing(list(pair))
-        places = {_place_key(step) for step in steps}
-        is_alone = len(places) == self._memberships[id(norm)] + len(self._callers.calls[id(norm)])
-        if norm.running_mean is None or has_hooks(norm) or not is_alone or id(norm) in self._callers.given_away:
+        if norm.running_mean is None or has_hooks(norm) or not self._is_called_only_by(norm, steps):
             raise NoChainError(f"{self._label(steps[0])} cannot be folded")
         if id(layer) in self._callers.looked_at or id(norm) in self._callers.looked_at:
             raise NoChainError(f"values of {self._label(steps[0])} or of the convolution are read")
         return norm
+
+    def _is_called_only_by(self, module: nn.Module, steps: list[Step]) -> bool:
+        """Are these calls of the module all that there are?"""
+        places = {_place_key(step) for step in steps}
+        is_all = len(places) == self._memberships[id(module)] + len(self._callers.calls[id(module)])
+        return is_all and id(module) not in self._callers.given_away
+
+    # --- ReLU and average pooling ---
+
+    def average_pools(self) -> Iterator[Chain]:
+        """Of each AvgPool2d that is given nothing but ReLUs of what a convolution or a BatchNorm2d has computed.
+
+        What these computed is then used by ReLU alone, so that it does not matter whether ReLU works in place.
+        """
+        found: dict[nn.Module, list[list[Step]]] = defaultdict(list)
+        for layer in self._root.modules():
+            if type(layer) in (nn.Conv2d, nn.BatchNorm2d) and _is_as_made(layer):
+                with contextlib.suppress(NoChainError):
+                    for run, index in self._runs_of(layer):
+                        with contextlib.suppress(NoChainError):
+                            steps = self._average_steps(run, index)
+                            found[steps[-1].module].append(steps)  # type: ignore[index]
+        for pool, chains in found.items():
+            calls = [steps[-1] for steps in chains]
+            if type(pool) is nn.AvgPool2d and _is_as_made(pool) and self._is_called_only_by(pool, calls):
+                between = {_place_key(step): step for steps in chains for step in steps[1:-1]}.values()
+                crossed = [step.module for step in between if step.kind == "identity"]
+                crossed += [module for steps in chains for module in _crossed(steps)]
+                relus = tuple(step for step in between if step.kind == "relu")
+                yield Chain(pool, {}, relus, tuple(filter(None, crossed)))
+
+    def _average_steps(self, run: Run, index: int) -> list[Step]:
+        """From a layer by way of ReLU to an AvgPool2d."""
+        steps = [run.steps[index]]
+        for step in run.following(index):
+            has_relu = any(before.kind == "relu" for before in steps)
+            self._check_crossing([*steps, step])
+            steps.append(step)
+            if step.kind == "average" and has_relu:
+                return steps
+            if step.kind not in ("relu", "identity"):
+                break
+            self._check_step(step)
+        raise NoChainError("no ReLU and AvgPool2d after it")
 
 
 def _place_key(step: Step) -> tuple[Any, ...]:
@@ -216,6 +260,11 @@ def _crossed(steps: list[Step]) -> list[nn.Module]:
     """The Sequentials in which some of the steps are, but not all."""
     around = {id(module): module for step in steps for module in step.inside}
     return [m for m in around.values() if any(all(inner is not m for inner in step.inside) for step in steps)]
+
+
+def _is_as_made(module: nn.Module) -> bool:
+    """Has it neither hooks nor a forward of its own?"""
+    return not has_hooks(module) and "forward" not in module.__dict__
 
 
 def check_layer(layer: nn.Module) -> None:

@@ -26,7 +26,7 @@ from lenet_ext.fusion.source import with_methods
 from lenet_ext.fusion.steps import Method, NoChainError, Step
 from lenet_ext.fusion.superfluous import refuse_hooks, stand_in
 from lenet_ext.net import _has_global_hooks
-from lenet_ext.nn import ConvReLUMaxPool2d, Linear, LinearReLU
+from lenet_ext.nn import ConvReLUMaxPool2d, Linear, LinearReLU, ReLUAvgPool2d
 
 __all__ = ["FusionRecord", "fuse"]
 
@@ -36,7 +36,7 @@ MADE_BY_FUSE = "_made_by_lenet_ext_fuse"
 
 @dataclass(frozen=True)
 class FusionRecord:
-    """What :func:`fuse` did with one convolution or linear layer.
+    """What :func:`fuse` did with one convolution or linear layer, or with an average pooling.
 
     Attributes:
         path: the layer's name in ``model.named_modules()``.
@@ -51,7 +51,14 @@ class FusionRecord:
     reason: str = ""
 
 
-def fuse(model: nn.Module, *, inplace: bool = False, verbose: bool = False, fold_batch_norm: bool = False) -> nn.Module:
+def fuse(
+    model: nn.Module,
+    *,
+    inplace: bool = False,
+    verbose: bool = False,
+    fold_batch_norm: bool = False,
+    average_pooling: bool = False,
+) -> nn.Module:
     """Swaps every conv -> ReLU -> max-pool and linear -> ReLU chain of a model for the fused layer.
 
     Chains are found between modules (``nn.ReLU``, ``nn.MaxPool2d``, ``nn.Sequential`` in any nesting) and in what the
@@ -79,9 +86,12 @@ def fuse(model: nn.Module, *, inplace: bool = False, verbose: bool = False, fold
         fold_batch_norm: first fold each BatchNorm2d into the Conv2d before it, which is the same function in evaluation
             mode only. It changes weights, removes the BatchNorm2d's keys from the ``state_dict``, may add a bias to the
             convolution, and cannot be undone. For inference.
+        average_pooling: also let each ``nn.AvgPool2d`` that takes ReLU's output, behind an ``nn.Conv2d`` or
+            ``nn.BatchNorm2d``, do that ReLU as a :class:`lenet_ext.nn.ReLUAvgPool2d`. The convolution is torch's own.
 
     Returns:
-        The fused model. Its ``fusion_report`` is a tuple with a :class:`FusionRecord` for each Conv2d and Linear.
+        The fused model. Its ``fusion_report`` is a tuple with a :class:`FusionRecord` for each Conv2d and Linear, and
+        for each AvgPool2d that does its ReLU.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
@@ -110,7 +120,7 @@ def fuse(model: nn.Module, *, inplace: bool = False, verbose: bool = False, fold
         _fold_batch_norms(model)
     earlier = {record.path: record for record in getattr(model, "fusion_report", ())}
     # Past a __setattr__ of the model's own, which may pass it on or register it.
-    report = tuple(_fuse_chains(model, earlier))
+    report = tuple(_fuse_chains(model, earlier, average_pooling))
     object.__setattr__(model, "fusion_report", report)
     if verbose:
         _print_report(title, report)
@@ -133,20 +143,25 @@ def deep_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _fuse_chains(model: nn.Module, earlier: dict[str, FusionRecord]) -> list[FusionRecord]:
+def _fuse_chains(model: nn.Module, earlier: dict[str, FusionRecord], average_pooling: bool) -> list[FusionRecord]:
     records: list[FusionRecord] = []
     found: dict[str, Chain] = {}
     chains = Chains(model)
+    averaging = average_pooling and not _has_global_hooks()
+    averages = {id(chain.layer): chain for chain in chains.average_pools()} if averaging else {}
     for path, layer in model.named_modules():
-        if isinstance(layer, (ConvReLUMaxPool2d, Linear, LinearReLU)):
+        if isinstance(layer, (ConvReLUMaxPool2d, Linear, LinearReLU, ReLUAvgPool2d)):
             records.append(earlier.get(path, FusionRecord(path, type(layer).__name__, True)))
+        elif id(layer) in averages:
+            found[path] = averages[id(layer)]
+            records.append(FusionRecord(path, "ReLU + AvgPool2d", True))
         elif isinstance(layer, (nn.Conv2d, nn.Linear)):
             stock = "Conv2d" if isinstance(layer, nn.Conv2d) else "Linear"
             try:
                 if _has_global_hooks():
                     raise NoChainError("there are hooks on all modules")
-                found[path] = chains.find(layer)
-                what = " + ReLU + MaxPool2d" if found[path].pool else " + ReLU"
+                found[path] = chain = chains.find(layer)
+                what = " + ReLU + MaxPool2d" if chain.pool else " + ReLU"
                 records.append(FusionRecord(path, stock + what, True))
             except NoChainError as error:
                 records.append(FusionRecord(path, stock, False, str(error)))
@@ -160,9 +175,12 @@ def _fuse_chains(model: nn.Module, earlier: dict[str, FusionRecord]) -> list[Fus
     return records
 
 
+_FUSED_CLASSES = {nn.Conv2d: ConvReLUMaxPool2d, nn.Linear: LinearReLU, nn.AvgPool2d: ReLUAvgPool2d}
+
+
 def _swap(chain: Chain) -> None:
     """Gives the layer the class of the fused one; the object, and all that refers to it, stays."""
-    chain.layer.__class__ = ConvReLUMaxPool2d if chain.pool else LinearReLU
+    chain.layer.__class__ = _FUSED_CLASSES[type(chain.layer)]
     for name, value in {**chain.pool, MADE_BY_FUSE: True}.items():
         setattr(chain.layer, name, value)
 

@@ -33,7 +33,7 @@ class Step:
     """A call that takes one value and gives another.
 
     Attributes:
-        kind: relu, pool, identity or, for everything else, nothing.
+        kind: relu, pool, average (a pooling), identity or, for everything else, nothing.
         what: the name of the class or function that is called.
         module: what is called, unless it is a function.
         container, name: where, if it is called as a member of a Sequential or, in a loop, of a ModuleList.
@@ -81,7 +81,7 @@ def _module_steps(module: nn.Module, inside: tuple[nn.Module, ...] = (), **place
     if is_sequential(module):
         yield from members(module, (*inside, module))
         return
-    kinds = {"relu": nn.ReLU, "pool": nn.MaxPool2d, "identity": nn.Identity}
+    kinds = {"relu": nn.ReLU, "pool": nn.MaxPool2d, "average": nn.AvgPool2d, "identity": nn.Identity}
     kind = next((kind for kind, cls in kinds.items() if has_stock(module, cls, "forward", "__call__")), "")
     pool = {}
     if kind == "pool":

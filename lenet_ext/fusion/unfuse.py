@@ -12,11 +12,16 @@ from lenet_ext.fusion.fuse import MADE_BY_FUSE, deep_copy
 from lenet_ext.fusion.source import stock_class
 from lenet_ext.fusion.superfluous import accept_hooks, stands_for
 from lenet_ext.net import Net, ReferenceNet
-from lenet_ext.nn import ConvReLUMaxPool2d, Linear, LinearReLU
+from lenet_ext.nn import ConvReLUMaxPool2d, Linear, LinearReLU, ReLUAvgPool2d
 
 __all__ = ["unfuse"]
 
-_STOCK_CLASSES: dict[type, type[nn.Module]] = {ConvReLUMaxPool2d: nn.Conv2d, LinearReLU: nn.Linear, Linear: nn.Linear}
+_STOCK_CLASSES: dict[type, type[nn.Module]] = {
+    ConvReLUMaxPool2d: nn.Conv2d,
+    LinearReLU: nn.Linear,
+    Linear: nn.Linear,
+    ReLUAvgPool2d: nn.AvgPool2d,
+}
 # What a fused convolution has in its attributes and a stock one has not.
 _POOLING = ("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode")
 _POOLING_OF_NET = (2, 2, 0, 1, False)
@@ -29,12 +34,13 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     attribution (DeepLift, GuidedBackprop), ``quantize_dynamic``, low-rank adapters, pruning by class, ``to_mkldnn``.
     What they made of the model can be fused again.
 
-    Every layer that :func:`~lenet_ext.fuse` swapped is a ``Conv2d`` or ``Linear`` again, the same object with the same
-    Parameters and hooks; its ReLU and pooling are where they were, modules under their names and calls in the
-    ``forward`` that made them, and may be hooked again. The classes of the model's own modules are what they were. A
-    :class:`~lenet_ext.Net` becomes a :class:`~lenet_ext.ReferenceNet`, and a :class:`lenet_ext.nn.Linear` a ``Linear``.
-    A hook on a swapped layer that saw the fused output sees the convolution's or linear layer's output then. BatchNorm
-    that was folded into a convolution does not come back, nor do options of the pooling that were changed since.
+    Every layer that :func:`~lenet_ext.fuse` swapped is a ``Conv2d``, ``Linear`` or ``AvgPool2d`` again, the same object
+    with the same Parameters and hooks; its ReLU and pooling are where they were, modules under their names and calls in
+    the ``forward`` that made them, and may be hooked again. The classes of the model's own modules are what they were.
+    A :class:`~lenet_ext.Net` becomes a :class:`~lenet_ext.ReferenceNet`, and a :class:`lenet_ext.nn.Linear` a
+    ``Linear``. A hook on a swapped layer that saw the fused output sees the convolution's or linear layer's output
+    then. BatchNorm that was folded into a convolution does not come back, nor do options of the pooling that were
+    changed since.
 
     Args:
         model: any module; one without fused layers comes back equal.
@@ -48,7 +54,8 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Warns:
         UserWarning: a fused layer stays, because it was not made by :func:`~lenet_ext.fuse`: written into a model as
-            ``lenet_ext.nn.LinearReLU`` or ``ConvReLUMaxPool2d``, it has no ReLU or pooling that could come back.
+            ``lenet_ext.nn.LinearReLU``, ``ConvReLUMaxPool2d`` or ``ReLUAvgPool2d``, it has no ReLU or pooling that
+            could come back.
 
     Example:
         >>> import torch, lenet_ext
@@ -81,7 +88,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for path, module in model.named_modules():
         if isinstance(module, Linear) or MADE_BY_FUSE in module.__dict__:
             _make_stock(module)
-        elif isinstance(module, (ConvReLUMaxPool2d, LinearReLU)):
+        elif isinstance(module, (ConvReLUMaxPool2d, LinearReLU, ReLUAvgPool2d)):
             staying.append(f"{path or 'the model'} ({type(module).__name__})")
     if staying:
         warnings.warn(
@@ -108,7 +115,8 @@ def _bare_class(module: nn.Module) -> type:
 
 
 def _make_stock(layer: nn.Module) -> None:
-    for name in (*_POOLING, "_normalized", MADE_BY_FUSE):
+    added = () if isinstance(layer, ReLUAvgPool2d) else (*_POOLING, "_normalized")
+    for name in (*added, MADE_BY_FUSE):
         layer.__dict__.pop(name, None)
     stock = _STOCK_CLASSES[_bare_class(layer)]
     if parametrize.is_parametrized(layer):  # around the stock class now

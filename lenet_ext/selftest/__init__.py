@@ -30,6 +30,7 @@ __all__ = ["Result", "run_checks"]
 _KERNELS: dict[str, Callable[[torch.device], Checks]] = {
     "conv_relu_max_pool2d, exact": kernels.conv_exact,
     "linear and linear_relu, exact": kernels.linear_exact,
+    "relu_avg_pool2d, exact": kernels.average_exact,
     "memory formats and strides": kernels.layouts,
     "NaN, infinities, signed zeros": kernels.special_values,
     "rounding, against twice stock's error": kernels.rounding,

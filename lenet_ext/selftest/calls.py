@@ -29,6 +29,8 @@ def derivatives(device: torch.device) -> Checks:
         yield f"conv_relu_max_pool2d, {name}", partial(_derivatives, device, function, *shapes)
     for function in (functional.linear, functional.linear_relu):
         yield function.__name__, partial(_derivatives, device, function, (3, 5), (4, 5), (4,))
+    average = partial(functional.relu_avg_pool2d, kernel_size=3, stride=2, padding=1, count_include_pad=False)
+    yield "relu_avg_pool2d", partial(_derivatives, device, average, (2, 2, 5, 6))
 
 
 def _derivatives(device: torch.device, function: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
@@ -49,6 +51,7 @@ def operators(device: torch.device) -> Checks:
     indices = torch.zeros(2, 4, 4, 4, dtype=torch.uint8)
     rows, matrix, grad = torch.randn(5, 7), torch.randn(4, 7), torch.randn(5, 4)
     mask = (True, True, True)
+    average = ((3, 3), (2, 2), (1, 1), False, True, None)
     calls: dict[str, tuple[Any, ...]] = {
         "conv_relu_max_pool2d": (images, weight, bias, *options, False),
         "conv_relu_max_pool2d_with_indices": (images, weight, bias, *options, False),
@@ -61,6 +64,8 @@ def operators(device: torch.device) -> Checks:
         "linear_relu": (rows, matrix, bias),
         "linear_backward": (grad, rows, matrix, mask),
         "linear_relu_backward": (grad, torch.randn(5, 4), rows, matrix, mask),
+        "relu_avg_pool2d": (images, *average),
+        "relu_avg_pool2d_backward": (torch.randn(2, 3, 5, 5), images, *average),
     }
     if device.type == "cpu" and hasattr(torch.ops.lenet_ext, "lenet"):
         parameters = [parameter.detach() for parameter in Net().parameters()]
@@ -89,6 +94,7 @@ def bad_calls(device: torch.device) -> Checks:
         "stride": (RuntimeError, lambda: conv(images, weight, stride=0)),
         "meta weight": (RuntimeError, lambda: conv(images, weight.to("meta"))),
         "features": (RuntimeError, lambda: linear(images, weight.flatten(1))),
+        "padding": (RuntimeError, lambda: functional.relu_avg_pool2d(images, 2, padding=2)),
         "no tensor": (TypeError, lambda: linear_relu([1.0], weight)),  # type: ignore[arg-type]
     }
     for name, (expected, call) in calls.items():

@@ -27,7 +27,7 @@ from lenet_ext.selftest.comparing import (
     with_gradients,
 )
 
-__all__ = ["conv_exact", "layouts", "linear_exact", "net", "rounding", "special_values", "threads"]
+__all__ = ["average_exact", "conv_exact", "layouts", "linear_exact", "net", "rounding", "special_values", "threads"]
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,37 @@ def _linear_exact(
     expected = with_gradients(stock, tensors, lambda output: grad)
     moved = [None if tensor is None else tensor.to(device, dtype) for tensor in tensors]
     expect_equal(with_gradients(ours, moved, grad.to), expected, dtype)
+
+
+_AVERAGE_CASES: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...] = (  # name, input, options
+    ("LeNet", (9, 6, 28, 28), {"kernel_size": 2}),
+    ("odd sizes", (2, 17, 9, 37), {"kernel_size": 2}),
+    ("unbatched", (3, 8, 8), {"kernel_size": 2}),
+    ("empty batch", (0, 3, 8, 8), {"kernel_size": 2}),
+    ("overlapping", (2, 5, 12, 11), {"kernel_size": 4, "stride": (1, 2), "padding": 2}),
+    ("gaps, divisor", (2, 5, 12, 11), {"kernel_size": (2, 3), "stride": 4, "ceil_mode": True, "divisor_override": 8}),
+)
+
+
+def average_exact(device: torch.device) -> Checks:
+    """``relu_avg_pool2d`` and its gradient. All divisors are powers of two."""
+    for (name, shape, options), channels_last, dtype in product(_AVERAGE_CASES, (False, True), DTYPES):
+        if not channels_last or len(shape) == 4:
+            what = f"{name}, {'channels_last' if channels_last else 'contiguous'}, {short(dtype)}"
+            yield what, partial(_average_exact, device, shape, options, channels_last, dtype)
+
+
+def _average_exact(
+    device: torch.device, shape: tuple[int, ...], options: dict[str, Any], channels_last: bool, dtype: torch.dtype
+) -> None:
+    images = whole(shape)
+    stock = F.avg_pool2d(F.relu(images), **options)
+    grad = whole(stock.shape, 2)
+    expected = with_gradients(lambda x: F.avg_pool2d(F.relu(x), **options), [images], lambda output: grad)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    moved = images.to(device, dtype).contiguous(memory_format=memory_format)
+    ours: Callable[..., Tensor] = partial(functional.relu_avg_pool2d, **options)
+    expect_equal(with_gradients(ours, [moved], grad.to), expected, dtype)
 
 
 def layouts(device: torch.device) -> Checks:

@@ -516,3 +516,67 @@ def test_threads_of_autograd():
     assert not errors
     for result in results:
         assert_equal(result, expected, "grad")
+
+
+# --- ReLU and average pooling, which has no parameters ---------------------------------------------------------------
+
+AVERAGE = {
+    "plain": ((2, 2), (2, 2), (0, 0), False, True, None),
+    "overlapping": ((3, 2), (2, 1), (1, 1), True, False, None),
+    "divisor": ((3, 3), (3, 3), (0, 1), False, True, 7),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", AVERAGE)
+def test_relu_avg_pool2d_by_its_function_and_by_its_node(device, name, dtype):
+    """Output, gradient, and the gradient of this, bit by bit; one operator each way."""
+    values, results = torch.randn(2, 3, 9, 10).to(device, dtype), []
+    for call in (ops.relu_avg_pool2d, autograd.ReLUAvgPool2dFunction.apply):
+        input = values.clone().requires_grad_()
+        with Recorder() as record:
+            output = call(input, *AVERAGE[name])
+            grad_output = torch.ones_like(output).requires_grad_()
+            (first,) = torch.autograd.grad(output, input, grad_output, create_graph=True)
+        assert [func.name() for func, _, _ in record.of("lenet_ext")] == [
+            "lenet_ext::relu_avg_pool2d",
+            "lenet_ext::relu_avg_pool2d_backward",
+        ]
+        (second,) = torch.autograd.grad(first.sin().sum(), grad_output)
+        results.append(_bits([output, first, second]))
+    assert all(bits.any() for bits in results[0])
+    for ours, spelled_out in zip(*results, strict=True):
+        assert torch.equal(ours, spelled_out)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_output_of_relu_avg_pool2d_changed_in_place(change):
+    """Legal, as it is in stock, and the gradients are stock's."""
+    gradients = []
+    for module in (functional, reference):
+        torch.manual_seed(1)
+        input = integers(2, 3, 8, 8).requires_grad_()
+        output = module.relu_avg_pool2d(input, 2)
+        CHANGES[change](output)
+        output.sum().backward()
+        gradients.append(input.grad)
+    assert_equal(*gradients, "grad")
+
+
+def test_input_of_relu_avg_pool2d_changed_before_backward():
+    input = integers(2, 3, 8, 8).requires_grad_().clone()
+    output = functional.relu_avg_pool2d(input, 2)
+    input.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_relu_avg_pool2d_keeps_its_input_and_nothing_else():
+    input, kept = torch.randn(2, 3, 8, 8).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        output = functional.relu_avg_pool2d(input, 2)
+        with torch.no_grad():
+            functional.relu_avg_pool2d(input, 2)
+        functional.relu_avg_pool2d(input.detach(), 2)
+    assert [t.data_ptr() for t in kept] == [input.data_ptr()]
+    assert output.grad_fn.name() == "ReLUAvgPool2DBackward"

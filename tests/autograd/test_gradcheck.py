@@ -210,3 +210,27 @@ def test_gradcheck_would_notice():
 
     with pytest.raises(RuntimeError):
         gradcheck(Wrong.apply, [distinct(4).requires_grad_()])
+
+
+AVERAGE_CASES = {
+    "plain": ((2, 2, 4, 6), {"kernel_size": 2}),
+    "unbatched": ((2, 5, 4), {"kernel_size": 2}),
+    "overlapping": ((1, 2, 5, 6), {"kernel_size": 3, "stride": (1, 2), "padding": 1, "count_include_pad": False}),
+    "ceil, divisor": ((1, 2, 6, 5), {"kernel_size": (2, 3), "stride": 3, "ceil_mode": True, "divisor_override": 5}),
+}
+
+
+@pytest.mark.parametrize("name", AVERAGE_CASES)
+def test_relu_avg_pool2d(device, name):
+    shape, options = AVERAGE_CASES[name]
+    check(lambda x: functional.relu_avg_pool2d(x, **options), [distinct(*shape, device=device).requires_grad_()])
+
+
+def test_the_function_of_relu_avg_pool2d(device):
+    x = distinct(1, 2, 5, 6, device=device).requires_grad_()
+
+    def function(x):
+        return autograd.ReLUAvgPool2dFunction.apply(x, (3, 2), (2, 1), (1, 1), False, True, None)
+
+    assert gradcheck(function, x, check_batched_grad=True)
+    assert gradgradcheck(function, x, gen_non_contig_grad_outputs=True)

@@ -20,6 +20,9 @@ int main(int argc, char** argv) {
     test_product(dtype, 5, 37, 70, false, true);
     test_product(dtype, 37, 33, 3, true, true);
     test_product(dtype, 16, 32, 130, true, false);
+    test_average(dtype, average(false, true, 0));
+    test_average(dtype, average(true, false, 0));
+    test_average(dtype, average(true, true, 5));
   }
   for (const int64_t batch : {1, 3, 13}) {
     const std::string suffix = " batch " + std::to_string(batch);

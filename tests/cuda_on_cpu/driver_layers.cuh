@@ -315,6 +315,60 @@ void test_product(DType dtype, int64_t rows, int64_t columns, int64_t depth, boo
       });
 }
 
+// --------------------------------------------------------------------------------------- ReLU and average pooling
+
+// Windows of 3x2 that overlap, overhang and lie partly in the padding.
+AvgPoolShape average(bool channels_last, bool count_include_pad, int64_t divisor_override) {
+  return {3, 5, 8, 7, 5, 7, 3, 2, 2, 1, 1, 1, count_include_pad, divisor_override, channels_last};
+}
+
+void test_average(DType dtype, const AvgPoolShape& s) {
+  const std::string name =
+      "average pooling dtype " + std::to_string(static_cast<int>(dtype)) + (s.channels_last ? " channels_last" : "");
+  const auto at = [&s](int64_t plane, int64_t y, int64_t x, int64_t height, int64_t width) {
+    return s.channels_last ? ((plane / s.channels * height + y) * width + x) * s.channels + plane % s.channels
+                           : (plane * height + y) * width + x;
+  };
+  const int64_t planes = s.batch * s.channels, inputs = planes * s.height * s.width,
+                outputs = planes * s.out_h * s.out_w;
+  const std::vector<double> values = random_values(dtype, inputs), gradient = random_values(dtype, outputs);
+  std::vector<double> expected(outputs), expected_grad(inputs);
+  for (int64_t i = 0; i < outputs; ++i) {
+    const int64_t plane = i / (s.out_h * s.out_w), y = i / s.out_w % s.out_h, x = i % s.out_w;
+    const int64_t out = at(plane, y, x, s.out_h, s.out_w);
+    int64_t inside = 0, padded = 0;
+    for (const bool last : {false, true}) {  // the window's size first
+      const double divisor = s.divisor_override != 0 ? s.divisor_override : s.count_include_pad ? padded : inside;
+      for (int64_t j = 0; j < s.kernel_h * s.kernel_w; ++j) {
+        const int64_t h = y * s.stride_h - s.pad_h + j / s.kernel_w, w = x * s.stride_w - s.pad_w + j % s.kernel_w;
+        const bool is_inside = h >= 0 && h < s.height && w >= 0 && w < s.width;
+        inside += !last && is_inside;
+        padded += !last && h < s.height + s.pad_h && w < s.width + s.pad_w;
+        if (!last || !is_inside) continue;
+        const int64_t in = at(plane, h, w, s.height, s.width);
+        expected[out] += std::fmax(0.0, values[in]) / divisor;
+        if (values[in] > 0) expected_grad[in] += gradient[out] / divisor;
+      }
+    }
+  }
+  Buffer input(dtype, inputs), grad_output(dtype, outputs), output(dtype, outputs), grad_input(dtype, inputs);
+  input.set(values), grad_output.set(gradient);
+  run(
+      name,
+      [&] {
+        output.reset();
+        return launch_relu_avg_pool(dtype, {s, input.data(), output.data()}, {});
+      },
+      [&] { compare(name, dtype, output.get(), expected, 1); });
+  run(
+      name + " backward",
+      [&] {
+        grad_input.reset();
+        return launch_relu_avg_pool_backward(dtype, {s, grad_output.data(), input.data(), grad_input.data()}, {});
+      },
+      [&] { compare(name + " backward", dtype, grad_input.get(), expected_grad, 1); });
+}
+
 // ------------------------------------------------------------------------------------------------------ tensor cores
 
 // One warp: d[16][8] += a[16][16 words] x b[8][16 words]^T, from shared memory. `matrices`: `a` by load_matrices.

@@ -11,6 +11,8 @@
 #include "lenet/shape.cpp"
 #include "linear/cuda.cpp"
 #include "linear/shape.cpp"
+#include "relu_avg_pool2d/cuda.cpp"
+#include "relu_avg_pool2d/shape.cpp"
 
 namespace {
 int forced_algorithm = -1;

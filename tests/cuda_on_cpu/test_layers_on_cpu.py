@@ -307,3 +307,39 @@ def test_a_failed_launch_names_operator_kernel_and_shape(ops):
     x = torch.empty(1, 1, 1, 1).expand(1, 1, 2**16, 2**16)
     with pytest.raises(RuntimeError, match=r"conv_relu_max_pool2d: input's padded planes .* 65536 x 65536"):
         ops.conv_relu_max_pool2d(x, torch.ones(1, 1, 1, 1), None, *PLAIN.values(), False)
+
+
+AVERAGES = {
+    "plain": ([2, 2], [2, 2], [0, 0], False, True, None),
+    "overlapping": ([3, 2], [2, 1], [1, 1], True, False, None),
+    "gaps, divisor": ([2, 2], [3, 3], [1, 0], True, True, 8),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", AVERAGES)
+def test_average_pooling_is_stocks_and_independent_of_the_schedule(ops, control, name, dtype, channels_last):
+    """To the last bit, in every dtype: in 16 bits a result is rounded once."""
+    kernel, *options = AVERAGES[name]
+    x = torch.randn(3, 5, 9, 8).to(dtype)
+    x[0, 0, 0, :4] = torch.tensor([0.0, -0.0, float("nan"), float("inf")])
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    leaf = x.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    expected = F.avg_pool2d(F.relu(leaf), kernel, *options)
+    g = torch.randn(expected.shape).to(dtype)
+    (expected_grad,) = torch.autograd.grad(expected, leaf, g.to(leaf.dtype))
+    output = under_schedules(control, -1, lambda: ops.relu_avg_pool2d(x, kernel, *options))[0]
+    grad = under_schedules(control, -1, lambda: ops.relu_avg_pool2d_backward(g, x, kernel, *options))[0]
+    for actual, want in ((output, expected.detach()), (grad, expected_grad)):
+        torch.testing.assert_close(actual, want.to(dtype), rtol=0, atol=0, equal_nan=True)
+        assert actual.is_contiguous(memory_format=torch.channels_last) == channels_last
+    before = control.cuda_on_cpu_launches()
+    assert ops.relu_avg_pool2d(x[:0], kernel, *options).shape[0] == 0
+    assert control.cuda_on_cpu_launches() == before
+
+
+def test_average_pooling_of_planes_that_are_too_large(ops):
+    x = torch.empty(1, 1, 1, 1).expand(1, 1, 2**16, 2**16)
+    with pytest.raises(RuntimeError, match=r"relu_avg_pool2d: input's padded planes .* 65536 x 65536"):
+        ops.relu_avg_pool2d(x, [2**15, 2**15], [2**15, 2**15], [0, 0], False, True, None)

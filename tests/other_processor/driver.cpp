@@ -10,11 +10,13 @@
 #include "cpu/conv_pool_kernels.h"
 #include "cpu/gemm_kernels.h"
 #include "cpu/lenet_kernels.h"
+#include "cpu/relu_avg_pool2d_kernels.h"
 
 namespace lenet_ext::cpu::default_ {
 extern const ConvPoolKernels conv_pool_kernels;
 extern const GemmKernels gemm_kernels;
 extern const LenetKernels lenet_kernels;
+extern const ReluAvgPoolKernels relu_avg_pool_kernels;
 }  // namespace lenet_ext::cpu::default_
 
 namespace {
@@ -120,6 +122,21 @@ void relu_pool(const ConvPoolTable<T>& kernels) {
   give(output), give(indices), give(grad_conv);
 }
 
+template <typename T>
+void relu_avg_pool(const ReluAvgPoolTable<T>& kernels) {
+  const AvgPoolShape s = take<AvgPoolShape>(1)[0];
+  const auto input = take<T>(s.batch * s.channels * s.height * s.width);
+  const auto grad_output = take<T>(s.batch * s.channels * s.out_h * s.out_w);
+  std::vector<T> output(grad_output.size()), grad_input(input.size());
+  const ReluAvgPool<T> forward{s, input.data(), output.data()};
+  const ReluAvgPoolBackward<T> backward{s, grad_output.data(), input.data(), grad_input.data()};
+  in_parallel(kernels.units(s), [&](int64_t begin, int64_t end) { kernels.run(forward, begin, end); });
+  in_parallel(kernels.backward_units(s), [&](int64_t begin, int64_t end) {
+    kernels.backward_run(backward, aligned(kernels.backward_scratch_bytes(s)).get(), begin, end);
+  });
+  give(output), give(grad_input);
+}
+
 // a [m][k] times the transposed weight [n][k], by dot products and with the weight transposed first.
 template <typename A>
 void product(const GemmTable<A>& kernels) {
@@ -207,6 +224,15 @@ int main() {
         break;
       case 'P':
         product(default_::gemm_kernels.float64);
+        break;
+      case 'a':
+        relu_avg_pool(default_::relu_avg_pool_kernels.float32);
+        break;
+      case 'A':
+        relu_avg_pool(default_::relu_avg_pool_kernels.float64);
+        break;
+      case 'h':
+        relu_avg_pool(default_::relu_avg_pool_kernels.bfloat16);
         break;
       case 'n':
         network();

@@ -179,6 +179,30 @@ def test_matrix_products(driver, m, n, k, dtype):
     assert not answer.rest
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "kernel", "stride", "padding"),
+    [((2, 6, 12, 28), 2, 2, 0), ((3, 5, 7, 11), 2, 2, 0), ((2, 9, 8, 9), 3, 2, 1), ((1, 2, 6, 7), 2, 3, 1)],
+)
+def test_relu_and_average_pool(driver, shape, kernel, stride, padding, dtype, channels_last):
+    """Divided by 4, so that everything is exact."""
+    order, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if channels_last else ((0, 1, 2, 3),) * 2
+    x = integers(*shape, dtype=dtype)
+    leaf = x.double().requires_grad_()
+    expected = F.avg_pool2d(F.relu(leaf), kernel, stride, padding, divisor_override=4)
+    g = integers(*expected.shape, dtype=dtype)
+    expected.backward(g.double())
+    both = ([kernel, stride, padding][i // 2] for i in range(6))
+    sizes = struct.pack("12q?7xq?7x", *shape, *expected.shape[2:], *both, True, 4, channels_last)
+    letter = {torch.float32: b"a", torch.float64: b"A", torch.bfloat16: b"h"}[dtype]
+    answer = Answer(driver, letter + sizes + b"".join(raw(t.permute(order)) for t in (x, g)))
+    for name, want in (("output", expected.detach()), ("grad_input", leaf.grad)):
+        found = answer.take(want.permute(order).shape, dtype).permute(back)
+        assert torch.equal(found, want.to(dtype)), name
+    assert not answer.rest
+
+
 ACTIVATIONS = ("output", "pooled1", "indices1", "pooled2", "indices2", "hidden1", "hidden2")
 
 

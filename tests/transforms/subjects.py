@@ -11,6 +11,7 @@ from reference import integers
 from torch import Tensor, nn
 
 from lenet_ext import Net, ReferenceNet, functional, fuse
+from lenet_ext.nn import ReLUAvgPool2d
 
 
 class Call(nn.Module):
@@ -48,11 +49,18 @@ def fused() -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
     return ours, stock, (2, 2, 6, 7)
 
 
+def average() -> tuple[nn.Module, nn.Module, tuple[int, ...]]:
+    options = {"kernel_size": (3, 2), "stride": 2, "padding": 1, "count_include_pad": False}
+    ours = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Identity(), ReLUAvgPool2d(**options))
+    return ours, nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.AvgPool2d(**options)), (2, 2, 8, 7)
+
+
 ODD = {"groups": 2, "padding": "same", "dilation": (1, 2), "pool_kernel_size": 3, "pool_stride": 2, "pool_padding": 1}
 _MAKE: dict[str, Callable[[], tuple[nn.Module, nn.Module, tuple[int, ...]]]] = {
     "conv": calls("conv_relu_max_pool2d", (2, 4, 7, 8), (6, 2, 2, 3), **ODD, ceil_mode=True),
     "linear": calls("linear", (5, 7), (3, 7)),
     "linear_relu": calls("linear_relu", (5, 7), (3, 7)),
+    "relu_avg_pool2d": average,
     "net": lambda: (Net(), ReferenceNet(), (2, 1, 32, 32)),
     "fused": fused,
 }

@@ -311,3 +311,19 @@ def test_net_in_float16_on_the_cpu():
     stock.load_state_dict(ours.state_dict())
     with torch.autocast("cpu", dtype=torch.float16):
         torch.testing.assert_close(ours(image), stock(image))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_average_pooling_is_not_cast(device, dtype):
+    """As in stock."""
+    kind = torch.device(device).type
+    results = []
+    for module in (functional, reference):
+        torch.manual_seed(0)
+        input = integers(2, 3, 8, 8, device=device, dtype=dtype).requires_grad_()
+        with torch.autocast(kind, dtype=LOW[kind][0]):
+            output = module.relu_avg_pool2d(input, 2)
+        output.sum().backward()
+        results.append((output, input.grad))
+    for ours, stock in zip(*results, strict=True):
+        assert_equal(ours, stock, "output or gradient")

@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import lenet_ext
 from lenet_ext.decompositions import TABLE
-from lenet_ext.nn import ConvReLUMaxPool2d, Linear, LinearReLU
+from lenet_ext.nn import ConvReLUMaxPool2d, Linear, LinearReLU, ReLUAvgPool2d
 
 
 class WholeNetwork(lenet_ext.Net):
@@ -27,6 +27,10 @@ MODELS = {
     "LinearReLU": (lambda: LinearReLU(5, 3, bias=False), (5,)),
     "convolution": (
         lambda: ConvReLUMaxPool2d(2, 3, (2, 3), padding="same", pool_kernel_size=3, pool_stride=2, ceil_mode=True),
+        (2, 2, 8, 9),
+    ),
+    "average pooling": (
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 3), ReLUAvgPool2d(3, 2, 1, ceil_mode=True, divisor_override=5)),
         (2, 2, 8, 9),
     ),
 }

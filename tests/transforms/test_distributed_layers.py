@@ -73,6 +73,7 @@ OPERATORS = """
             "conv": (LF.conv_relu_max_pool2d, [x, w, b]),
             "conv, stride 2": (lambda *given: LF.conv_relu_max_pool2d(*given, stride=2, padding=1), [x, w, b]),
             "conv, groups": (lambda *given: LF.conv_relu_max_pool2d(*given, groups=2), [x, w[:, :2].contiguous()]),
+            "average pooling": (lambda x: LF.relu_avg_pool2d(x, 3, 2, 1), [x]),
             "linear": (LF.linear, [rows, matrix, bias]),
             "linear_relu": (LF.linear_relu, [rows, matrix, bias]),
             "linear, one row": (LF.linear, [rows[:1, 0], matrix]),
@@ -123,6 +124,10 @@ LINEAR = [(4, 6), (8, 6), (8,)]
 CONVOLUTION = [(4, 2, 8, 8), (6, 2, 3, 3), (6,)]
 
 
+def average_pooling(input: Tensor) -> Tensor:
+    return LF.relu_avg_pool2d(input, 2)
+
+
 # DTensor could always collect everything, and be right.
 @pytest.mark.parametrize(
     ("function", "shapes", "placements", "expected"),
@@ -138,6 +143,8 @@ CONVOLUTION = [(4, 2, 8, 8), (6, 2, 3, 3), (6,)]
         (LF.conv_relu_max_pool2d, CONVOLUTION, [WHOLE, WHOLE, WHOLE], (WHOLE, 0)),
         (LF.conv_relu_max_pool2d, CONVOLUTION, [Shard(0), WHOLE, WHOLE], (Shard(0), 0)),
         (LF.conv_relu_max_pool2d, CONVOLUTION, [WHOLE, Shard(0), Shard(0)], (Shard(1), 0)),
+        (average_pooling, CONVOLUTION[:1], [Shard(0)], (Shard(0), 0)),
+        (average_pooling, CONVOLUTION[:1], [Shard(1)], (Shard(1), 0)),
     ],
 )
 def test_placements(

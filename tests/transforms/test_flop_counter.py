@@ -133,3 +133,8 @@ def test_a_model_by_modules() -> None:
     by_module = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
     assert by_module["Sequential.0"] == 2 * 5 * 3 * 4
     assert by_module["Sequential"] == 2 * 5 * (3 * 4 + 4 * 2)
+
+
+def test_average_pooling_counts_nothing_as_in_stock() -> None:
+    (input,) = arguments((2, 3, 8, 8), wanted="1")
+    assert counts(lambda x: LF.relu_avg_pool2d(x, 2), input) == counts(lambda x: F.avg_pool2d(F.relu(x), 2), input)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lenet_ext
-from lenet_ext.nn import ConvReLUMaxPool2d, Linear, LinearReLU
+from lenet_ext.nn import ConvReLUMaxPool2d, Linear, LinearReLU, ReLUAvgPool2d
 
 pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")
@@ -85,6 +85,20 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 def test_convolution(options: dict[str, Any], tmp_path: Path, dynamo: bool) -> None:
     check(ConvReLUMaxPool2d(4, 6, (2, 3), **options), torch.randn(2, 4, 14, 13), tmp_path, dynamo)
+
+
+AVERAGES = {
+    "plain": {"kernel_size": 2},
+    "padded": {"kernel_size": (3, 2), "stride": (2, 1), "padding": 1},
+    "padding not counted": {"kernel_size": 3, "padding": 1, "count_include_pad": False},
+    "ceil_mode": {"kernel_size": 3, "stride": 2, "ceil_mode": True},
+}
+
+
+@pytest.mark.parametrize("dynamo", QUICK_EXPORTERS)
+@pytest.mark.parametrize("options", AVERAGES.values(), ids=AVERAGES)
+def test_average_pooling(options: dict[str, Any], tmp_path: Path, dynamo: bool) -> None:
+    check(ReLUAvgPool2d(**options), torch.randn(2, 4, 8, 7), tmp_path, dynamo)
 
 
 @pytest.mark.parametrize("dynamo", QUICK_EXPORTERS)

@@ -29,6 +29,10 @@ LAYERS = {
         (2, 2, 8, 9),
     ),
     "window of 272": (lambda: layers.ConvReLUMaxPool2d(1, 1, 1, pool_kernel_size=(16, 17)), (1, 1, 18, 18)),
+    "average pooling": (
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 3), layers.ReLUAvgPool2d(2, (2, 1), ceil_mode=True)),
+        (2, 2, 8, 9),
+    ),
     "Net": (lenet_ext.Net, (2, 1, 32, 32)),
     "fused": (
         lambda: lenet_ext.fuse(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())),
