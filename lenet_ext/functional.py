@@ -423,6 +423,8 @@ def relu_avg_pool2d(
     arguments = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
     cacheable = not torch.compiler.is_compiling() and _SCALARS.issuperset(map(type, arguments))
     options = (_cached_average_options if cacheable else _average_options)(*arguments)
+    if cacheable and is_ordinary(input, input, None):  # in place of a weight, which has as many dimensions
+        return ops.relu_avg_pool2d(input, *options)
     dim = input.dim()
     if dim not in (3, 4):
         raise RuntimeError(

@@ -147,24 +147,61 @@ void run_two_by_two(const ReluAvgPool<T>& job, int64_t begin, int64_t end) {
   }
 }
 
+// The windows [begin, end) of a row of which the position `offset` is inside of the input.
+LENET_EXT_INLINE Covering windows_with(const AvgPoolShape& s, int64_t offset) {
+  const int64_t before = s.pad_w - offset;
+  return {before > 0 ? divide_up(before, s.stride_w) : 0, min_of(s.out_w, (s.width - 1 + before) / s.stride_w + 1)};
+}
+// The positions [begin, end) of a window that are inside of the input for some of a row's windows.
+LENET_EXT_INLINE Covering offsets_inside(const AvgPoolShape& s) {
+  return {max_of<int64_t>(0, s.pad_w - (s.out_w - 1) * s.stride_w), min_of(s.kernel_w, s.width + s.pad_w)};
+}
+
+// A row of sums, position after position of the windows: as many additions at once as there are windows.
+template <typename A, int stride>
+void add_to_sums(const AvgPoolShape& s, const A* __restrict__ row, A* __restrict__ sums) {
+  const Covering offsets = offsets_inside(s);
+  for (int64_t j = offsets.begin; j < offsets.end; ++j) {
+    const Covering xs = windows_with(s, j);
+    const A* from = row + j - s.pad_w;
+    for (int64_t x = xs.begin; x < xs.end; ++x) sums[x] += from[x * stride];
+  }
+}
+
+template <typename A>
+LENET_EXT_INLINE A sum_of_window(const AvgPoolShape& s, const A* plane, const Span& rows, const Span& columns) {
+  A sum = 0;
+  for (int64_t h = rows.begin; h < rows.end; ++h) {
+    for (int64_t w = columns.begin; w < columns.end; ++w) sum += plane[h * s.width + w];
+  }
+  return sum;
+}
+
+// `scratch`: for a plane behind ReLU, and a row of sums.
 template <typename T>
-void run_planes(const ReluAvgPool<T>& job, int64_t begin, int64_t end) {
+void run_planes(const ReluAvgPool<T>& job, void* scratch, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   const AvgPoolShape& s = job.shape;
+  const auto add = s.stride_w == 1 ? add_to_sums<A, 1> : add_to_sums<A, 2>;
+  const bool by_rows = s.stride_w <= 2 && s.out_w >= s.kernel_w;  // where compilers make vectors of it
+  A* plane = static_cast<A*>(scratch);
+  A* sums = plane + s.height * s.width;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const T* plane = job.input + unit * s.height * s.width;
+    const T* input = job.input + unit * s.height * s.width;
+    with_lanes<A, kLanes<A>>(s.height * s.width, [&](auto lanes) {
+      constexpr int N = decltype(lanes)::count;
+      in_blocks<N>(s.height * s.width, [&](int64_t i) { store(plane + i, relu(load_widened<N>(input + i))); });
+    });
     T* output = job.output + unit * s.out_h * s.out_w;
     for (int64_t y = 0; y < s.out_h; ++y) {
       const Span rows = rows_of(s, y);
+      if (by_rows) {
+        for (int64_t x = 0; x < s.out_w; ++x) sums[x] = 0;
+        for (int64_t h = rows.begin; h < rows.end; ++h) add(s, plane + h * s.width, sums);
+      }
       for (int64_t x = 0; x < s.out_w; ++x) {
         const Span columns = columns_of(s, x);
-        A sum = 0;
-        for (int64_t h = rows.begin; h < rows.end; ++h) {
-          for (int64_t w = columns.begin; w < columns.end; ++w) {
-            const A value = widen(plane[h * s.width + w]);
-            sum += value < 0 ? 0 : value;
-          }
-        }
+        const A sum = by_rows ? sums[x] : sum_of_window(s, plane, rows, columns);
         *output++ = narrow<T>(sum / static_cast<A>(divisor_of(s, rows, columns)));
       }
     }
@@ -172,7 +209,14 @@ void run_planes(const ReluAvgPool<T>& job, int64_t begin, int64_t end) {
 }
 
 template <typename T>
-void run(const ReluAvgPool<T>& job, int64_t begin, int64_t end) {
+int64_t scratch_bytes(const AvgPoolShape& s) {
+  return s.channels_last || is_two_by_two<Accumulator<T>>(s)
+             ? 0
+             : (s.height * s.width + s.out_w) * static_cast<int64_t>(sizeof(Accumulator<T>));
+}
+
+template <typename T>
+void run(const ReluAvgPool<T>& job, void* scratch, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   const AvgPoolShape& s = job.shape;
   if (s.channels_last) {
@@ -183,7 +227,7 @@ void run(const ReluAvgPool<T>& job, int64_t begin, int64_t end) {
       if constexpr (decltype(lanes)::count > 1) run_two_by_two<T, decltype(lanes)::count>(job, begin, end);
     });
   } else {
-    run_planes(job, begin, end);
+    run_planes(job, scratch, begin, end);
   }
 }
 
@@ -251,6 +295,18 @@ void backward_two_by_two(const ReluAvgPoolBackward<T>& job, int64_t begin, int64
   }
 }
 
+// The shares of a row of windows, position after position of the windows, the last one first: so the first window that
+// covers an element comes first.
+template <typename A>
+void add_shares(const AvgPoolShape& s, const A* __restrict__ shares, A* __restrict__ row) {
+  const Covering offsets = offsets_inside(s);
+  for (int64_t j = offsets.end; j-- > offsets.begin;) {
+    const Covering xs = windows_with(s, j);
+    A* to = row + j - s.pad_w;
+    for (int64_t x = xs.begin; x < xs.end; ++x) to[x * s.stride_w] += shares[x];
+  }
+}
+
 template <typename T>
 void backward_planes(const ReluAvgPoolBackward<T>& job, void* scratch, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
@@ -266,19 +322,22 @@ void backward_planes(const ReluAvgPoolBackward<T>& job, void* scratch, int64_t b
         shares[at] = widen(grad[at]) / static_cast<A>(divisor_of(s, rows, columns_of(s, x)));
       }
     }
+    Covering before{-1, -1};
     for (int64_t h = 0; h < s.height; ++h) {
-      for (int64_t w = 0; w < s.width; ++w) row[w] = 0;
       const Covering ys = covering(h, s.out_h, s.kernel_h, s.stride_h, s.pad_h);
-      for (int64_t y = ys.begin; y < ys.end; ++y) {
-        for (int64_t x = 0; x < s.out_w; ++x) {
-          const Span columns = columns_of(s, x);
-          for (int64_t w = columns.begin; w < columns.end; ++w) row[w] += shares[y * s.out_w + x];
-        }
+      if (ys.begin != before.begin || ys.end != before.end) {  // otherwise the row is that of the one before
+        before = ys;
+        for (int64_t w = 0; w < s.width; ++w) row[w] = 0;
+        for (int64_t y = ys.begin; y < ys.end; ++y) add_shares(s, shares + y * s.out_w, row);
       }
       const int64_t at = (unit * s.height + h) * s.width;
-      for (int64_t w = 0; w < s.width; ++w) {
-        job.grad_input[at + w] = narrow<T>(widen(job.input[at + w]) <= 0 ? 0 : row[w]);
-      }
+      with_lanes<A, kLanes<A>>(s.width, [&](auto lanes) {
+        constexpr int N = decltype(lanes)::count;
+        in_blocks<N>(s.width, [&](int64_t w) {
+          store_narrowed<N>(job.grad_input + at + w,
+                            open(load_widened<N>(job.input + at + w), load<Vec<A, N>>(row + w)));
+        });
+      });
     }
   }
 }
@@ -300,7 +359,8 @@ void backward_run(const ReluAvgPoolBackward<T>& job, void* scratch, int64_t begi
 }
 
 template <typename T>
-constexpr ReluAvgPoolTable<T> kTable = {units, run<T>, backward_units, backward_scratch_bytes<T>, backward_run<T>};
+constexpr ReluAvgPoolTable<T> kTable = {units,          scratch_bytes<T>,          run<T>,
+                                        backward_units, backward_scratch_bytes<T>, backward_run<T>};
 
 }  // namespace
 

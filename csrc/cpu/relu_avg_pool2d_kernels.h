@@ -26,7 +26,8 @@ struct ReluAvgPoolBackward {
 template <typename T>
 struct ReluAvgPoolTable {
   int64_t (*units)(const AvgPoolShape&);
-  void (*run)(const ReluAvgPool<T>&, int64_t begin, int64_t end);
+  int64_t (*scratch_bytes)(const AvgPoolShape&);
+  void (*run)(const ReluAvgPool<T>&, void* scratch, int64_t begin, int64_t end);
   int64_t (*backward_units)(const AvgPoolShape&);
   int64_t (*backward_scratch_bytes)(const AvgPoolShape&);
   void (*backward_run)(const ReluAvgPoolBackward<T>&, void* scratch, int64_t begin, int64_t end);

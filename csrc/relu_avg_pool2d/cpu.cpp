@@ -27,8 +27,10 @@ struct ReluAvgPoolCpu {
       using T = decltype(zero);
       const cpu::ReluAvgPool<T> job{s, cpu::data<T>(input), cpu::mutable_data<T>(output)};
       const auto& kernels = cpu::relu_avg_pool_table<T>();
-      cpu::parallel_units(kernels.units(s), work(s, input),
-                          [&](int64_t begin, int64_t end) { kernels.run(job, begin, end); });
+      const int64_t scratch = kernels.scratch_bytes(s);
+      cpu::parallel_units(kernels.units(s), work(s, input), [&](int64_t begin, int64_t end) {
+        kernels.run(job, cpu::unit_scratch(scratch), begin, end);
+      });
     });
   }
 

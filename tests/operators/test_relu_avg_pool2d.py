@@ -179,7 +179,6 @@ def t(*shape, dtype=torch.float32):
 
 
 BAD = {  # a change to a good call, and what the message names
-    "input 2-D": ({"input": t(8, 8)}, "input"),
     "input 5-D": ({"input": t(1, 1, 1, 8, 8)}, "input"),
     "input without channels": ({"input": t(2, 0, 8, 8)}, "input"),
     "input empty in space": ({"input": t(2, 3, 0, 8)}, "input"),
@@ -210,6 +209,13 @@ def test_bad_calls_raise_what_stock_raises(name):
     assert stock is not None
     assert kind(ours) is kind(stock), f"{ours!r} where stock raises {stock!r}"
     assert named is None or named in str(ours)
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (8, 8)], ids=str)
+def test_too_few_dimensions(shape):
+    """Stock has an IndexError for these."""
+    with pytest.raises(RuntimeError, match="relu_avg_pool2d: input must be"):
+        functional.relu_avg_pool2d(t(*shape), 2)
 
 
 def test_the_operator_rejects_what_the_function_does_not_let_through():

@@ -130,7 +130,9 @@ void relu_avg_pool(const ReluAvgPoolTable<T>& kernels) {
   std::vector<T> output(grad_output.size()), grad_input(input.size());
   const ReluAvgPool<T> forward{s, input.data(), output.data()};
   const ReluAvgPoolBackward<T> backward{s, grad_output.data(), input.data(), grad_input.data()};
-  in_parallel(kernels.units(s), [&](int64_t begin, int64_t end) { kernels.run(forward, begin, end); });
+  in_parallel(kernels.units(s), [&](int64_t begin, int64_t end) {
+    kernels.run(forward, aligned(kernels.scratch_bytes(s)).get(), begin, end);
+  });
   in_parallel(kernels.backward_units(s), [&](int64_t begin, int64_t end) {
     kernels.backward_run(backward, aligned(kernels.backward_scratch_bytes(s)).get(), begin, end);
   });
