@@ -323,7 +323,7 @@ def test_average_pooling_is_stocks_and_independent_of_the_schedule(ops, control,
     """To the last bit, in every dtype: in 16 bits a result is rounded once."""
     kernel, *options = AVERAGES[name]
     x = torch.randn(3, 5, 9, 8).to(dtype)
-    x[0, 0, 0, :4] = torch.tensor([0.0, -0.0, float("nan"), float("inf")])
+    x[0, 0, 0, :4] = torch.tensor([0.0, -0.0, float("-inf"), float("inf")])
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     leaf = x.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     expected = F.avg_pool2d(F.relu(leaf), kernel, *options)
@@ -337,6 +337,14 @@ def test_average_pooling_is_stocks_and_independent_of_the_schedule(ops, control,
     before = control.cuda_on_cpu_launches()
     assert ops.relu_avg_pool2d(x[:0], kernel, *options).shape[0] == 0
     assert control.cuda_on_cpu_launches() == before
+
+
+def test_nan_passes_average_pooling_and_its_gradient(ops):
+    x = torch.tensor([[float("nan"), -1.0, 2.0, -2.0]]).repeat(2, 1)[None, None]
+    output = ops.relu_avg_pool2d(x, [2, 2], [2, 2], [0, 0], False, True, None)
+    torch.testing.assert_close(output, torch.tensor([[[[float("nan"), 1.0]]]]), equal_nan=True)
+    grad = ops.relu_avg_pool2d_backward(torch.ones_like(output), x, [2, 2], [2, 2], [0, 0], False, True, None)
+    assert torch.equal(grad, torch.tensor([[0.25, 0.0, 0.25, 0.0]]).repeat(2, 1)[None, None])
 
 
 def test_average_pooling_of_planes_that_are_too_large(ops):
