@@ -56,6 +56,14 @@ LENET_EXT_INLINE int64_t divisor_of(const AvgPoolShape& s, const Span& rows, con
                              : (rows.end - rows.begin) * (columns.end - columns.begin);
 }
 
+// Whether all windows have the same divisor: none overhangs, and the padding, if there is any, counts.
+bool has_one_divisor(const AvgPoolShape& s) {
+  if (s.divisor_override != 0) return true;
+  const bool whole =
+      rows_of(s, s.out_h - 1).with_padding == s.kernel_h && columns_of(s, s.out_w - 1).with_padding == s.kernel_w;
+  return whole && (s.count_include_pad || (s.pad_h == 0 && s.pad_w == 0));
+}
+
 // --- vectors ---
 
 template <int N>
@@ -248,17 +256,21 @@ void backward_channels_last(const ReluAvgPoolBackward<T>& job, int64_t begin, in
   using A = Accumulator<T>;
   using V = Vec<A, N>;
   const AvgPoolShape& s = job.shape;
+  const bool one = has_one_divisor(s);
+  const Divisor<A> common(divisor_of(s, rows_of(s, 0), columns_of(s, 0)));
   for (int64_t unit = begin; unit < end; ++unit) {
     const T* image = job.grad_output + unit / s.height * s.out_h * s.out_w * s.channels;
     const Covering ys = covering(unit % s.height, s.out_h, s.kernel_h, s.stride_h, s.pad_h);
+    Covering xs{0, 0};
     for (int64_t w = 0; w < s.width; ++w) {
-      const Covering xs = covering(w, s.out_w, s.kernel_w, s.stride_w, s.pad_w);
+      while (xs.end < s.out_w && xs.end * s.stride_w - s.pad_w <= w) ++xs.end;
+      while (xs.begin < xs.end && xs.begin * s.stride_w - s.pad_w + s.kernel_w <= w) ++xs.begin;
       const int64_t at = (unit * s.width + w) * s.channels;
       in_blocks<N>(s.channels, [&](int64_t c) {
         V sum{};
         for (int64_t y = ys.begin; y < ys.end; ++y) {
           for (int64_t x = xs.begin; x < xs.end; ++x) {
-            const Divisor<A> divisor(divisor_of(s, rows_of(s, y), columns_of(s, x)));
+            const Divisor<A> divisor = one ? common : Divisor<A>(divisor_of(s, rows_of(s, y), columns_of(s, x)));
             sum += divisor.divide(load_widened<N>(image + (y * s.out_w + x) * s.channels + c));
           }
         }
