@@ -239,6 +239,25 @@ def test_what_has_no_derivative_says_so(op):
             op(*changed)
 
 
+AVERAGE = {
+    "plain": ([2, 2], [2, 2], [0, 0], False, True, None),
+    "overlapping": ([3, 2], [2, 1], [1, 1], True, False, None),
+    "divisor": ([3, 3], [2, 2], [1, 0], True, True, 5),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("name", AVERAGE)
+def test_relu_avg_pool2d(device, name, layout):
+    input = LAYOUTS[layout](torch.randn(2, 3, 8, 9, dtype=torch.float64, device=device))
+    dynamic = layout == "contiguous" and name == "overlapping"
+    _check(OPS.relu_avg_pool2d.default, (input.requires_grad_(), *AVERAGE[name]), {}, dynamic)
+    grad = torch.randn_like(OPS.relu_avg_pool2d(input, *AVERAGE[name])).detach()
+    for wanted in (False, True):
+        tensors = grad.clone().requires_grad_(), input.detach().requires_grad_(wanted)
+        _check(OPS.relu_avg_pool2d_backward.default, (*tensors, *AVERAGE[name]), {}, dynamic and wanted)
+
+
 def test_every_operator_is_checked_here():
     names = {
         schema.name.split("::")[1]
@@ -254,6 +273,8 @@ def test_every_operator_is_checked_here():
         "linear_relu",
         "linear_backward",
         "linear_relu_backward",
+        "relu_avg_pool2d",
+        "relu_avg_pool2d_backward",
         "lenet",
         "lenet_with_activations",
         "lenet_backward",

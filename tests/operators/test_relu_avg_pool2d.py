@@ -13,7 +13,6 @@ from failures import failure, kind
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import LAYOUTS, assert_accurate, assert_equal, assert_exact, integers, run, to64
-from torch.library import opcheck
 
 from lenet_ext import functional, nn, ops
 
@@ -230,24 +229,3 @@ def test_the_operator_rejects_what_the_function_does_not_let_through():
     for grad in (t(1, 3, 4, 5), t(1, 3, 4, 4, dtype=torch.float64), t(1, 3, 4, 4).to("meta")):
         with pytest.raises(RuntimeError, match="relu_avg_pool2d_backward"):
             ops.relu_avg_pool2d_backward(grad, t(1, 3, 8, 8), *options)
-
-
-# --- the operators ----------------------------------------------------------------------------------------------------
-
-OPTIONS = {
-    "plain": ([2, 2], [2, 2], [0, 0], False, True, None),
-    "overlapping": ([3, 2], [2, 1], [1, 1], True, False, None),
-    "divisor": ([3, 3], [2, 2], [1, 0], True, True, 5),
-}
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("name", OPTIONS)
-def test_opcheck(device, name, layout):
-    input = LAYOUTS[layout](torch.randn(2, 3, 8, 9, dtype=torch.float64, device=device)).requires_grad_()
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if layout == "contiguous" and name == "overlapping":
-        checks += ["test_aot_dispatch_static", "test_aot_dispatch_dynamic"]
-    opcheck(ops.relu_avg_pool2d, (input, *OPTIONS[name]), test_utils=checks)
-    grad = torch.randn_like(ops.relu_avg_pool2d(input, *OPTIONS[name])).detach().requires_grad_()
-    opcheck(ops.relu_avg_pool2d_backward, (grad, input, *OPTIONS[name]), test_utils=checks)
