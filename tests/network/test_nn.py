@@ -11,7 +11,7 @@ import torch
 from reference import assert_equal, integers
 from torch import nn
 
-from lenet_ext.nn import ConvReLUMaxPool2d, Linear, LinearReLU
+from lenet_ext.nn import ConvReLUMaxPool2d, Linear, LinearReLU, ReLUAvgPool2d
 
 
 def stock_of(module: nn.Module) -> nn.Module:
@@ -333,3 +333,20 @@ def test_to_mkldnn_is_refused(make):
         torch.utils.mkldnn.to_mkldnn(nn.Sequential(make()))
     assert list(nn.Sequential(make()).modules())
     assert list(make().children()) == []
+
+
+def test_average_pooling_is_an_avg_pool2d_that_does_its_relu():
+    """No parameters; options as in nn.AvgPool2d, read at every call; copied and pickled as it is."""
+    layer = ReLUAvgPool2d((3, 2), 2, 1, count_include_pad=False)
+    assert isinstance(layer, nn.AvgPool2d)
+    assert repr(layer) == "ReLUAvgPool2d(kernel_size=(3, 2), stride=2, padding=1)"
+    assert list(layer.state_dict()) == []
+    images = torch.randn(2, 3, 8, 7)
+    for options in ({}, {"stride": (1, 2)}, {"kernel_size": 2, "ceil_mode": True}, {"divisor_override": 5}):
+        for name, value in options.items():
+            setattr(layer, name, value)
+        names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+        stock = nn.AvgPool2d(*(getattr(layer, name) for name in names))
+        for one in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(one(images), stock(images.relu()))
+        assert torch.equal(layer(images[0]), stock(images.relu())[0])
