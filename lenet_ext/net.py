@@ -187,23 +187,23 @@ class Net(nn.Module):
 
 
 # The options of both convolutions of an unmodified Net, as a layer stores them, and its children.
-_CONVOLUTION = {
-    "stride": (1, 1),
-    "padding": (0, 0),
-    "dilation": (1, 1),
-    "groups": 1,
-    "pool_kernel_size": 2,
-    "pool_stride": 2,
-    "pool_padding": 0,
-    "pool_dilation": 1,
-    "ceil_mode": False,
-}
-_CHILDREN: tuple[tuple[str, type[nn.Module], dict[str, object]], ...] = (
+_CONVOLUTION = (
+    ("stride", (1, 1)),
+    ("padding", (0, 0)),
+    ("dilation", (1, 1)),
+    ("groups", 1),
+    ("pool_kernel_size", 2),
+    ("pool_stride", 2),
+    ("pool_padding", 0),
+    ("pool_dilation", 1),
+    ("ceil_mode", False),
+)
+_CHILDREN: tuple[tuple[str, type[nn.Module], tuple[tuple[str, object], ...]], ...] = (
     ("conv1", ConvReLUMaxPool2d, _CONVOLUTION),
     ("conv2", ConvReLUMaxPool2d, _CONVOLUTION),
-    ("fc1", LinearReLU, {}),
-    ("fc2", LinearReLU, {}),
-    ("fc3", Linear, {}),
+    ("fc1", LinearReLU, ()),
+    ("fc2", LinearReLU, ()),
+    ("fc3", Linear, ()),
 )
 
 _AnyNet = TypeVar("_AnyNet", "Net", "ReferenceNet")

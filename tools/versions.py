@@ -29,7 +29,7 @@ WORK = ROOT / "build" / "versions"
 KNOWN = Path(__file__).with_name("versions.json")
 DOCUMENT = ROOT / "CONTRIBUTING.md"
 # Where versions differ: the compiler's arithmetic, torch's dispatcher, autograd, transforms and checks of arguments,
-# Python's syntax trees (fuse). The rest says the same with every version that these pass with.
+# Python's syntax trees (fuse) and its threads. The rest says the same with every version that these pass with.
 QUICK = [
     "autograd/test_autograd_function.py",
     "autograd/test_saved.py",
@@ -40,14 +40,16 @@ QUICK = [
     "operators/test_lenet_convolutions.py",
     "operators/test_linear.py",
     "operators/test_odd_cases.py",
+    "operators/test_workers.py",
     "transforms/test_autocast.py",
     "transforms/test_func.py",
 ]
 COLUMNS = ("torch", "python", "compiler", "standard")
 _MARKED = re.compile(r"(<!-- versions -->\n).*?(<!-- /versions -->)", re.DOTALL)
 _FACTS = """
-import json, platform, torch
-print(json.dumps({"torch": torch.__version__, "python": platform.python_version()}))
+import json, platform, sysconfig, torch
+free_threaded = "t" if sysconfig.get_config_var("Py_GIL_DISABLED") else ""
+print(json.dumps({"torch": torch.__version__, "python": platform.python_version() + free_threaded}))
 """
 
 
@@ -160,8 +162,8 @@ def is_good(row: dict[str, Any]) -> bool:
 
 
 def key(row: dict[str, Any]) -> list[Any]:
-    """By number: 2.9 comes before 2.11."""
-    return [[(part.isdecimal(), part.zfill(6)) for part in re.split(r"[ .+]", row[name])] for name in COLUMNS]
+    """By number: 2.9 comes before 2.11. Python 3.13.5t, which is free-threaded, comes after 3.13.5."""
+    return [[(part.isdecimal(), part.zfill(6)) for part in re.findall(r"\d+|[a-zA-Z]+", row[name])] for name in COLUMNS]
 
 
 def merged(rows: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:

@@ -29,6 +29,15 @@ pybind11::list split(const std::string& text, char separator) {
   return parts;
 }
 
+std::string python_version() {
+  const std::string version = std::to_string(PY_MAJOR_VERSION) + "." + std::to_string(PY_MINOR_VERSION);
+#ifdef Py_GIL_DISABLED
+  return version + "t";  // free-threaded, as Python calls its own program
+#else
+  return version;
+#endif
+}
+
 }  // namespace
 
 pybind11::dict build_info() {
@@ -36,8 +45,7 @@ pybind11::dict build_info() {
   pybind11::list capabilities;
   for (const char* name : cpu::compiled_capabilities()) capabilities.append(name);
   pybind11::dict info("version"_a = LENET_EXT_VERSION, "torch"_a = LENET_EXT_TORCH_VERSION,
-                      "python"_a = std::to_string(PY_MAJOR_VERSION) + "." + std::to_string(PY_MINOR_VERSION),
-                      "compiler"_a = compiler(), "cxx_flags"_a = LENET_EXT_CXX_FLAGS,
+                      "python"_a = python_version(), "compiler"_a = compiler(), "cxx_flags"_a = LENET_EXT_CXX_FLAGS,
                       "cpu_capabilities"_a = capabilities, "cpu_capability"_a = cpu::name(cpu::capability()));
 #ifdef LENET_EXT_WITH_CUDA
   info["cuda"] = LENET_EXT_CUDA_VERSION;

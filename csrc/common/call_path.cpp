@@ -2,6 +2,9 @@
 // as they are? Asked in Python, attribute by attribute, the answer takes longer than a small layer. Whatever is not
 // ordinary takes the general way, in Python, which also says what is wrong. Nothing is computed here and nothing is
 // decided that Python does not decide as well; derivatives are the operators' own.
+//
+// Where Python has no global lock, another thread may change a dictionary or a list at any time: what is read out of
+// one is held by a reference of our own, or read while the object is locked.
 #include "common/call_path.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -9,10 +12,12 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <pybind11/critical_section.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/object_ptr.h>
+#include <torch/csrc/utils/pythoncapi_compat.h>
 
 #include <array>
 
@@ -66,12 +71,40 @@ PyObject* is_ordinary(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+// Strings that are looked up in every call: made with the module, before there can be a second thread here.
+struct {
+  PyObject *forward, *parameters, *weight, *bias;
+  std::array<PyObject*, 4> hooks;
+} names;
+
+bool make_names() {
+  bool made = true;
+  const auto make = [&made](PyObject*& name, const char* text) {
+    name = PyUnicode_InternFromString(text);
+    made = made && name != nullptr;
+  };
+  make(names.forward, "forward");
+  make(names.parameters, "_parameters");
+  make(names.weight, "weight");
+  make(names.bias, "bias");
+  make(names.hooks[0], "_forward_hooks");
+  make(names.hooks[1], "_forward_pre_hooks");
+  make(names.hooks[2], "_backward_hooks");
+  make(names.hooks[3], "_backward_pre_hooks");
+  return made;
+}
+
+// dictionary[name], or null, with or without an error.
+THPObjectPtr item(PyObject* dictionary, PyObject* name) {
+  PyObject* value = nullptr;
+  PyDict_GetItemRef(dictionary, name, &value);
+  return THPObjectPtr(value);
+}
 
 // dictionary[name] is an empty dictionary or None.
 bool is_empty(PyObject* dictionary, PyObject* name) {
-  PyObject* value = PyDict_GetItemWithError(dictionary, name);
-  return value != nullptr && (Py_IsNone(value) || (PyDict_Check(value) && PyDict_Size(value) == 0));
+  THPObjectPtr value = item(dictionary, name);
+  return value && (Py_IsNone(value.get()) || (PyDict_Check(value.get()) && PyDict_Size(value.get()) == 0));
 }
 
 // Equal and of the very same type, elements of tuples too: True is no 1.
@@ -87,9 +120,10 @@ bool same(PyObject* a, PyObject* b) {
 }
 
 bool has_attributes(PyObject* state, PyObject* expected) {
-  PyObject *name = nullptr, *value = nullptr;
-  for (Py_ssize_t at = 0; PyDict_Next(expected, &at, &name, &value);) {
-    if (!same(PyDict_GetItemWithError(state, name), value)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(expected); ++i) {
+    PyObject* pair = PyTuple_GET_ITEM(expected, i);
+    THPObjectPtr value = item(state, PyTuple_GET_ITEM(pair, 0));
+    if (!same(value.get(), PyTuple_GET_ITEM(pair, 1))) return false;
   }
   return true;
 }
@@ -101,29 +135,25 @@ bool is_parameter(PyObject* object) {
 // Adds weight and bias of a child to `parameters` if nothing could look at or change what it does: it is of exactly
 // this type, has no hooks, no forward of its own, and these attributes.
 bool add_parameters(PyObject* child, PyObject* type, PyObject* attributes, PyObject* parameters) {
-  static PyObject* const kForward = interned("forward");
-  static PyObject* const kParameters = interned("_parameters");
-  static PyObject *const kWeight = interned("weight"), *const kBias = interned("bias");
-  static const std::array<PyObject*, 4> kHooks = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
-                                                  interned("_backward_hooks"), interned("_backward_pre_hooks")};
   if (reinterpret_cast<PyObject*>(Py_TYPE(child)) != type) return false;
   THPObjectPtr state(PyObject_GenericGetDict(child, nullptr));
-  if (!state || PyDict_Contains(state.get(), kForward) != 0) return false;
-  for (PyObject* hooks : kHooks) {
+  if (!state || PyDict_Contains(state.get(), names.forward) != 0) return false;
+  for (PyObject* hooks : names.hooks) {
     if (!is_empty(state.get(), hooks)) return false;
   }
   if (!has_attributes(state.get(), attributes)) return false;
-  PyObject* own = PyDict_GetItemWithError(state.get(), kParameters);
-  if (own == nullptr || !PyDict_Check(own)) return false;
-  for (PyObject* name : {kWeight, kBias}) {
-    PyObject* parameter = PyDict_GetItemWithError(own, name);
-    if (!is_parameter(parameter) || PyList_Append(parameters, parameter) != 0) return false;
+  THPObjectPtr own = item(state.get(), names.parameters);
+  if (!own || !PyDict_Check(own.get())) return false;
+  for (PyObject* name : {names.weight, names.bias}) {
+    THPObjectPtr parameter = item(own.get(), name);
+    if (!is_parameter(parameter.get()) || PyList_Append(parameters, parameter.get()) != 0) return false;
   }
   return true;
 }
 
 // untouched_parameters(modules, children) -> list or None. `modules`: a module's dictionary of children; `children`:
-// tuples (name, type, attributes) of all that it has to have. The list has their weights and biases, in this order.
+// tuples (name, type, attributes) of all that it has to have, attributes being tuples (name, value). The list has their
+// weights and biases, in this order.
 PyObject* untouched_parameters(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 2 || !PyDict_Check(arguments[0]) || !PyTuple_CheckExact(arguments[1])) Py_RETURN_NONE;
@@ -133,9 +163,9 @@ PyObject* untouched_parameters(PyObject*, PyObject* const* arguments, Py_ssize_t
   if (!parameters) return nullptr;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(children); ++i) {
     PyObject* expected = PyTuple_GET_ITEM(children, i);
-    PyObject* child = PyDict_GetItemWithError(modules, PyTuple_GET_ITEM(expected, 0));
-    if (child == nullptr ||
-        !add_parameters(child, PyTuple_GET_ITEM(expected, 1), PyTuple_GET_ITEM(expected, 2), parameters.get())) {
+    THPObjectPtr child = item(modules, PyTuple_GET_ITEM(expected, 0));
+    if (!child ||
+        !add_parameters(child.get(), PyTuple_GET_ITEM(expected, 1), PyTuple_GET_ITEM(expected, 2), parameters.get())) {
       PyErr_Clear();  // an attribute that cannot be compared is not the one that was expected
       Py_RETURN_NONE;
     }
@@ -150,9 +180,11 @@ PyObject* untouched_parameters(PyObject*, PyObject* const* arguments, Py_ssize_t
 PyObject* is_ordinary_lenet(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 2 || Py_TYPE(arguments[0]) != reinterpret_cast<PyTypeObject*>(THPVariableClass) ||
-      !PyList_CheckExact(arguments[1]) || PyList_GET_SIZE(arguments[1]) != 10) {
+      !PyList_CheckExact(arguments[1])) {
     return answer(false);
   }
+  const pybind11::scoped_critical_section locked(arguments[1]);
+  if (PyList_GET_SIZE(arguments[1]) != 10) return answer(false);
   const at::Tensor& input = THPVariable_Unpack(arguments[0]);
   if (!has_kernels(input) || !ordinary_context(input)) return answer(false);
   const bool dtype = input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble || input.is_cuda();
@@ -180,6 +212,7 @@ PyObject* is_ordinary_lenet(PyObject*, PyObject* const* arguments, Py_ssize_t co
 PyObject* are_plain_leaves(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 1 || !PyList_CheckExact(arguments[0])) return answer(false);
+  const pybind11::scoped_critical_section locked(arguments[0]);
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(arguments[0]); ++i) {
     PyObject* object = PyList_GET_ITEM(arguments[0], i);
     if (!is_parameter(object)) return answer(false);
@@ -200,14 +233,16 @@ PyMethodDef fast(const char* name, const char* doc) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, doc};
 }
 
-}  // namespace
-
-PyMethodDef call_path_functions[] = {
+PyMethodDef functions[] = {
     fast<is_ordinary>("is_ordinary", "is_ordinary(input, weight, bias): bool"),
     fast<are_plain_leaves>("are_plain_leaves", "are_plain_leaves(parameters): bool"),
     fast<untouched_parameters>("untouched_parameters", "untouched_parameters(modules, children): list or None"),
     fast<is_ordinary_lenet>("is_ordinary_lenet", "is_ordinary_lenet(input, parameters): bool"),
     {nullptr, nullptr, 0, nullptr},
 };
+
+}  // namespace
+
+bool add_call_path(PyObject* module) { return make_names() && PyModule_AddFunctions(module, functions) == 0; }
 
 }  // namespace lenet_ext

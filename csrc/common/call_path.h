@@ -4,7 +4,8 @@
 
 namespace lenet_ext {
 
-// Functions of the Python module, with the signature that CPython calls without building a tuple of arguments.
-extern PyMethodDef call_path_functions[];
+// Adds functions with the signature that CPython calls without building a tuple of arguments. False: Python has an
+// error.
+bool add_call_path(PyObject* module);
 
 }  // namespace lenet_ext

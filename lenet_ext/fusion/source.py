@@ -12,6 +12,7 @@ import copy
 import functools
 import itertools
 import linecache
+import threading
 import types
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ from torch import nn
 # Attributes of the classes and functions that are made here.
 _BASE, _TEXT = "_lenet_ext_base", "_lenet_ext_text"
 _NUMBERS = itertools.count(1)
+# Reading and making are for one thread at a time: two would make two classes of one model, and Python's filters of
+# warnings, which are those of all threads, would not be put back. Python may call on us while it makes a class.
+_ONE_THREAD = threading.RLock()
 
 Function = ast.FunctionDef | ast.Lambda
 SCOPES = (
@@ -64,8 +68,10 @@ def read_source(function: types.FunctionType) -> Source | None:
     text = getattr(function, _TEXT, "")
     if text:  # made by with_methods()
         return parse_method(text, function)
-    linecache.checkcache(code.co_filename)  # it may have been edited, and imported anew
-    nodes, codes = _file("".join(linecache.getlines(code.co_filename, function.__globals__)), code.co_flags & _FUTURE)
+    with _ONE_THREAD:
+        linecache.checkcache(code.co_filename)  # it may have been edited, and imported anew
+        lines = linecache.getlines(code.co_filename, function.__globals__)
+        nodes, codes = _file("".join(lines), code.co_flags & _FUTURE)
     found = [node for node in nodes if _looks_like(node, code)]
     if len(found) != 1 or not any(code == other for other in codes if other.co_firstlineno == code.co_firstlineno):
         return None
@@ -188,7 +194,8 @@ def with_methods(module_class: Any, texts: dict[str, str]) -> type[nn.Module]:
     """
     texts = {**module_class.__dict__.get(_TEXT, {}), **texts}
     base: Any = stock_class(module_class)
-    return _made(base, tuple(sorted(texts.items())))
+    with _ONE_THREAD:
+        return _made(base, tuple(sorted(texts.items())))
 
 
 @functools.cache

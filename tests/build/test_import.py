@@ -111,7 +111,8 @@ def test_build_info() -> None:
     info = lenet_ext.build_info()
     assert info["version"] == lenet_ext.__version__
     assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
-    assert info["python"] == ".".join(platform.python_version_tuple()[:2])
+    free_threaded = "t" if sysconfig.get_config_var("Py_GIL_DISABLED") else ""
+    assert info["python"] == ".".join(platform.python_version_tuple()[:2]) + free_threaded
     assert info["compiler"].split()[0] in ("gcc", "clang")
     assert info["cpu_capabilities"][0] == "default"
     assert set(info["cpu_capabilities"]) <= {"default", "avx2", "avx512"}

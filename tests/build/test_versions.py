@@ -24,10 +24,14 @@ def test_a_line_takes_the_place_of_the_line_of_the_same_versions() -> None:
     rows: list[dict[str, Any]] = []
     for new in (row("2.13.0"), row("2.9.1"), row("2.13.0", "3.9.1"), row("2.13.0", passed=8), row("2.13.0+cpu")):
         rows = versions.merged(rows, new)
+    for python in ("3.11.7t", "3.12.0"):
+        rows = versions.merged(rows, row("2.13.0", python))
     assert [(line["torch"], line["python"], line["passed"]) for line in rows] == [
         ("2.9.1", "3.11.7", 7),
         ("2.13.0", "3.9.1", 7),
         ("2.13.0", "3.11.7", 8),
+        ("2.13.0", "3.11.7t", 7),
+        ("2.13.0", "3.12.0", 7),
         ("2.13.0+cpu", "3.11.7", 7),
     ]
 

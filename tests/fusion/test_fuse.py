@@ -7,6 +7,8 @@ import inspect
 import io
 import pickle
 import threading
+import time
+import warnings
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from torch import nn
 
 import lenet_ext
 from lenet_ext import fuse
+from lenet_ext.fusion import source
 
 # --- what is fused ---------------------------------------------------------------------------------------------------
 
@@ -465,6 +468,56 @@ def test_several_threads():
     assert len(results) == 4
     for result in results:
         torch.testing.assert_close(result, expected)
+
+
+def at_once(*functions):
+    """What the functions return, each called in a thread of its own, when all are there."""
+    barrier, results = threading.Barrier(len(functions)), {}
+
+    def work(function):
+        barrier.wait(60)
+        results[function] = function()
+
+    threads = [threading.Thread(target=work, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return [results[function] for function in functions]
+
+
+class SlowlyMade(type):
+    """Long enough for another thread to begin one, too."""
+
+    def __new__(cls, name, bases, names):
+        time.sleep(0.2)
+        return super().__new__(cls, name, bases, names)
+
+
+def test_threads_that_fuse_at_once_make_one_class():
+    class Model(Conv, metaclass=SlowlyMade):
+        def forward(self, x):
+            return F.max_pool2d(F.relu(self.conv(x)), 2)
+
+    one, other = at_once(lambda: fuse(Model()), lambda: fuse(Model()))
+    assert type(one) is type(other)
+    assert type(one) is not Model
+    for fused in (one, other):  # a copy asks for the class again
+        assert type(copy.deepcopy(fused)) is type(one)
+
+
+def test_threads_that_fuse_at_once_leave_the_filters_of_warnings(monkeypatch):
+    def slowly(*arguments, simplefilter=warnings.simplefilter, **options):
+        simplefilter(*arguments, **options)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(warnings, "simplefilter", slowly)
+    source.read_source.cache_clear()
+    source._file.cache_clear()
+    before = list(warnings.filters)
+    # Begun one after the other, and ended in this order: each puts back what it found.
+    at_once(lambda: fuse(Whole()), lambda: time.sleep(0.1) or fuse(lenet_ext.ReferenceNet()))
+    assert warnings.filters == before
 
 
 @pytest.mark.parametrize("training", [True, False])

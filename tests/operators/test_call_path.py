@@ -151,7 +151,7 @@ def test_untouched_parameters() -> None:
     def model() -> nn.Module:
         return nn.Sequential(Child(), nn.Linear(3, 3))
 
-    children = (("0", Child, {"size": 1, "pair": (1, 1)}), ("1", nn.Linear, {}))
+    children = (("0", Child, (("size", 1), ("pair", (1, 1)))), ("1", nn.Linear, ()))
     plain = model()
     found = untouched_parameters(plain._modules, children)
     assert [id(p) for p in found] == [id(p) for p in plain.parameters()]

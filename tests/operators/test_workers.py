@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import threading
 
+import pytest
 import torch
 from reference import assert_equal
 
@@ -55,6 +57,133 @@ def test_many_python_threads():
         thread.join(120)
     assert not any(thread.is_alive() for thread in threads), "a thread hangs"
     assert not errors, errors[0]
+
+
+# Everything at once in threads that are the first to do it, so that whatever is made at the first call is made in
+# several threads; then in one thread, which has to give the same bits.
+_ALL_AT_ONCE = """
+    import threading
+    import torch, torch.nn.functional as F
+    import lenet_ext
+    from lenet_ext import functional
+
+    start = lenet_ext.Net().state_dict()
+    shared, stock = lenet_ext.Net(), lenet_ext.ReferenceNet()
+    stock.load_state_dict(start)
+
+    def operators(numbers):
+        x, w = numbers(3, 4, 13, 11).requires_grad_(), numbers(6, 2, 3, 3).requires_grad_()
+        pooled = functional.conv_relu_max_pool2d(x, w, None, (1, 2), "valid", 1, 2, pool_kernel_size=3, pool_stride=2)
+        rows, weight = numbers(7, 9).requires_grad_(), numbers(4, 9).requires_grad_()
+        hidden = functional.linear_relu(rows, weight) + functional.linear(rows, weight)
+        return pooled, hidden, *torch.autograd.grad(pooled.sum() + hidden.square().sum(), [x, w, rows, weight])
+
+    def shared_network(numbers):
+        logits = shared(numbers(9, 1, 32, 32))
+        return logits, *torch.autograd.grad(logits.square().sum(), list(shared.parameters()))
+
+    def training(numbers, optimizer, **options):
+        net = lenet_ext.Net()
+        net.load_state_dict(start)
+        step = lenet_ext.TrainingStep(net, optimizer(net.parameters(), lr=0.01, **options))
+        losses = [step(numbers(20, 1, 32, 32), torch.arange(20) % 10) for _ in range(4)]
+        assert step.path == "one operator", step.path
+        return *losses, *net.state_dict().values()
+
+    def fusing(numbers):
+        fused = lenet_ext.fuse(stock)
+        kinds.add(type(fused))
+        logits = fused(numbers(3, 1, 32, 32))
+        return logits, *torch.autograd.grad(logits.sum(), list(fused.parameters()))
+
+    def everything(seed):
+        generator = torch.Generator().manual_seed(seed)
+        numbers = lambda *shape: torch.randn(shape, generator=generator)
+        parts = [
+            lambda: operators(numbers),
+            lambda: shared_network(numbers),
+            lambda: training(numbers, torch.optim.SGD, momentum=0.9),
+            lambda: training(numbers, torch.optim.AdamW),
+            lambda: fusing(numbers),
+        ]
+        parts = parts[seed % len(parts) :] + parts[: seed % len(parts)]  # each thread begins with another
+        return [tensor.detach() for part in parts for tensor in part()]
+
+    count, kinds, results = 6, set(), {}
+    barrier = threading.Barrier(count)
+
+    def work(seed):
+        barrier.wait()
+        results[seed] = everything(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == list(range(count)), "a thread raised"
+    assert len(kinds) == 1, kinds
+    for seed, found in results.items():
+        expected = everything(seed)
+        assert len(found) == len(expected)
+        assert all(map(torch.equal, found, expected)), seed
+    print("fine")
+    """
+
+
+def test_first_calls_in_many_threads():
+    assert _python(_ALL_AT_ONCE, timeout=600).split() == ["fine"]
+
+
+def test_a_network_whose_attributes_are_replaced_meanwhile():
+    """By equal ones: what a call has found must not vanish while it looks at it."""
+    net, x = Net(), torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        expected = net(x)
+    done, errors = threading.Event(), []
+
+    def replace():
+        weights = [parameter.detach().clone() for parameter in net.fc3.parameters()]
+        while not done.is_set():
+            for name, weight in zip(("weight", "bias"), weights, strict=True):
+                net.fc3._parameters[name] = torch.nn.Parameter(weight.clone())
+            net.conv1.stride = tuple([1, 1])  # noqa: C409  a new object, where (1, 1) is one and the same
+            net.conv1._forward_hooks = type(net.conv1._forward_hooks)()
+            net.fc3._parameters = dict(net.fc3._parameters)
+
+    def call():
+        try:
+            with torch.no_grad():
+                for _ in range(200):
+                    assert_equal(net(x), expected, "logits")
+        except BaseException as error:
+            errors.append(error)
+
+    replacing = threading.Thread(target=replace)
+    calling = [threading.Thread(target=call) for _ in range(4)]
+    replacing.start()
+    for thread in calling:
+        thread.start()
+    for thread in calling:
+        thread.join(120)
+    done.set()
+    replacing.join(120)
+    assert not any(thread.is_alive() for thread in [replacing, *calling]), "a thread hangs"
+    assert not errors, errors[0]
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python always has its global lock")
+def test_importing_leaves_the_global_lock_off():
+    """An extension that does not say that it needs none has Python switch it on, with a warning."""
+    code = """
+        import sys
+        import torch
+        before = sys._is_gil_enabled()
+        import lenet_ext
+        lenet_ext.Net()(torch.ones(1, 1, 32, 32))
+        print(before, sys._is_gil_enabled())
+        """
+    assert _python(code, PYTHON_GIL="").split() == ["False", "False"]
 
 
 def test_number_of_threads_is_left_alone():
