@@ -1,9 +1,9 @@
-"""What `lenet_ext.fuse` leaves to stock, and what it would gain: convolution + ReLU, alone and before average pooling.
+"""What `lenet_ext.fuse` leaves to stock unless it is asked: convolution + ReLU, alone and before average pooling.
 
-Without pooling the fused kernel can do it, with windows of one value: it takes turns with both layouts of stock.
-Average pooling is not done in the convolution's kernel, but with ReLU in one pass behind it, on request. Stock takes
-turns with its own convolution, and what that leaves of the time is the most that such a pass could save. With --json
-the rows become the sections "relu_alone" and "average_pooling" of a results file of ``lenet-ext bench``.
+Without pooling the fused kernel can do it, with windows of one value. Before average pooling the convolution stays
+stock's, and ReLU and pooling are one pass behind it, as with ``fuse(model, average_pooling=True)``. Both layouts of
+each take turns. With --json the rows become the sections "relu_alone" and "average_pooling" of a results file of
+``lenet-ext bench``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from lenet_ext.bench.report import figures
 from lenet_ext.bench.results import merge, read_results, section_to_dict
 from lenet_ext.bench.timing import Effort, Samples, ratio, time_interleaved
 from lenet_ext.environment.files import write_json
+from lenet_ext.functional import relu_avg_pool2d
 
 CPU = torch.device("cpu")
 MODES = ("forward", "training")
@@ -41,11 +42,23 @@ class ConvReLU(nn.Conv2d):
         return F.relu(super().forward(input))
 
 
+def conv_relu(*sizes: Any) -> nn.Module:
+    """The same in the fused kernel."""
+    return fused_nn.ConvReLUMaxPool2d(*sizes, pool_kernel_size=1)
+
+
 class ConvReLUAvgPool2d(nn.Conv2d):
     """``F.avg_pool2d(F.relu(conv(x)), 2)``."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.avg_pool2d(F.relu(super().forward(input)), 2)
+
+
+class FusedConvReLUAvgPool2d(nn.Conv2d):
+    """The same, with one pass behind the convolution."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return relu_avg_pool2d(super().forward(input), 2)
 
 
 @dataclass(frozen=True)
@@ -102,11 +115,24 @@ RELU_ALONE = (
 AVERAGE_POOLING = (*LENET, *MNIST, *OTHERS)
 
 
-def measure_relu_alone(layers: Iterable[Layer], threads: int, effort: Effort = EFFORT) -> list[dict[str, Any]]:
+# What is measured: the layers, as stock has them, as ours.
+SECTIONS = {
+    "relu_alone": (RELU_ALONE, ConvReLU, conv_relu),
+    "average_pooling": (AVERAGE_POOLING, ConvReLUAvgPool2d, FusedConvReLUAvgPool2d),
+}
+
+
+def measure(
+    layers: Iterable[Layer],
+    stock: Callable[..., nn.Module],
+    fused: Callable[..., nn.Module],
+    threads: int,
+    effort: Effort = EFFORT,
+) -> list[dict[str, Any]]:
     """A row for each layer, step and batch size: ours over the faster layout of stock, above 1 where ours is faster."""
     rows = []
     for layer in layers:
-        case = layer.case(ConvReLU, lambda *sizes: fused_nn.ConvReLUMaxPool2d(*sizes, pool_kernel_size=1))
+        case = layer.case(stock, fused)
         for work in _workloads(case, layer.batches):
             expected = stock_outputs(work)
             programs = {name: PROVIDERS[name].prepare(work) for name in (*EAGER_LAYOUTS, *FUSED_LAYOUTS)}
@@ -114,24 +140,8 @@ def measure_relu_alone(layers: Iterable[Layer], threads: int, effort: Effort = E
                 program.run()
                 compare(name, work, program.outputs(), expected)
             samples = _time(programs, effort)
-            stock, fused = _fastest(samples, EAGER_LAYOUTS), _fastest(samples, FUSED_LAYOUTS)
-            rows.append(_row(work, threads, stock=stock, fused=fused) | {"speedup": _percentiles(stock, fused)})
-    return rows
-
-
-def measure_average_pooling(layers: Iterable[Layer], threads: int, effort: Effort = EFFORT) -> list[dict[str, Any]]:
-    """The same: all of stock over its convolution alone, each in its faster layout."""
-    rows = []
-    for layer in layers:
-        whole, convolution = (layer.case(make, make) for make in (ConvReLUAvgPool2d, nn.Conv2d))
-        pairs = zip(_workloads(whole, layer.batches), _workloads(convolution, layer.batches), strict=True)
-        for work, part in pairs:
-            programs = {f"{name}, all": PROVIDERS[name].prepare(work) for name in EAGER_LAYOUTS}
-            programs |= {name: PROVIDERS[name].prepare(part) for name in EAGER_LAYOUTS}
-            samples = _time(programs, effort)
-            stock = _fastest(samples, [f"{name}, all" for name in EAGER_LAYOUTS])
-            alone = _fastest(samples, EAGER_LAYOUTS)
-            rows.append(_row(work, threads, stock=stock, convolution=alone) | {"at_most": _percentiles(stock, alone)})
+            theirs, ours = _fastest(samples, EAGER_LAYOUTS), _fastest(samples, FUSED_LAYOUTS)
+            rows.append(_row(work, threads, theirs, ours))
     return rows
 
 
@@ -140,8 +150,6 @@ def _workloads(case: Case, batches: Iterable[int]) -> list[Workload]:
 
 
 def _time(programs: dict[str, Program], effort: Effort) -> dict[str, Samples]:
-    for program in programs.values():
-        program.run()
     return time_interleaved({name: program.run for name, program in programs.items()}, CPU, effort)
 
 
@@ -149,21 +157,17 @@ def _fastest(samples: dict[str, Samples], names: Iterable[str]) -> Samples:
     return min((samples[name] for name in names), key=lambda taken: taken.median_us)
 
 
-def _percentiles(slower: Samples, faster: Samples) -> list[float]:
-    median, low, high = ratio(slower, faster)
-    return [low, median, high]
-
-
-def _row(work: Workload, threads: int, **samples: Samples) -> dict[str, Any]:
-    times = {f"{name}_us": taken.median_us for name, taken in samples.items()}
+def _row(work: Workload, threads: int, stock: Samples, fused: Samples) -> dict[str, Any]:
+    median, low, high = ratio(stock, fused)
+    times = {"stock_us": stock.median_us, "fused_us": fused.median_us, "speedup": [low, median, high]}
     return {"layer": work.case.title, "mode": work.mode, "batch": work.batch, "threads": threads, **times}
 
 
-def _print(console: Console, title: str, rows: list[dict[str, Any]], other: str, ratio_of: str) -> None:
-    table = Table("layer", "step", "batch", "threads", "stock", other, f"{ratio_of} [20% - 80%]", title=title)
+def _print(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table("layer", "step", "batch", "threads", "stock", "fused", "speedup [20% - 80%]", title=title)
     for row in rows:
-        times = [figures(row[f"{name}_us"] / row["batch"]) for name in ("stock", other)]
-        low, median, high = row[ratio_of]
+        times = [figures(row[f"{name}_us"] / row["batch"]) for name in ("stock", "fused")]
+        low, median, high = row["speedup"]
         place = [row["layer"], row["mode"], str(row["batch"]), str(row["threads"])]
         table.add_row(*place, *times, f"{median:.2f}x \\[{low:.2f} - {high:.2f}]")
     console.print(table)
@@ -175,18 +179,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    sections: dict[str, list[dict[str, Any]]] = {"relu_alone": [], "average_pooling": []}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in SECTIONS}
     for threads in arguments.threads:
         torch.set_num_threads(threads)
-        sections["relu_alone"] += measure_relu_alone(RELU_ALONE, threads)
-        sections["average_pooling"] += measure_average_pooling(AVERAGE_POOLING, threads)
+        for name, section in SECTIONS.items():
+            rows[name] += measure(*section, threads)
     console = Console()
-    _print(console, "convolution + ReLU, us per image", sections["relu_alone"], "fused", "speedup")
-    title = "convolution + ReLU + average pooling, us per image"
-    _print(console, title, sections["average_pooling"], "convolution", "at_most")
+    _print(console, "convolution + ReLU, us per image", rows["relu_alone"])
+    _print(console, "convolution + ReLU + average pooling, us per image", rows["average_pooling"])
     if arguments.json is not None:
-        for name, rows in sections.items():
-            write_json(arguments.json, merge(read_results(arguments.json), section_to_dict(name, rows)))
+        for name, found in rows.items():
+            write_json(arguments.json, merge(read_results(arguments.json), section_to_dict(name, found)))
 
 
 if __name__ == "__main__":

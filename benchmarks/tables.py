@@ -228,35 +228,31 @@ def zoo_table(content: Content) -> str:
 
 def relu_alone_table(content: Content) -> str:
     """Convolution and ReLU without pooling, by the fused kernel."""
-    title = "Convolution + ReLU: microseconds per image of the fused kernel with {} threads below each other, medians "
-    title += "(stock eager in its faster layout over it). "
-    return _left_table(content, "relu_alone", title, lambda row: (row["fused_us"], times(row["speedup"][1])))
+    return _left_table(content, "relu_alone", "Convolution + ReLU: microseconds per image of the fused kernel")
 
 
 def average_pooling_table(content: Content) -> str:
-    """What is not the convolution of stock's convolution, ReLU and average pooling."""
-    title = "Convolution + ReLU + average pooling: microseconds per image of stock eager in its faster layout with {} "
-    title += "threads below each other, medians (share of ReLU and pooling). "
-    return _left_table(
-        content, "average_pooling", title, lambda row: (row["stock_us"], f"{max(0.0, 1 - 1 / row['at_most'][1]):.0%}")
-    )
+    """ReLU and average pooling in one pass, behind stock's convolution."""
+    title = "Convolution + ReLU + average pooling: microseconds per image with one pass behind the convolution"
+    return _left_table(content, "average_pooling", title)
 
 
-def _left_table(content: Content, name: str, title: str, cell: Callable[[dict[str, Any]], tuple[float, str]]) -> str:
-    """A column for each batch size, the numbers of threads below each other; `cell` gives a time and its ratio."""
+def _left_table(content: Content, name: str, title: str) -> str:
+    """A column for each batch size, the numbers of threads below each other."""
     found: dict[tuple[str, str], dict[int, list[str]]] = {}
     for row in sorted(content[name], key=lambda row: row["threads"]):
-        us, relation = cell(row)
         line = found.setdefault((row["layer"], row["mode"]), {})
-        line.setdefault(row["batch"], []).append(f"{figures(us / row['batch'])} ({relation})")
+        text = f"{figures(row['fused_us'] / row['batch'])} ({times(row['speedup'][1])})"
+        line.setdefault(row["batch"], []).append(text)
     batches = sorted({batch for line in found.values() for batch in line})
     lines = [
         [layer, STEPS[mode], *("<br>".join(line[batch]) if batch in line else "-" for batch in batches)]
         for (layer, mode), line in found.items()
     ]
     counts = both(map(str, sorted({row["threads"] for row in content[name]})))
+    title += f" with {counts} threads below each other, medians (stock eager in its faster layout over it). "
     head = [f"batch {batch}" for batch in batches]
-    return f"{title.format(counts)}{origin(content, name)}\n\n{table(['layer', 'step'], head, lines)}"
+    return f"{title}{origin(content, name)}\n\n{table(['layer', 'step'], head, lines)}"
 
 
 def targets_table(content: Content) -> str:

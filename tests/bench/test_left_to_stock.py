@@ -27,11 +27,8 @@ TITLES = ["1->4 k3 at 8x8 (first)", "5->4 k3x2 s2 p1 at 9x8"]
 
 @pytest.mark.parametrize("name", ["relu_alone", "average_pooling"])
 def test_a_row_for_each_layer_step_and_batch(name: str, tmp_path: Path) -> None:
-    measure = {
-        "relu_alone": left_to_stock.measure_relu_alone,
-        "average_pooling": left_to_stock.measure_average_pooling,
-    }[name]
-    rows = measure(LAYERS, 1, SHORT)
+    _, stock, fused = left_to_stock.SECTIONS[name]
+    rows = left_to_stock.measure(LAYERS, stock, fused, 1, SHORT)
     assert [(row["layer"], row["mode"], row["batch"]) for row in rows] == [
         *((TITLES[0], mode, batch) for mode in ("forward", "training") for batch in (1, 2)),
         *((TITLES[1], mode, 1) for mode in ("forward", "training")),
@@ -52,16 +49,13 @@ def test_the_faster_layouts_are_compared(monkeypatch: pytest.MonkeyPatch) -> Non
         return {name: Samples((6.0 - number,) * 3, 1) for number, name in enumerate(programs)}
 
     monkeypatch.setattr(left_to_stock, "_time", timed)
-    for measure, ratio in (
-        (left_to_stock.measure_relu_alone, "speedup"),
-        (left_to_stock.measure_average_pooling, "at_most"),
-    ):
-        rows = measure(LAYERS[:1], 1)
+    for _, stock, fused in left_to_stock.SECTIONS.values():
+        rows = left_to_stock.measure(LAYERS[:1], stock, fused, 1)
         assert [row["stock_us"] for row in rows] == [5.0] * 4
-        assert [row[ratio] for row in rows] == [[pytest.approx(5 / 3)] * 3] * 4
+        assert [row["speedup"] for row in rows] == [[pytest.approx(5 / 3)] * 3] * 4
 
 
 def test_what_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(left_to_stock.F, "relu", lambda values: values)
     with pytest.raises(RuntimeError, match="fused: output differs from stock eager"):
-        left_to_stock.measure_relu_alone(LAYERS[:1], 1, SHORT)
+        left_to_stock.measure(LAYERS[:1], left_to_stock.ConvReLU, left_to_stock.conv_relu, 1, SHORT)
