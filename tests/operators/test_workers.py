@@ -143,19 +143,20 @@ def test_a_network_whose_attributes_are_replaced_meanwhile():
     done, errors = threading.Event(), []
 
     def replace():
-        weights = [parameter.detach().clone() for parameter in net.fc3.parameters()]
+        weights = {name: parameter.detach() for name, parameter in net.fc3._parameters.items()}
         while not done.is_set():
-            for name, weight in zip(("weight", "bias"), weights, strict=True):
-                net.fc3._parameters[name] = torch.nn.Parameter(weight.clone())
+            net.fc3._parameters = {name: torch.nn.Parameter(weight) for name, weight in weights.items()}
+            net.fc3._forward_hooks = {}
             net.conv1.stride = tuple([1, 1])  # noqa: C409  a new object, where (1, 1) is one and the same
-            net.conv1._forward_hooks = type(net.conv1._forward_hooks)()
-            net.fc3._parameters = dict(net.fc3._parameters)
 
     def call():
         try:
             with torch.no_grad():
-                for _ in range(200):
-                    assert_equal(net(x), expected, "logits")
+                for i in range(100_000):
+                    parameters = net._parameters_of_whole_network(x)
+                    assert parameters is not None
+                    if i % 5_000 == 0:
+                        assert_equal(net(x), expected, "logits")
         except BaseException as error:
             errors.append(error)
 
