@@ -44,7 +44,7 @@ REASONS: tuple[tuple[str, str, str], ...] = (
     (GPU, r"csrc/lenet/optimizer\.cpp", r"is_cpu\(\)"),
     (PROCESSOR, r"csrc/common/capability\.cpp", r"compiled\(|supported\(|Capability::Default|kAll|switch"),
     (PROCESSOR, r"csrc/common/algorithm\.cpp", r"vendor_has_bfloat16"),
-    (MEMORY, r"csrc/.*", r"bad_alloc|if \(!parameters\)|PyList_Append|PyModule_AddFunctions"),
+    (MEMORY, r"csrc/.*", r"bad_alloc|if \(!parameters\)|PyList_Append|PyModule_AddFunctions|add_call_path"),
     (SIZE, r"csrc/common/algorithm\.cpp", r"!offsets_fit"),
     (SIZE, r"csrc/cpu/conv_backward\.h", r"int64_t\{1\} << 30"),
     (PROCESSES, r"lenet_ext/training/distributed\.py", r"^Processes\.first_goes_ahead: "),
@@ -55,6 +55,7 @@ REASONS: tuple[tuple[str, str, str], ...] = (
     (NEVER, r"csrc/common/capability\.cpp", r"^return false;$"),
     (NEVER, r"csrc/cpu/conv_backward\.h", r"^if \(st\.w == 1\)"),  # nobody asks for other strides than these
     (NEVER, r"csrc/linear/autograd\.cpp", r"^if \(relu\) change = "),  # a branch of tensors' counts of references
+    (NEVER, r"lenet_ext/__main__\.py", r'if __name__ == "__main__"'),  # nobody imports it
     (NEVER, r"lenet_ext/bench/providers\.py", r"raise NotImplementedError"),
     (NEVER, r"lenet_ext/fusion/fuse\.py", r"elif step\.container is not None and step\.module is not None"),
 )

@@ -124,6 +124,19 @@ def test_a_turn_waits_for_the_threads_of_the_one_before(monkeypatch: pytest.Monk
     assert len(samples["other"].times_us) == 7  # of 31 ms each; the waits do not count
 
 
+def test_threads_that_never_sleep_are_not_waited_for_forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(
+        timing, "time", SimpleNamespace(perf_counter=lambda: now, process_time=lambda: now, sleep=sleep)
+    )
+    assert timing._wait_for_idle_threads() == pytest.approx(timing._PATIENCE_S, abs=2 * timing._LOOK_S)
+
+
 # --- cases and providers ----------------------------------------------------------------------------------------------
 
 
@@ -523,6 +536,12 @@ def test_the_peak_is_that_of_the_forced_instruction_set(
     monkeypatch.setattr(peak, "_library", Rates)
     monkeypatch.setenv("LENET_EXT_CPU_CAPABILITY", forced)
     assert peak.peak_meter(1)() == seconds * 1e6
+
+
+def test_the_peak_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peak, "cxx_compiler", lambda: None)
+    with pytest.raises(peak.PeakUnavailableError, match="no C\\+\\+ compiler was found"):
+        peak._library.__wrapped__()
 
 
 @pytest.mark.parametrize(

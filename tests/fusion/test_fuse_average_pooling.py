@@ -174,6 +174,10 @@ def test_lenet_with_average_pooling():
     assert_same(fused, stock, torch.randn(3, 1, 32, 32, dtype=torch.float64))
 
 
+def test_a_model_may_end_before_its_pooling():
+    assert pools(fuse(nn.Sequential(conv(), nn.ReLU()), average_pooling=True)) == []
+
+
 def test_a_pool_written_into_a_model_stays():
     model = nn.Sequential(conv(), ReLUAvgPool2d(2))
     with pytest.warns(UserWarning, match="ReLUAvgPool2d"):

@@ -597,7 +597,11 @@ def test_right_answers_of_outputs_that_are_no_numbers():
     assert step.correct == 2
 
 
-@pytest.mark.parametrize("loss", [{}, {"weight": "weights", "label_smoothing": 0.1, "ignore_index": 3}], ids=str)
+@pytest.mark.parametrize(
+    "loss",
+    [{}, {"label_smoothing": 0.1}, {"weight": "weights", "label_smoothing": 0.1, "ignore_index": 3}],
+    ids=str,
+)
 def test_the_operator_in_bfloat16(loss):
     """TrainingStep leaves it to the loop; whoever calls the operator gets the same, from PyTorch's own loss."""
     ours, stock = twins(torch.bfloat16)

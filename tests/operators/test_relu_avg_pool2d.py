@@ -217,11 +217,19 @@ def test_too_few_dimensions(shape):
         functional.relu_avg_pool2d(t(*shape), 2)
 
 
+def test_the_gradient_is_constant_in_the_input():
+    input, grad = t(1, 3, 8, 8).requires_grad_(), t(1, 3, 4, 4)
+    found = ops.relu_avg_pool2d_backward(grad, input, [2, 2], [2, 2], [0, 0], False, True, None)
+    (second,) = torch.autograd.grad(found.sum(), input)
+    assert torch.equal(second, torch.zeros_like(input))
+
+
 def test_the_operator_rejects_what_the_function_does_not_let_through():
     options = ([2, 2], [2, 2], [0, 0], False, True, None)
     for arguments, named in [
         ((t(3, 8, 8), *options), "input must be 4-D"),
         ((t(1, 3, 8, 8), [2, 2], [2, 2], [2, 0], False, True, None), "padding"),
+        ((t(1, 3, 8, 8), [2, 2], [2], [0, 0], False, True, None), "stride must have 2 elements"),
         ((t(1, 3, 8, 8), [2**31, 2], [2, 2], [0, 0], False, True, None), "kernel_size"),
     ]:
         with pytest.raises(RuntimeError, match=f"relu_avg_pool2d: {named}"):

@@ -128,6 +128,11 @@ def average_pooling(input: Tensor) -> Tensor:
     return LF.relu_avg_pool2d(input, 2)
 
 
+def average_pooling_and_back(input: Tensor) -> Tensor:
+    input.requires_grad_()
+    return torch.autograd.grad(average_pooling(input).square().sum(), input)[0]
+
+
 # DTensor could always collect everything, and be right.
 @pytest.mark.parametrize(
     ("function", "shapes", "placements", "expected"),
@@ -145,6 +150,7 @@ def average_pooling(input: Tensor) -> Tensor:
         (LF.conv_relu_max_pool2d, CONVOLUTION, [WHOLE, Shard(0), Shard(0)], (Shard(1), 0)),
         (average_pooling, CONVOLUTION[:1], [Shard(0)], (Shard(0), 0)),
         (average_pooling, CONVOLUTION[:1], [Shard(1)], (Shard(1), 0)),
+        (average_pooling_and_back, CONVOLUTION[:1], [Shard(1)], (Shard(1), 0)),
     ],
 )
 def test_placements(
