@@ -22,6 +22,8 @@ struct ReluAvgPoolCpu {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
   };
 
+  static void check(const char*, const AvgPoolShape&) {}
+
   static void forward(const Scope&, const char* op, const AvgPoolShape& s, const Tensor& input, const Tensor& output) {
     cpu::dispatch(input, op, [&](auto zero) {
       using T = decltype(zero);

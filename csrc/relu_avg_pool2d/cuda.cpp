@@ -14,22 +14,6 @@ using at::Tensor;
 struct ReluAvgPoolCuda {
   using Scope = CudaScope;
 
-  static void forward(const Scope& scope, const char* op, const AvgPoolShape& s, const Tensor& input,
-                      const Tensor& output) {
-    check(op, s);
-    const cuda::ReluAvgPool call{s, input.const_data_ptr(), output.mutable_data_ptr()};
-    check_launch(op, cuda::launch_relu_avg_pool(cuda_dtype(op, input), call, scope.stream), input);
-  }
-
-  static void backward(const Scope& scope, const char* op, const AvgPoolShape& s, const Tensor& grad_output,
-                       const Tensor& input, const Tensor& grad_input) {
-    check(op, s);
-    const cuda::ReluAvgPoolBackward call{s, grad_output.const_data_ptr(), input.const_data_ptr(),
-                                         grad_input.mutable_data_ptr()};
-    check_launch(op, cuda::launch_relu_avg_pool_backward(cuda_dtype(op, input), call, scope.stream), input);
-  }
-
- private:
   // The kernels count positions inside a plane in 32 bits.
   static void check(const char* op, const AvgPoolShape& s) {
     constexpr int64_t limit = std::numeric_limits<int32_t>::max();
@@ -38,6 +22,19 @@ struct ReluAvgPoolCuda {
     TORCH_CHECK(span_h <= limit && span_w <= limit && span_h * span_w <= limit && s.channels <= limit, op,
                 ": input's padded planes must have fewer than 2^31 positions on CUDA, got ", s.height, " x ", s.width,
                 " with kernel_size=[", s.kernel_h, ", ", s.kernel_w, "]");
+  }
+
+  static void forward(const Scope& scope, const char* op, const AvgPoolShape& s, const Tensor& input,
+                      const Tensor& output) {
+    const cuda::ReluAvgPool call{s, input.const_data_ptr(), output.mutable_data_ptr()};
+    check_launch(op, cuda::launch_relu_avg_pool(cuda_dtype(op, input), call, scope.stream), input);
+  }
+
+  static void backward(const Scope& scope, const char* op, const AvgPoolShape& s, const Tensor& grad_output,
+                       const Tensor& input, const Tensor& grad_input) {
+    const cuda::ReluAvgPoolBackward call{s, grad_output.const_data_ptr(), input.const_data_ptr(),
+                                         grad_input.mutable_data_ptr()};
+    check_launch(op, cuda::launch_relu_avg_pool_backward(cuda_dtype(op, input), call, scope.stream), input);
   }
 };
 

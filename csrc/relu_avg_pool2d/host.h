@@ -2,6 +2,7 @@
 // hand tensors of one layout (contiguous, or channels_last where the input is) to the device's kernels:
 //
 //   Device::Scope(tensor)                                     holds while the operator runs (device, no autograd)
+//   Device::check(op, shape)                                  limits of the kernels beyond the shape's own
 //   Device::forward(scope, op, shape, input, output)
 //   Device::backward(scope, op, shape, grad_output, input, grad_input)
 #pragma once
@@ -30,6 +31,7 @@ class ReluAvgPool2dHost {
     constexpr const char* op = "relu_avg_pool2d";
     const AvgPoolShape s = check_relu_avg_pool2d(
         op, input, {kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override});
+    Device::check(op, s);
     const typename Device::Scope scope(input);
     const at::MemoryFormat format = output_memory_format(input);
     const Tensor output = at::empty({s.batch, s.channels, s.out_h, s.out_w}, input.options(), format);
@@ -42,6 +44,7 @@ class ReluAvgPool2dHost {
     constexpr const char* op = "relu_avg_pool2d_backward";
     const AvgPoolShape s = check_relu_avg_pool2d_backward(
         op, grad_output, input, {kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override});
+    Device::check(op, s);
     const typename Device::Scope scope(input);
     const at::MemoryFormat format = output_memory_format(input);
     const Tensor grad_input = at::empty(input.sizes(), input.options(), format);

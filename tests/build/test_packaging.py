@@ -227,6 +227,7 @@ def test_what_cannot_be_built_is_told_in_one_sentence_before_compiling(
     assert not (tree / "build").exists()
 
 
+@pytest.mark.extended
 def test_what_an_earlier_build_left_behind_is_not_used(tree: Path, tmp_path: Path) -> None:
     """Objects compiled against another torch, and modules that the source no longer has."""
     code = """

@@ -38,6 +38,7 @@ def test_the_training_steps_own_tests(control):
     rerun(["network/test_training_step.py"], "of_the_loop or options_of_their_own or take_turns or beside_stock")
 
 
+@pytest.mark.extended
 def test_the_operators_schemas(control):
     """What an operator returns shares no memory with its arguments, and none of its results with another."""
     rerun(["operators/test_opcheck.py"], "test_backward or test_with_activations")
