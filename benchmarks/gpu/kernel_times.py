@@ -109,7 +109,7 @@ def _forward(arguments: list[str]) -> Work:
     # conv1 (for each channel), conv2, and 4 of a layer's outputs for 5 images in a quarter of the depth.
     channels, tile = (3 if "3, 6" in arguments[0] else 1), arguments[1][-1]
     if tile == "2":
-        return Work(f"{4096} images", 4096, (24, 15.5 * channels, 25.4), 2.0)
+        return Work("4096 images", 4096, (24, 15.5 * channels, 25.4), 2.0)
     conv1, conv2, linear = (35 * channels, 210, 254) if tile == "0" else (17.5 * channels, 105, 127)
     return _alone(FEW if tile == "0" else 256, trips=(conv1, linear, conv2), passes=8)
 

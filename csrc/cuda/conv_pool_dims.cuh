@@ -1,4 +1,4 @@
-// The sizes as kernels use them, and the three things every kernel of conv_relu_max_pool2d does with them.
+// The sizes as conv_relu_max_pool2d's kernels use them, and, for those of relu_avg_pool2d too, where elements lie.
 #pragma once
 
 #include "device.cuh"

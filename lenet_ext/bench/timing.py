@@ -20,7 +20,7 @@ from lenet_ext.environment.device import synchronize
 __all__ = ["Effort", "Samples", "cold_time_us", "percentile", "ratio", "time_interleaved"]
 
 _COLD_BYTES = 2**28  # more than the last cache of any GPU holds
-_LOOK_S, _PATIENCE_S = 0.005, 0.5
+_LOOK_S, _PATIENCE_S = 0.005, 0.5  # how long it is looked whether any thread works, and how long that is waited for
 
 
 @dataclass(frozen=True)

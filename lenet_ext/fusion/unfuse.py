@@ -115,6 +115,7 @@ def _bare_class(module: nn.Module) -> type:
 
 
 def _make_stock(layer: nn.Module) -> None:
+    # An AvgPool2d has a ceil_mode of its own.
     added = () if isinstance(layer, ReLUAvgPool2d) else (*_POOLING, "_normalized")
     for name in (*added, MADE_BY_FUSE):
         layer.__dict__.pop(name, None)
