@@ -437,9 +437,7 @@ def whole_steps(net: Any) -> tuple[Any, Trained]:
         optimizer.param_groups[0]["lr"] = rate
         whole(images, labels)
 
-    step(
-        torch.zeros(MNIST_BATCH, 1, 32, 32, device=DEVICE), torch.zeros(MNIST_BATCH, dtype=torch.long, device=DEVICE), 0
-    )
+    step(*no_images(), 0)
     return optimizer, step
 
 
