@@ -58,6 +58,8 @@ class Call:
     pool_padding: tuple[int, int] = (0, 0)
     pool_dilation: tuple[int, int] = (1, 1)
     ceil_mode: bool = False
+    count_include_pad: bool = True  # relu_avg_pool2d: the others are batch, channels, margin and pool_*
+    divisor_override: int | None = None
     margin: tuple[int, int] = (0, 0)  # rows and columns beyond the fewest that give an output
 
     def choices(self) -> dict[str, Any]:
@@ -69,13 +71,18 @@ class Call:
         return f"Call({', '.join(f'{name}={value!r}' for name, value in self.choices().items())})"
 
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
-        if self.name != "conv_relu_max_pool2d":
+        if self.name in ("linear", "linear_relu"):
             features = self.out_features, self.in_features
             return {
                 "input": (*self.leading, features[1]),
                 "weight": features,
                 "bias": features[:1] if self.bias else None,
             }
+        batch = () if self.batch is None else (self.batch,)
+        if self.name == "relu_avg_pool2d":
+            windows = zip(self.pool_kernel_size, self.pool_padding, self.margin, strict=True)
+            size = [max(0, max(1, kernel - 2 * padding) + margin) for kernel, padding, margin in windows]
+            return {"input": (*batch, self.channels, *size), "weight": None, "bias": None}
         size = []
         for i in (0, 1):
             reach = self.dilation[i] * (self.kernel[i] - 1) + 1
@@ -84,7 +91,6 @@ class Call:
             pool_reach = self.pool_dilation[i] * (self.pool_kernel_size[i] - 1) + 1
             convolved = max(1, pool_reach - 2 * self.pool_padding[i])
             size.append(max(0, max(1, (convolved - 1) * self.stride[i] + reach - around) + self.margin[i]))
-        batch = () if self.batch is None else (self.batch,)
         out_channels = self.groups * self.out_channels
         return {
             "input": (*batch, self.groups * self.channels, *size),
@@ -93,6 +99,12 @@ class Call:
         }
 
     def options(self) -> dict[str, Any]:
+        if self.name == "relu_avg_pool2d":
+            names = ("kernel_size", "stride", "padding")
+            window = {name: getattr(self, f"pool_{name}") for name in names}
+            return window | {
+                name: getattr(self, name) for name in ("ceil_mode", "count_include_pad", "divisor_override")
+            }
         if self.name != "conv_relu_max_pool2d":
             return {}
         names = ("stride", "padding", "dilation", "groups", "pool_kernel_size", "pool_stride", "pool_padding")
@@ -141,6 +153,7 @@ WRONG_TENSORS = (
     *("None", "a list", "a number", "float64", "float16", "bfloat16", "int64", "complex64", "meta", "sparse"),
     *("a dimension less", "a dimension more", "longer", "shorter", "empty", "nan everywhere"),
 )
+UNSUPPORTED = ("float16", "int64", "complex64")  # dtypes without a kernel on the CPU
 LAYOUTS = (
     *("channels_last", "transposed", "sliced", "every_other", "batch_last", "misaligned"),
     *("expanded", "all expanded", "overlapping", "negative", "parameter"),
@@ -164,6 +177,10 @@ def draw(seed: int) -> Call:
     random = _Draw(seed)
     name = random.choice(("conv_relu_max_pool2d", "conv_relu_max_pool2d", "linear", "linear_relu"))
     call = _of_linear(random) if name != "conv_relu_max_pool2d" else _of_conv(random)
+    # Drawn apart, so that the other seeds are the calls that they were before there was average pooling.
+    average = _Draw(f"average pooling {seed}")
+    if average.random() < 0.15:
+        name, call = "relu_avg_pool2d", _of_average_pooling(average)
     call["name"] = name
     call["way"] = random.mostly("functional", "nn", "ops", share=0.6)
     call["mode"] = random.choice(MODES)
@@ -230,15 +247,35 @@ def _of_conv(random: _Draw) -> dict[str, Any]:
     return call
 
 
+def _of_average_pooling(random: _Draw) -> dict[str, Any]:
+    kernel = random.mostly((2, 2), random.pair(1, 2, 3, 4, share=0.3), (17, 16), share=0.4)
+    margin = random.pair(0, 1, 2, 3, 5, 7, 16, 31, share=0.2)
+    return {
+        "batch": random.choice((None, 0, 1, 2, 3, 5)),
+        "channels": random.choice((1, 2, 3, 4, 6, 8, 15, 16, 17, 33)),
+        "pool_kernel_size": kernel,
+        "pool_stride": random.mostly(None, random.pair(1, 2, 3)),
+        "pool_padding": tuple(random.mostly(0, n // 2) for n in kernel),
+        "ceil_mode": random.random() < 0.3,
+        "count_include_pad": random.random() < 0.7,
+        "divisor_override": random.mostly(None, 1, 2, 3, 7, -2),
+        "margin": random.mostly(margin, (-1, 0), (-2, -1), share=0.97),
+    }
+
+
 def _wrong(random: _Draw, call: dict[str, Any]) -> tuple[str, str]:
-    if call["name"] == "conv_relu_max_pool2d" and call["way"] != "ops" and random.random() < 0.6:
-        option, value = random.choice([*SIMPLEST_CONV.options()]), random.choice(WRONG_OPTIONS)
+    options = dataclasses.replace(SIMPLEST, name=call["name"]).options()
+    if options and call["way"] != "ops" and random.random() < 0.6:
+        option, value = random.choice([*options]), random.choice(WRONG_OPTIONS)
         # Where only one position is left stock takes any step, and ours one of 31 bits. In the pair that nn.Conv2d
         # makes of an int, a number of more than 64 bits is an error of another class than by itself.
         no_yardstick = (
             option in ("stride", "dilation") if value == "2**62" else value == "2**63" and call["way"] == "nn"
         )
         return option, "-1" if no_yardstick else value
+    if call["name"] == "relu_avg_pool2d":
+        # A single tensor's device or dtype is none that others disagree with.
+        return "input", random.choice([what for what in WRONG_TENSORS if what != "meta" and what not in UNSUPPORTED])
     return random.choice(OPERANDS if call["bias"] else OPERANDS[:2]), random.choice(WRONG_TENSORS)
 
 
@@ -279,9 +316,11 @@ def _consistent(call: dict[str, Any]) -> dict[str, Any]:
             call["values"] = "integers"
     if call["dtype"] not in KERNEL_DTYPES or call.get("wrong") or call.get("compiled"):
         call["values"] = "integers"
+    if call["name"] == "relu_avg_pool2d":
+        call["wanted"], call["bias"] = ("input",), True
+        call["special"] = "grad" if call["special"] == "grad" else "input"
+        # The input is what the backward pass needs, as documented; of stock's composition it is the output of ReLU.
+        call["mode"] = "backward" if call["mode"] == "operand changed" else call["mode"]
     if call["special"] == "bias" and not call["bias"]:
         call["special"] = "input"
     return call
-
-
-SIMPLEST_CONV = dataclasses.replace(SIMPLEST, name="conv_relu_max_pool2d")

@@ -115,6 +115,8 @@ def _inaccurate(call: Call, ours: Results, stock: Results, exact: Results) -> st
     grad = _uniform_grad(call, exact[0][1]) if call.mode == "backward" else torch.zeros_like(exact[0][1])
     if call.name == "conv_relu_max_pool2d":
         magnitude = reference.magnitudes(operands, call.options(), grad)
+    elif call.name == "relu_avg_pool2d":
+        magnitude = reference.run(reference.relu_avg_pool2d, operands[:1], call.options(), grad.abs())
     else:
         if call.name == "linear_relu":
             grad = grad * (exact[0][1] > 0)
@@ -138,8 +140,10 @@ def _ours(call: Call) -> Function:
     if call.way == "nn":
         return _module(call, options, fused=True)
     if call.way == "functional":
-        return lambda *operands: getattr(functional, call.name)(*operands, **options)
+        return lambda *operands: getattr(functional, call.name)(*_taken(call, operands), **options)
     operator = getattr(torch.ops.lenet_ext, call.name)
+    if call.name == "relu_avg_pool2d":
+        return lambda tensor, *_: operator(tensor, *functional._average_options(**options))
     if call.name != "conv_relu_max_pool2d":
         return operator
 
@@ -154,7 +158,11 @@ def _stock(call: Call) -> Function:
     options = call.options() | _wrong_option(call)
     if call.way == "nn":
         return _module(call, options, fused=False)
-    return lambda *operands: getattr(reference, call.name)(*operands, **options)
+    return lambda *operands: getattr(reference, call.name)(*_taken(call, operands), **options)
+
+
+def _taken(call: Call, operands: Sequence[Any]) -> Sequence[Any]:
+    return operands[:1] if call.name == "relu_avg_pool2d" else operands
 
 
 class _StockConv(nn.Conv2d):
@@ -173,6 +181,10 @@ class _StockLinearReLU(nn.Linear):
 
 def _module(call: Call, options: dict[str, Any], fused: bool) -> Function:
     """A layer as a function of input, weight and bias."""
+    if call.name == "relu_avg_pool2d":
+        stock = nn.Sequential(nn.ReLU(), nn.AvgPool2d(**options))
+        pooling = lenet_ext.nn.ReLUAvgPool2d(**options) if fused else stock
+        return lambda tensor, *_: pooling(tensor)
     if call.name == "conv_relu_max_pool2d":
         sizes = (call.groups * call.channels, call.groups * call.out_channels, call.kernel)
         convolution, pool = reference.conv_options(options), reference.pool_options(options)
@@ -347,7 +359,9 @@ def _grad(call: Call, output: Tensor) -> Tensor:
 def _uniform_grad(call: Call, output: Tensor) -> Tensor:
     """Nothing goes where rounding may choose another winner; two right answers have different gradients there."""
     operands = _operands(call, "float64")
-    if call.name == "conv_relu_max_pool2d":
+    if call.name == "relu_avg_pool2d":
+        clear = torch.ones_like(output)  # what is rounded is the sum behind ReLU
+    elif call.name == "conv_relu_max_pool2d":
         clear = reference.clear_winners(operands, call.options(), gap=1e-4)
     else:
         clear = F.linear(*operands).abs() > 1e-4
@@ -436,7 +450,8 @@ def _operand_changed(call: Call, function: Function, operands: list[Any]) -> Res
 
 
 def _numbers(call: Call) -> tuple[int, ...]:
-    return tuple(i for i, name in enumerate(OPERANDS) if name in call.wanted and (name != "bias" or call.bias))
+    shapes = call.shapes()
+    return tuple(i for i, name in enumerate(OPERANDS) if name in call.wanted and shapes[name] is not None)
 
 
 def _tree(what: str, tree: Any) -> Results:
@@ -470,7 +485,8 @@ def _vmap(call: Call, function: Function, operands: list[Any]) -> Results:
 
 def _vmap_grad(call: Call, function: Function, operands: list[Any]) -> Results:
     stacked, in_dims = _stacked(call, operands)
-    gradient = torch.func.grad(_scalar(call, function), argnums=(0, 1))
+    argnums = tuple(i for i in (0, 1) if call.shapes()[OPERANDS[i]] is not None)
+    gradient = torch.func.grad(_scalar(call, function), argnums=argnums)
     return _tree("grad", torch.func.vmap(gradient, in_dims=in_dims)(*stacked))
 
 
@@ -554,7 +570,7 @@ def _check_without_data(call: Call) -> str | None:
     if isinstance(without, Exception) or isinstance(stock, Exception):
         return _compare(call, without, stock)
     # Stock's own convolution has another layout on meta than on the CPU.
-    goes_to_stock = math.prod(call.pool_kernel_size) > 255
+    goes_to_stock = call.name == "conv_relu_max_pool2d" and math.prod(call.pool_kernel_size) > 255
     with_data = _outcome(call, moved(_stock) if goes_to_stock else _ours)
     if isinstance(with_data, Exception):
         return _compare(call, with_data, stock)
