@@ -237,6 +237,16 @@ def test_a_wrong_network_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         kernels._net(CPU, torch.float32, 1)
 
 
+def test_images_with_nearly_equal_winners_are_left_out() -> None:
+    """Their gradients depend on rounding, so a right network may fail on them."""
+    torch.manual_seed(0)
+    net = kernels.ReferenceNet(dtype=torch.float64)
+    images = torch.randn(9, 1, 32, 32, dtype=torch.float64)
+    images[4, :, 10:16, 10:16] = 1 + 1e-6 * torch.randn(6, 6, dtype=torch.float64)  # one window of conv1
+    assert kernels.has_clear_winners(net, images, gap=1e-9).all()
+    assert kernels.has_clear_winners(net, images, gap=1e-6).tolist() == [i != 4 for i in range(9)]
+
+
 def test_threads_that_disagree_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = kernels.Net.forward
     monkeypatch.setattr(
