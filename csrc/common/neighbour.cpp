@@ -13,11 +13,10 @@ using std::chrono::milliseconds;
 constexpr microseconds kHeldUp(300);
 // Alone for so long after the first time, and twice as long each further time, so that trying again costs little.
 constexpr milliseconds kFirstPause(20);
-constexpr int kMostDoublings = 5;
-constexpr int kGoodRegions = 32;  // in a row, that take back one doubling
+constexpr int kMostDoublings = 4;
 
-std::atomic<Clock::rep> alone_until{0};
-std::atomic<int> doublings{0}, good_regions{0};
+std::atomic<Clock::rep> alone_until{0};  // in the past: since when all has gone well
+std::atomic<int> doublings{0};
 
 }  // namespace
 
@@ -25,17 +24,19 @@ bool is_held_up(Clock::time_point now) {
   return now.time_since_epoch().count() < alone_until.load(std::memory_order_relaxed);
 }
 
-void note_region(Clock::duration work, Clock::duration wait, Clock::time_point now) {
+void note_region(Clock::duration wait, Clock::duration usual, Clock::time_point now) {
   // Several threads may be here at once; what they mix up is how long to be cautious, and nothing else.
-  int level = doublings.load(std::memory_order_relaxed);
-  if (wait > kHeldUp && wait > work / 2) {
-    const Clock::time_point end = now + kFirstPause * (1 << level);
-    alone_until.store(end.time_since_epoch().count(), std::memory_order_relaxed);
+  const int level = doublings.load(std::memory_order_relaxed);
+  const Clock::duration pause = kFirstPause * (1 << level);
+  if (wait > kHeldUp && wait > usual) {
+    alone_until.store((now + pause).time_since_epoch().count(), std::memory_order_relaxed);
     doublings.store(std::min(level + 1, kMostDoublings), std::memory_order_relaxed);
-    good_regions.store(0, std::memory_order_relaxed);
-  } else if (level > 0 && good_regions.fetch_add(1, std::memory_order_relaxed) + 1 >= kGoodRegions) {
+  } else if (level > 0) {
+    // In milliseconds, not in regions: a thread that has just woken keeps its core for many, and then loses it.
+    const Clock::time_point since{Clock::duration(alone_until.load(std::memory_order_relaxed))};
+    if (now - since < pause) return;
+    alone_until.store(now.time_since_epoch().count(), std::memory_order_relaxed);
     doublings.store(level - 1, std::memory_order_relaxed);
-    good_regions.store(0, std::memory_order_relaxed);
   }
 }
 

@@ -12,7 +12,8 @@ using Clock = std::chrono::steady_clock;
 // Whether a thread alone is the better choice for now.
 bool is_held_up(Clock::time_point now);
 
-// To be told after each parallel region: how long the caller worked, and then waited for the others.
-void note_region(Clock::duration work, Clock::duration wait, Clock::time_point now);
+// To be told after each parallel region: how long the first thread to be done waited for the others, and how long it
+// may.
+void note_region(Clock::duration wait, Clock::duration usual, Clock::time_point now);
 
 }  // namespace lenet_ext::cpu

@@ -22,7 +22,7 @@ void expect(bool held_up, const char* when) {
 
 // How long one is alone after a region that was held up.
 milliseconds pause_after_a_wait() {
-  note_region(microseconds(400), milliseconds(4), now);
+  note_region(milliseconds(4), microseconds(200), now);
   const Clock::time_point begin = now;
   while (is_held_up(now)) now += milliseconds(1);
   return std::chrono::duration_cast<milliseconds>(now - begin);
@@ -40,22 +40,27 @@ void expect_pause(int expected, const char* when) {
 int main() {
   now += milliseconds(1000);
   expect(false, "at first");
-  note_region(microseconds(400), microseconds(60), now);
+  note_region(microseconds(60), microseconds(40), now);
   expect(false, "after a thread that took some time to wake");
-  note_region(milliseconds(10), milliseconds(2), now);
+  note_region(milliseconds(2), milliseconds(5), now);
   expect(false, "after a long region whose last piece was long");
   int pause = 20;
-  for (int i = 0; i < 6; ++i, pause *= 2) expect_pause(pause, "each time twice as long");
-  expect_pause(640, "but not longer than this");
-  for (int i = 0; i < 5 * 32; ++i) note_region(microseconds(400), microseconds(20), now);
+  for (int i = 0; i < 5; ++i, pause *= 2) expect_pause(pause, "each time twice as long");
+  expect_pause(320, "but not longer than this");
+  for (int i = 0; i < 1000; ++i) note_region(microseconds(20), microseconds(200), now);
+  expect_pause(320, "after many good regions in a moment, which a thread does before it loses its core");
+  for (int i = 0; i < 2000; ++i) {
+    now += milliseconds(1);
+    note_region(microseconds(20), microseconds(200), now);
+  }
   expect(false, "after good regions");
-  expect_pause(20, "after many of them");
+  expect_pause(20, "after two seconds of them");
   // Several callers at once: nothing to see but for ThreadSanitizer.
   std::vector<std::thread> callers;
   for (int i = 0; i < 3; ++i) {
     callers.emplace_back([begin = now] {
       for (int j = 0; j < 1000; ++j) {
-        if (!is_held_up(begin)) note_region(microseconds(400), microseconds(j % 40 == 0 ? 4000 : 20), begin);
+        if (!is_held_up(begin)) note_region(microseconds(j % 40 == 0 ? 4000 : 20), microseconds(200), begin);
       }
     });
   }
