@@ -16,7 +16,7 @@ where the shell looks for it, in a folder that may have to be created:
   fish  lenet-ext completion fish > ~/.config/fish/completions/lenet-ext.fish
 
 and serves shells that are opened from then on. It starts no Python, and knows the options of this version: to be
-printed again after an upgrade.
+printed again after an upgrade. Printing needs the extra: pip install 'lenet_ext[completion]'
 """
 _SHELLS = ("bash", "zsh", "fish")
 # What the word that stands for a value in the help says of it.
