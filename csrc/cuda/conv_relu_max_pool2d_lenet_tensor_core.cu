@@ -5,6 +5,8 @@
 namespace lenet_ext::cuda {
 namespace {
 
+// What is left of a call, from pass to pass: a pass's beginning as a sum of its own, the compiler would add to each
+// address.
 template <typename T>
 struct Layer {
   int64_t batch;
@@ -20,8 +22,14 @@ struct Layer {
         output(static_cast<T*>(c.output)),
         indices(c.indices) {}
 
+  // Goes on behind so many images.
+  template <typename L, bool kCodes>
+  LX_DEVICE void skip(int64_t images) {
+    batch -= images, input += images * L::kImage, output += images * L::kPooled;
+    if constexpr (kCodes) indices += images * L::kPooled;
+  }
   template <bool kCodes, typename Pooled>
-  LX_DEVICE void store(int64_t at, const Pooled& winner) const {
+  LX_DEVICE void store(int at, const Pooled& winner) const {
     output[at] = lx::narrow<T>(winner.pooled());
     if constexpr (kCodes) indices[at] = winner.code();
   }
@@ -31,35 +39,34 @@ template <typename T>
 int64_t conv1_shared_bytes(int images) {
   using L = ConvolutionLayout<T>;
   return lx::taken<uint32_t>(images * L::kImageWords) + lx::taken<uint32_t>(L::kMatrix1Words) +
-         lx::taken<float>(Conv1::kOut) + lx::taken<int>(images);
+         lx::taken<float>(kBiases1) + lx::taken<int>(images);
 }
 
-// block -> `images` images at a time, until the batch is done; passes are counted in 32 bits, for want of registers.
-// Lanes of a warp store 16 neighbouring values of a channel. Shared memory: 38 KB with 16 images in the 16-bit types,
-// 43 KB with 8 in TF32.
+// block -> `images` images at a time, until the batch is done. Lanes of a warp store 16 neighbouring values of a
+// channel. Shared memory: 38 KB with 16 images in the 16-bit types, 43 KB with 8 in TF32.
 template <typename T, bool kCodes>
 __global__ void __launch_bounds__(kTensorCoreThreads, 2) lenet_tensor_core_conv1_kernel(Layer<T> layer, int images) {
   using L = ConvolutionLayout<T>;
   LX_SMEM(shared);
   uint32_t* pixels = lx::take<uint32_t>(shared, images * L::kImageWords);
   uint32_t* matrix = lx::take<uint32_t>(shared, L::kMatrix1Words);
-  float* biases = lx::take<float>(shared, Conv1::kOut);
+  float* biases = lx::take<float>(shared, kBiases1);
   int* irregular = lx::take<int>(shared, images);
   prepare_conv1(matrix, biases, layer.weight, layer.bias);
 
+  const int64_t stride = int64_t{gridDim.x} * images;
+  layer.template skip<Conv1, kCodes>(int64_t{blockIdx.x} * images);
 #pragma unroll 1
-  for (unsigned pass = blockIdx.x; int64_t{pass} * images < layer.batch; pass += gridDim.x) {
-    const int64_t first = int64_t{pass} * images;
-    const int present = static_cast<int>(layer.batch - first < images ? layer.batch - first : images);
+  for (; layer.batch > 0; layer.template skip<Conv1, kCodes>(stride)) {
+    const int present = static_cast<int>(layer.batch < images ? layer.batch : images);
     __syncthreads();  // the last pass is done with the shared memory
     lx::fill_shared(irregular, images, 0);
     __syncthreads();
-    load_pixels(pixels, layer.input + first * Conv1::kImage, present, irregular);
+    load_pixels(pixels, layer.input, present, irregular);
     __syncthreads();
     convolve1<T, kCodes>(pixels, matrix, biases, present, irregular,
-                         [&](int image, int channel, int y, int x, const auto& winner) {
-                           const int at = image * Conv1::kPooled + channel * Conv1::kWindows + y * Conv1::kPool + x;
-                           layer.template store<kCodes>(first * Conv1::kPooled + at, winner);
+                         [&](const Patch& patch, int channel, int right, const auto& winner) {
+                           layer.template store<kCodes>(patch.pooled(channel, right), winner);
                          });
   }
 }
@@ -68,7 +75,7 @@ template <typename T>
 int64_t conv2_shared_bytes(int images) {
   using L = ConvolutionLayout<T>;
   return lx::taken<uint32_t>(L::maps_words(images)) + lx::taken<uint32_t>(L::kMatrix2Words) +
-         lx::taken<float>(Conv2::kOut);
+         lx::taken<float>(kBiases2);
 }
 
 // block -> as in conv1. Shared memory: 57 KB with 16 images in the 16-bit types, 63 KB with 8 in TF32.
@@ -78,21 +85,21 @@ __global__ void __launch_bounds__(kTensorCoreThreads, 2) lenet_tensor_core_conv2
   LX_SMEM(shared);
   uint32_t* maps = lx::take<uint32_t>(shared, L::maps_words(images));
   uint32_t* matrix = lx::take<uint32_t>(shared, L::kMatrix2Words);
-  float* biases = lx::take<float>(shared, Conv2::kOut);
+  float* biases = lx::take<float>(shared, kBiases2);
   const int planes = images * Conv1::kWindows;
   prepare_conv2(matrix, biases, layer.weight, layer.bias);
 
+  const int64_t stride = int64_t{gridDim.x} * images;
+  layer.template skip<Conv2, kCodes>(int64_t{blockIdx.x} * images);
 #pragma unroll 1
-  for (unsigned pass = blockIdx.x; int64_t{pass} * images < layer.batch; pass += gridDim.x) {
-    const int64_t first = int64_t{pass} * images;
-    const int present = static_cast<int>(layer.batch - first < images ? layer.batch - first : images);
+  for (; layer.batch > 0; layer.template skip<Conv2, kCodes>(stride)) {
+    const int present = static_cast<int>(layer.batch < images ? layer.batch : images);
     __syncthreads();  // the last pass is done with the shared memory
-    load_maps(maps, planes, layer.input + first * Conv2::kImage, present);
+    load_maps(maps, planes, layer.input, present);
     __syncthreads();
     convolve2<T, kCodes>(maps, planes, matrix, biases, present,
-                         [&](int image, int channel, int window, const auto& winner) {
-                           const int at = image * Conv2::kPooled + channel * Conv2::kWindows + window;
-                           layer.template store<kCodes>(first * Conv2::kPooled + at, winner);
+                         [&](const Window& window, int channel, const auto& winner) {
+                           layer.template store<kCodes>(window.pooled(channel), winner);
                          });
   }
 }

@@ -205,6 +205,22 @@ LX_DEVICE constexpr I divide_up(I a, I b) {
   return (a + b - 1) / b;
 }
 
+// The same number, computed here: the compiler does not add its parts one by one to each of several addresses.
+LX_DEVICE int computed_here(int x) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+r"(x));
+#endif
+  return x;
+}
+
+// x / kDivisor, for 0 <= x < 2^16: one instruction, where any number takes three or four.
+template <unsigned kDivisor>
+LX_DEVICE int small_quotient(int x) {
+  static_assert(kDivisor > 1 && kDivisor < 1u << 16);  // the reciprocal's error, times x, is less than 2^32
+  constexpr uint64_t kReciprocal = 0xffffffffu / kDivisor + 1;
+  return static_cast<int>(static_cast<uint32_t>(x) * kReciprocal >> 32);
+}
+
 // Blocks of a kernel whose threads or blocks loop over `total` items with the whole grid as their stride.
 inline unsigned grid_for(int64_t total, int64_t per_block) {
   const int64_t blocks = divide_up(total, per_block), limit = 0x7fffffff;

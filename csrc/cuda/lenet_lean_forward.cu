@@ -3,20 +3,19 @@
 // kKeep, what a backward pass needs goes to global memory on the way. In TF32 the linear layers' weights, 236 KB, are
 // more than a block can hold: they have a kernel of another kind (lenet_tf32_linears.cu).
 //
-// In lenet_tensor_core.cu one instruction of twenty is a product. The others choose winners, which nobody asks for in
-// inference, compute addresses, and store values one by one. Here
+// lenet_tensor_core.cu stores values one by one, and computes an address for each patch and window. Here
 //   - the largest of a window's values is found by max.NaN and gets its bias once; in 16 bits one instruction is ReLU
 //     and rounding of two values; the winner, where it is wanted, is the first value that equals the largest;
 //   - the columns of each product are in such an order that what a lane has as a result is, two values a word, what one
 //     lane of the next product wants as its operand. So conv1 stores three channels of a pixel at once, conv2 four
 //     channels, and the linear layers store nothing but the logits;
 //   - patches and windows are walked so that their addresses differ by constants.
-// Counted in the machine code for sm_90 (benchmarks/gpu/machine_code_sm_90.json): 74 instructions for 16 patches of
-// conv1 where the other kernel has 357, 114 for 8 windows of conv2 in place of 245; 156 and 215 with what is kept. The
-// products are what then limits: 318 an image, 510 clocks of a multiprocessor if it begins 0.62 of them a clock, as
-// others have measured on an H100. In TF32, 107 and 211 (188 and 297), and an image's convolutions are 523 products of
-// half the depth, 840 clocks so, and 1,010 loads and stores of 128 bytes of shared memory. No GPU has run these kernels
-// yet.
+// Counted in the machine code for sm_90 (benchmarks/gpu/machine_code_sm_90.json): 73 instructions for 16 patches of
+// conv1 where the other kernel has 92, 117 for 8 windows of conv2 in place of 112; 156 and 217 with what is kept, there
+// 243 and 220. The products are what then limits: 318 an image, 510 clocks of a multiprocessor if it begins 0.62 of
+// them a clock, as others have measured on an H100. In TF32, 107 and 211 (188 and 297), and an image's convolutions are
+// 523 products of half the depth, 840 clocks so, and 1,010 loads and stores of 128 bytes of shared memory. No GPU has
+// run these kernels yet.
 //
 // In both loops an operand's four words are loaded for each product, even those that an earlier one had: a product
 // takes them from four registers in a row, and to compose them of words that another operand has as well takes four

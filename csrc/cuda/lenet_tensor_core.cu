@@ -24,8 +24,8 @@ struct Layout : ConvolutionLayout<T> {
 
   static int64_t shared_bytes(int images) {
     return lx::taken<uint32_t>(images * C::kImageWords) + lx::taken<uint32_t>(C::maps_words(images)) +
-           lx::taken<uint32_t>(C::kMatrix1Words) + lx::taken<uint32_t>(C::kMatrix2Words) +
-           lx::taken<float>(Conv1::kOut) + lx::taken<float>(Conv2::kOut) + lx::taken<int>(images);
+           lx::taken<uint32_t>(C::kMatrix1Words) + lx::taken<uint32_t>(C::kMatrix2Words) + lx::taken<float>(kBiases1) +
+           lx::taken<float>(kBiases2) + lx::taken<int>(images);
   }
 };
 
@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_tensor_core_kernel(LenetFor
   uint32_t* pooled1 = lx::take<uint32_t>(shared, L::maps_words(images));
   uint32_t* matrix1 = lx::take<uint32_t>(shared, L::kMatrix1Words);
   uint32_t* matrix2 = lx::take<uint32_t>(shared, L::kMatrix2Words);
-  float* biases1 = lx::take<float>(shared, Conv1::kOut);
-  float* biases2 = lx::take<float>(shared, Conv2::kOut);
+  float* biases1 = lx::take<float>(shared, kBiases1);
+  float* biases2 = lx::take<float>(shared, kBiases2);
   int* irregular = lx::take<int>(shared, images);
   uint32_t* features = pixels;
   const int planes = images * Conv1::kWindows;
@@ -127,29 +127,29 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_tensor_core_kernel(LenetFor
     const int present = static_cast<int>(call.batch - first < images ? call.batch - first : images);
     load_pixels(pixels, call.input + first * Conv1::kImage, present, irregular);
     __syncthreads();
-    convolve1<T, kKeep>(
-        pixels, matrix1, biases1, present, irregular, [&](int image, int channel, int y, int x, const auto& winner) {
-          constexpr int kInVector = 4 * L::kPerWord;
-          const T value = lx::narrow<T>(winner.pooled());
-          const int pixel = image * Conv1::kWindows + y * Conv1::kPool + split_column(x);
-          elements<T>(pooled1)[(channel / kInVector * planes + pixel) * kInVector + channel % kInVector] =
-              lx::to_operand(value);
-          if constexpr (kKeep) {
-            const int at = image * Conv1::kPooled + channel * Conv1::kWindows + y * Conv1::kPool + x;
-            call.pooled1[first * Conv1::kPooled + at] = value;
-            call.indices1[first * Conv1::kPooled + at] = winner.code();
-          }
-        });
+    convolve1<T, kKeep>(pixels, matrix1, biases1, present, irregular,
+                        [&](const Patch& patch, int channel, int right, const auto& winner) {
+                          constexpr int kInVector = 4 * L::kPerWord;
+                          const T value = lx::narrow<T>(winner.pooled());
+                          const int pixel = channel / kInVector * planes + split_pixel(patch.number, right);
+                          elements<T>(pooled1)[pixel * kInVector + channel % kInVector] = lx::to_operand(value);
+                          if constexpr (kKeep) {
+                            const int64_t at = first * Conv1::kPooled + patch.pooled(channel, right);
+                            call.pooled1[at] = value;
+                            call.indices1[at] = winner.code();
+                          }
+                        });
     __syncthreads();
     lx::fill_shared(irregular, images, 0);
     convolve2<T, kKeep>(pooled1, planes, matrix2, biases2, present,
-                        [&](int image, int channel, int window, const auto& winner) {
+                        [&](const Window& window, int channel, const auto& winner) {
                           const T value = lx::narrow<T>(winner.pooled());
-                          const int at = channel * Conv2::kWindows + window;
-                          elements<T>(features)[image * L::kFeaturesPitch * L::kPerWord + at] = lx::to_operand(value);
+                          constexpr int kPitch = L::kFeaturesPitch * L::kPerWord;
+                          elements<T>(features)[window.pooled(channel, kPitch)] = lx::to_operand(value);
                           if constexpr (kKeep) {
-                            call.pooled2[(first + image) * Conv2::kPooled + at] = value;
-                            call.indices2[(first + image) * Conv2::kPooled + at] = winner.code();
+                            const int64_t at = first * Conv2::kPooled + window.pooled(channel);
+                            call.pooled2[at] = value;
+                            call.indices2[at] = winner.code();
                           }
                         });
     __syncthreads();

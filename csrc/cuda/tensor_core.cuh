@@ -40,6 +40,8 @@ LX_DEVICE bf16 to_operand(bf16 x) { return x; }
 LX_DEVICE f16 to_operand(f16 x) { return x; }
 
 LX_DEVICE bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
+LX_DEVICE bool is_finite(bf16 x) { return (x.bits & 0x7f80u) != 0x7f80u; }
+LX_DEVICE bool is_finite(f16 x) { return (x.bits & 0x7c00u) != 0x7c00u; }
 
 template <typename T>
 __device__ __forceinline__ void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -83,14 +85,15 @@ __device__ __forceinline__ void multiply_accumulate(float (&d)[4], const uint32_
 #endif
 }
 
-// d = a x b: a product that adds to a constant zero, where sums would be cleared by moves.
+// d = c + a x b: sums that begin with what is kept, or loaded at once, take no moves.
 template <typename T>
-__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                             const float (&c)[4]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 #define LX_MMA(shape_and_types)                                                                                  \
-  asm("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};" \
+  asm("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};" \
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                           \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f))
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]))
   if constexpr (std::is_same_v<T, bf16>) {
     LX_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
   } else if constexpr (std::is_same_v<T, f16>) {
@@ -101,9 +104,16 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], 
   }
 #undef LX_MMA
 #else
-  for (float& sum : d) sum = 0;
+  for (int i = 0; i < 4; ++i) d[i] = c[i];
   multiply_accumulate<T>(d, a, b0, b1);
 #endif
+}
+
+// d = a x b: a product that adds to a constant zero, where sums would be cleared by moves.
+template <typename T>
+__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  constexpr float kZero[4] = {};
+  multiply_add<T>(d, a, b0, b1, kZero);
 }
 
 // A word of an operand, of value(0) and, in the 16-bit types, value(1) in its upper half.
