@@ -1,7 +1,8 @@
 // ReLU and max pooling in one pass over the output of the vendor's convolution, and back.
 //
 // Units are blocks of channels of an image, as many as a vector has lanes. Where the convolution's output has its
-// channels together (channels_last) they are handled as vectors, else one by one.
+// channels together (channels_last) they are handled as vectors. Elsewhere the forward pass first brings together those
+// of the rows that it is about to read; the backward pass, which goes to few positions, takes them one by one.
 #pragma once
 
 #include "conv_forward.h"
@@ -15,7 +16,7 @@ struct ReluPoolScratch {
   using A = Accumulator<T>;
   A* values;  // a pooled row, [out_w][lanes]
   typename IntegerOf<A>::type* codes;
-  A* widened;  // [pool_kernel_h][conv_w][lanes] of the convolution's output, where its dtype is narrower than A
+  A* gathered;  // [pool_kernel_h][conv_w][lanes] of the convolution's output, where it is not read in place
   const A** rows;
   int64_t bytes;
 };
@@ -24,10 +25,10 @@ template <typename T>
 ReluPoolScratch<T> relu_pool_scratch(const ConvPoolShape& s, char* base) {
   using A = Accumulator<T>;
   const int64_t vector = kLanes<A> * sizeof(A), row = s.out_w * vector;
-  const int64_t widened = sizeof(T) == sizeof(A) ? 0 : s.pool_kernel_h * s.conv_w * vector;
+  const int64_t gathered = s.pool_kernel_h * s.conv_w * vector;
   return {reinterpret_cast<A*>(base), reinterpret_cast<typename IntegerOf<A>::type*>(base + row),
-          reinterpret_cast<A*>(base + 2 * row), reinterpret_cast<const A**>(base + 2 * row + widened),
-          2 * row + widened + static_cast<int64_t>(s.pool_kernel_h * sizeof(A*))};
+          reinterpret_cast<A*>(base + 2 * row), reinterpret_cast<const A**>(base + 2 * row + gathered),
+          2 * row + gathered + static_cast<int64_t>(s.pool_kernel_h * sizeof(A*))};
 }
 
 template <typename T>
@@ -49,35 +50,20 @@ LENET_EXT_INLINE ChannelBlock channel_block(const ConvPoolShape& s, int64_t unit
   return {unit / blocks, first, count, conv_strides.c == 1 && count == lanes};
 }
 
+// A row of the convolution's output to [conv_w][lanes].
 template <typename T>
-void relu_pool_channel(const ReluPool<T>& job, int64_t n, int64_t c) {
-  using A = Accumulator<T>;
-  const ConvPoolShape& s = job.shape;
-  const Strides4 &cs = job.conv_strides, &os = job.output_strides;
-  const T* conv = job.conv + n * cs.n + c * cs.c;
-  const int64_t out = n * os.n + c * os.c;
-  for (int64_t y = 0; y < s.out_h; ++y) {
-    const WindowRange rows = window_rows(s, y);
-    for (int64_t x = 0; x < s.out_w; ++x) {
-      const WindowRange columns = window_columns(s, x);
-      const int64_t at = out + y * os.h + x * os.w;
-      A best = static_cast<A>(-__builtin_inf());
-      uint8_t code = kDead;
-      for (int64_t i = rows.begin; i < rows.end; ++i) {
-        const T* row = conv + (rows.start + i * s.pool_dilation_h) * cs.h + columns.start * cs.w;
-        for (int64_t j = columns.begin; j < columns.end; ++j) {
-          const A candidate = widen(row[j * s.pool_dilation_w * cs.w]);
-          if (candidate > best || is_nan(candidate)) {
-            best = candidate;
-            code = static_cast<uint8_t>(i * s.pool_kernel_w + j);
-          }
-        }
-      }
-      const bool empty = rows.begin == rows.end || columns.begin == columns.end;
-      const bool closed = best <= 0;
-      job.output[at] = narrow<T>(closed && !empty ? A(0) : best);
-      if (job.indices != nullptr) job.indices[at] = closed ? kDead : code;
-    }
+void gather_channels(const T* row, const Strides4& strides, const ChannelBlock& block, int64_t conv_w,
+                     Accumulator<T>* to) {
+  constexpr int lanes = kLanes<Accumulator<T>>;
+  if (block.in_vectors) {
+    for (int64_t x = 0; x < conv_w; ++x) store(to + x * lanes, load_widened<lanes>(row + x * strides.w));
+    return;
+  }
+  if constexpr (sizeof(T) == sizeof(Accumulator<T>)) {
+    if (strides.w == 1) return transpose_plane(row, block.count, strides.c, conv_w, to, lanes);
+  }
+  for (int64_t lane = 0; lane < block.count; ++lane) {
+    for (int64_t x = 0; x < conv_w; ++x) to[x * lanes + lane] = widen(row[lane * strides.c + x * strides.w]);
   }
 }
 
@@ -91,26 +77,17 @@ void relu_pool_forward(const ReluPool<T>& job, void* scratch_base, int64_t begin
   const PooledOutput<T> pooled{job.output, job.indices, job.output_strides, s.out_w};
   for (int64_t unit = begin; unit < end; ++unit) {
     const ChannelBlock block = channel_block<T>(s, unit, cs);
-    if (!block.in_vectors) {
-      for (int64_t i = 0; i < block.count; ++i) relu_pool_channel(job, block.n, block.first + i);
-      continue;
-    }
-    const T* conv = job.conv + block.n * cs.n + block.first;
+    const bool in_place = block.in_vectors && sizeof(T) == sizeof(A);
+    const T* conv = job.conv + block.n * cs.n + block.first * cs.c;
     for (int64_t y = 0; y < s.out_h; ++y) {
       const WindowRange rows = window_rows(s, y);
       for (int64_t i = rows.begin; i < rows.end; ++i) {
         const T* row = conv + (rows.start + i * s.pool_dilation_h) * cs.h;
-        if constexpr (sizeof(T) == sizeof(A)) {
-          scratch.rows[i] = row;
-        } else {
-          A* widened = scratch.widened + i * s.conv_w * kLanes<A>;
-          for (int64_t x = 0; x < s.conv_w; ++x) {
-            store(widened + x * kLanes<A>, load_widened<kLanes<A>>(row + x * cs.w));
-          }
-          scratch.rows[i] = widened;
-        }
+        A* gathered = scratch.gathered + i * s.conv_w * kLanes<A>;
+        if (!in_place) gather_channels(row, cs, block, s.conv_w, gathered);
+        scratch.rows[i] = in_place ? reinterpret_cast<const A*>(row) : gathered;
       }
-      pool(s, scratch.rows, rows, 1, sizeof(T) == sizeof(A) ? cs.w : kLanes<A>, scratch.values, scratch.codes);
+      pool(s, scratch.rows, rows, 1, in_place ? cs.w : kLanes<A>, scratch.values, scratch.codes);
       store_row<T, kLanes<A>>(pooled, block.n, block.first, block.count, y, kLanes<A>, scratch.values, scratch.codes);
     }
   }
