@@ -33,17 +33,19 @@ def table(left: list[str], right: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def machine(content: Content) -> str:
+    if content["source"] == "gpu_check":
+        versions = content["versions"]
+        return f"{content['machine']['gpu']}, CUDA {versions['cuda']}, torch {versions['torch']}"
+    return f"{where(content)}, {content['machine']['processors']} processors"
+
+
 def origin(content: Content, part: str) -> str:
     """What was measured where: the end of the line above a table."""
     run = content["runs"][part]
     commits = [commit.replace("+changes", " with changes") for commit in run["commits"]]
     short = [commit[:10] + commit[40:] for commit in commits]
-    if content["source"] == "gpu_check":
-        versions = content["versions"]
-        machine = f"{content['machine']['gpu']}, CUDA {versions['cuda']}, torch {versions['torch']}"
-    else:
-        machine = f"{where(content)}, {content['machine']['processors']} processors"
-    return f"{machine}, commit {', '.join(short)}, {run['date'][:10]}."
+    return f"{machine(content)}, commit {', '.join(short)}, {run['date'][:10]}."
 
 
 def times(ratio: float) -> str:
@@ -259,10 +261,11 @@ def targets_table(content: Content) -> str:
     """What was to be reached, and what was."""
     reason = targets.why_none(content)
     if reason is not None:
-        return f"{origin(content, 'net')} {reason}"
+        return f"{machine(content)}. {reason}"
     lines = [[cells[0], cells[4], cells[5], *cells[1:4]] for cells in (o.cells() for o in targets.outcomes(content))]
     head = targets.HEADER
-    return f"{origin(content, 'net')}\n\n{table([head[0], head[4], head[5]], list(head[1:4]), lines)}"
+    # Of several runs: each table of times has its own commits.
+    return f"{machine(content)}.\n\n{table([head[0], head[4], head[5]], list(head[1:4]), lines)}"
 
 
 # --- of gpu_check.py --------------------------------------------------------------------------------------------------
