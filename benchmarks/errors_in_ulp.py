@@ -126,7 +126,9 @@ def measured(names: list[str]) -> dict[str, list[tuple[Case, Errors]]]:
 
 def markdown(found: dict[str, list[tuple[Case, Errors]]], content: dict[str, Any]) -> str:
     commit = (git_commit() or "unknown").replace("+changes", " with changes")
-    place = f"{where(content)}, commit {commit[:10]}{commit[40:]}, {datetime.now(timezone.utc):%Y-%m-%d}"
+    # Stock's sums depend on the number of threads, ours do not.
+    machine = f"{where(content)}, threads: {torch.get_num_threads()}"
+    place = f"{machine}, commit {commit[:10]}{commit[40:]}, {datetime.now(timezone.utc):%Y-%m-%d}"
     lines = [
         "# Errors in ulp, ours / stock's / stock's on channels_last",
         "",
