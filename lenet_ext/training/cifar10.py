@@ -12,7 +12,7 @@ import pickle
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -233,8 +233,17 @@ class _Array:
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
     """Knows three names, and all of them are ours.
 
-    In Python, not in C: there a single instruction can ask for a memo of any length.
+    In Python, not in C: there a single instruction can ask for a memo of any length. In both one can ask for a
+    bytearray of any length, of which there is none in a batch.
     """
+
+    def load_bytearray8(self) -> None:
+        raise _ForbiddenError("it asks for a bytearray")
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }
 
     def find_class(self, module: str, name: str) -> object:
         match module, name:

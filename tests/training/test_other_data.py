@@ -278,6 +278,8 @@ FAR = b"\x80\x02N" + b"r\xff\xff\xff\x7f" + b"."
         ({b"labels": [1, 2], b"data": Executed()}, "it asks for"),
         (b"cposix\x1b[31m\nsystem\n.", r"\(it asks for an object\)"),
         (b"no pickle at all", "not a batch of CIFAR-10 that can be read safely"),
+        # 2**30 bytes that do not follow, for which memory would be taken before they are looked for.
+        (b"\x80\x05\x96" + (1 << 30).to_bytes(8, "little") + b".", r"\(it asks for a bytearray\)"),
         (b"", "not a batch of CIFAR-10"),
         (HUGE, "expected a dict, found _Array"),
         (FAR, "expected a dict, found NoneType"),
