@@ -274,7 +274,7 @@ def _wrong(random: _Draw, call: dict[str, Any]) -> tuple[str, str]:
         )
         return option, "-1" if no_yardstick else value
     if call["name"] == "relu_avg_pool2d":
-        # A single tensor's device or dtype is none that others disagree with.
+        # There is no second tensor whose device it could differ from, and a dtype without a kernel goes to stock.
         return "input", random.choice([what for what in WRONG_TENSORS if what != "meta" and what not in UNSUPPORTED])
     return random.choice(OPERANDS if call["bias"] else OPERANDS[:2]), random.choice(WRONG_TENSORS)
 

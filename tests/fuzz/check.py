@@ -182,8 +182,10 @@ class _StockLinearReLU(nn.Linear):
 def _module(call: Call, options: dict[str, Any], fused: bool) -> Function:
     """A layer as a function of input, weight and bias."""
     if call.name == "relu_avg_pool2d":
-        stock = nn.Sequential(nn.ReLU(), nn.AvgPool2d(**options))
-        pooling = lenet_ext.nn.ReLUAvgPool2d(**options) if fused else stock
+        if fused:
+            pooling: nn.Module = lenet_ext.nn.ReLUAvgPool2d(**options)
+        else:
+            pooling = nn.Sequential(nn.ReLU(), nn.AvgPool2d(**options))
         return lambda tensor, *_: pooling(tensor)
     if call.name == "conv_relu_max_pool2d":
         sizes = (call.groups * call.channels, call.groups * call.out_channels, call.kernel)
@@ -358,10 +360,10 @@ def _grad(call: Call, output: Tensor) -> Tensor:
 
 def _uniform_grad(call: Call, output: Tensor) -> Tensor:
     """Nothing goes where rounding may choose another winner; two right answers have different gradients there."""
+    if call.name == "relu_avg_pool2d":  # its ReLU comes before anything is rounded
+        return _uniform(call, "grad", output.shape, output.dtype)
     operands = _operands(call, "float64")
-    if call.name == "relu_avg_pool2d":
-        clear = torch.ones_like(output)  # what is rounded is the sum behind ReLU
-    elif call.name == "conv_relu_max_pool2d":
+    if call.name == "conv_relu_max_pool2d":
         clear = reference.clear_winners(operands, call.options(), gap=1e-4)
     else:
         clear = F.linear(*operands).abs() > 1e-4
