@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from lenet_ext import ops
 from lenet_ext._build import require_cuda
-from lenet_ext._C import is_ordinary
+from lenet_ext._C import call_conv_relu_max_pool2d, call_linear, call_linear_relu, call_relu_avg_pool2d
 
 __all__ = ["conv_relu_max_pool2d", "linear", "linear_relu", "relu_avg_pool2d"]
 
@@ -264,8 +264,10 @@ def conv_relu_max_pool2d(
 def conv_relu_max_pool2d_normalized(input: Tensor, weight: Tensor, bias: Tensor | None, options: tuple) -> Tensor:
     """:func:`conv_relu_max_pool2d` with options from :func:`normalize_options`, which a module computes once."""
     small_window = options[4][0] * options[4][1] <= ops.MAX_WINDOW
-    if small_window and not torch.compiler.is_compiling() and is_ordinary(input, weight, bias):
-        return ops.conv_relu_max_pool2d(input, weight, bias, *options)
+    if small_window and not torch.compiler.is_compiling():
+        output = call_conv_relu_max_pool2d(input, weight, bias, options)
+        if output is not None:
+            return output
     _check_tensors("conv_relu_max_pool2d", input, weight, bias)
     if not small_window or not _has_kernel(input, weight, bias):
         return _stock_conv_relu_max_pool2d(input, weight, bias, options)
@@ -315,8 +317,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if torch.jit.is_scripting():
         return _scripted_linear(input, weight, bias)
-    if not torch.compiler.is_compiling() and is_ordinary(input, weight, bias):
-        return ops.linear(input, weight, bias)
+    if not torch.compiler.is_compiling():
+        output = call_linear(input, weight, bias)
+        if output is not None:
+            return output
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
     _check_tensors("linear", input, weight, bias)
@@ -339,8 +343,10 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     """
     if torch.jit.is_scripting():
         return _scripted_linear_relu(input, weight, bias)
-    if not torch.compiler.is_compiling() and is_ordinary(input, weight, bias):
-        return ops.linear_relu(input, weight, bias)
+    if not torch.compiler.is_compiling():
+        output = call_linear_relu(input, weight, bias)
+        if output is not None:
+            return output
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
     _check_tensors("linear_relu", input, weight, bias)
@@ -423,8 +429,10 @@ def relu_avg_pool2d(
     arguments = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
     cacheable = not torch.compiler.is_compiling() and _SCALARS.issuperset(map(type, arguments))
     options = (_cached_average_options if cacheable else _average_options)(*arguments)
-    if cacheable and is_ordinary(input, input, None):  # in place of a weight, which has as many dimensions
-        return ops.relu_avg_pool2d(input, *options)
+    if cacheable:
+        output = call_relu_avg_pool2d(input, options)
+        if output is not None:
+            return output
     dim = input.dim()
     if dim not in (3, 4):
         raise RuntimeError(

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 import torch.nn.modules.module as global_hooks
 from torch import Tensor, nn
 
-from lenet_ext import ops, pretrained
-from lenet_ext._C import is_ordinary_lenet, untouched_parameters
+from lenet_ext import pretrained
+from lenet_ext._C import call_lenet, is_ordinary_lenet, untouched_parameters
 from lenet_ext.nn import ConvReLUMaxPool2d, Linear, LinearReLU
 from lenet_ext.pretrained.files import load_into
 
@@ -63,9 +63,9 @@ class Net(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            parameters = self._parameters_of_whole_network(input)
-            if parameters is not None:
-                return ops.lenet(input, parameters)
+            output = self._as_one_operator(input)
+            if output is not None:
+                return output
         features = self.conv2(self.conv1(input))
         return self.fc3(self.fc2(self.fc1(features.flatten(-3))))
 
@@ -172,13 +172,19 @@ class Net(nn.Module):
         sizes = {"in_channels": self.conv1.in_channels, "num_classes": self.fc3.out_features}
         pretrained.save_pretrained(folder, self, {**config, **sizes})
 
-    def _parameters_of_whole_network(self, input: Tensor) -> list[Tensor] | None:
-        """The ten parameters, where the network can run as one operator with no observable difference; else None.
+    def _as_one_operator(self, input: Tensor) -> Tensor | None:
+        """The output, where the network can run as one operator with no observable difference; else None.
 
         It cannot if anything could look at or change what happens between the layers (hooks, replaced or subclassed
         children, parametrizations, dispatch modes, tracing, torch.compile, torch.func) or if the arguments are not what
         the operator takes, in which case the layers say what is wrong.
         """
+        if torch.compiler.is_compiling() or _has_global_hooks():
+            return None
+        return call_lenet(self._modules, _CHILDREN, input)
+
+    def _parameters_of_whole_network(self, input: Tensor) -> list[Tensor] | None:
+        """The ten parameters, under the same conditions."""
         if not torch.compiler.is_compiling() and not _has_global_hooks():
             parameters = untouched_parameters(self._modules, _CHILDREN)
             if parameters is not None and is_ordinary_lenet(input, parameters):

@@ -1,6 +1,7 @@
-// What the Python side asks before it calls an operator: is this an ordinary call, whose arguments the operator takes
-// as they are? Asked in Python, attribute by attribute, the answer takes longer than a small layer. Whatever is not
-// ordinary takes the general way, in Python, which also says what is wrong. Nothing is computed here and nothing is
+// The short way from Python to an operator: is this an ordinary call, whose arguments the operator takes as they are?
+// If so, it is called from here, through the dispatcher. Asked in Python, attribute by attribute, the answer takes
+// longer than a small layer, and as long again does torch.ops, which finds out anew what each argument is. Whatever is
+// not ordinary takes the general way, in Python, which also says what is wrong. Nothing is computed here and nothing is
 // decided that Python does not decide as well; derivatives are the operators' own.
 //
 // Where Python has no global lock, another thread may change a dictionary or a list at any time: what is read out of
@@ -20,6 +21,12 @@
 #include <torch/csrc/utils/pythoncapi_compat.h>
 
 #include <array>
+#include <optional>
+
+#include "conv_relu_max_pool2d/calls.h"
+#include "lenet/calls.h"
+#include "linear/calls.h"
+#include "relu_avg_pool2d/calls.h"
 
 namespace lenet_ext {
 namespace {
@@ -50,24 +57,125 @@ bool has_kernels(const at::Tensor& input) {
   return input.is_cpu() && on_cpu_too;
 }
 
-// is_ordinary(input, weight, bias) -> bool. Ordinary are tensors and parameters, no subclasses, with a kernel for their
-// device, layout and dtype; an image or more with a 4-D weight, any rows with a 2-D one; a bias for each output.
+std::optional<at::Tensor> bias_of(PyObject* object) {
+  return Py_IsNone(object) ? std::nullopt : std::optional(THPVariable_Unpack(object));
+}
+
+// Ordinary are tensors and parameters, no subclasses, with a kernel for their device, layout and dtype; an image or
+// more with a 4-D weight, any rows with a 2-D one; a bias for each output.
+bool ordinary(PyObject* given_input, PyObject* given_weight, PyObject* given_bias) {
+  if (!THPVariable_CheckExact(given_input) || !THPVariable_CheckExact(given_weight) ||
+      !(Py_IsNone(given_bias) || THPVariable_CheckExact(given_bias))) {
+    return false;
+  }
+  const at::Tensor &input = THPVariable_Unpack(given_input), &weight = THPVariable_Unpack(given_weight);
+  if (!has_kernels(input) || !ordinary_context(input)) return false;
+  if (weight.layout() != at::kStrided || !(weight.dim() == 2 || (weight.dim() == 4 && input.dim() == 4))) return false;
+  const std::optional<at::Tensor> bias = bias_of(given_bias);
+  return !bias || (bias->layout() == at::kStrided && bias->dim() == 1 && bias->size(0) == weight.size(0));
+}
+
+// is_ordinary(input, weight, bias) -> bool.
 PyObject* is_ordinary(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 3 || !THPVariable_CheckExact(arguments[0]) || !THPVariable_CheckExact(arguments[1]) ||
-      !(Py_IsNone(arguments[2]) || THPVariable_CheckExact(arguments[2]))) {
-    return answer(false);
+  return answer(count == 3 && ordinary(arguments[0], arguments[1], arguments[2]));
+  END_HANDLE_TH_ERRORS
+}
+
+// What an operator returns, for Python; other Python threads go on while it works.
+template <typename Operator, typename... Arguments>
+PyObject* called(const Operator& op, const Arguments&... arguments) {
+  at::Tensor output;
+  {
+    const pybind11::gil_scoped_release unlocked;
+    output = op.call(arguments...);
   }
+  return THPVariable_Wrap(output);
+}
+
+// A tracer records what torch.ops is told; what is called from here it would not see.
+bool traced() { return torch::jit::tracer::isTracing(); }
+
+// call_linear(input, weight, bias) -> Tensor, or None: not an ordinary call.
+template <bool relu>
+PyObject* call_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 3 || traced() || !ordinary(arguments[0], arguments[1], arguments[2])) Py_RETURN_NONE;
   const at::Tensor &input = THPVariable_Unpack(arguments[0]), &weight = THPVariable_Unpack(arguments[1]);
-  if (!has_kernels(input) || !ordinary_context(input)) return answer(false);
-  if (weight.layout() != at::kStrided || !(weight.dim() == 2 || (weight.dim() == 4 && input.dim() == 4))) {
-    return answer(false);
+  return called(relu ? call::linear_relu() : call::linear(), input, weight, bias_of(arguments[2]));
+  END_HANDLE_TH_ERRORS
+}
+
+// The options of an operator as functional.py normalises them: a tuple of ints, bools, None and tuples of ints.
+class Options {
+ public:
+  explicit Options(PyObject* tuple, Py_ssize_t count)
+      : tuple_(tuple), fits_(PyTuple_CheckExact(tuple) && PyTuple_GET_SIZE(tuple) == count) {}
+
+  // Whether all that was asked for was there.
+  bool fit() const { return fits_; }
+
+  int64_t integer(Py_ssize_t at) { return fits_ ? number(PyTuple_GET_ITEM(tuple_, at)) : 0; }
+  bool boolean(Py_ssize_t at) {
+    fits_ = fits_ && PyBool_Check(PyTuple_GET_ITEM(tuple_, at));
+    return fits_ && PyTuple_GET_ITEM(tuple_, at) == Py_True;
   }
-  if (!Py_IsNone(arguments[2])) {
-    const at::Tensor& bias = THPVariable_Unpack(arguments[2]);
-    if (bias.layout() != at::kStrided || bias.dim() != 1 || bias.size(0) != weight.size(0)) return answer(false);
+  std::optional<int64_t> optional(Py_ssize_t at) {
+    return !fits_ || Py_IsNone(PyTuple_GET_ITEM(tuple_, at)) ? std::nullopt : std::optional(integer(at));
   }
-  return answer(true);
+  template <size_t size>
+  std::array<int64_t, size> integers(Py_ssize_t at) {
+    std::array<int64_t, size> values{};
+    PyObject* given = fits_ ? PyTuple_GET_ITEM(tuple_, at) : nullptr;
+    fits_ = fits_ && PyTuple_CheckExact(given) && PyTuple_GET_SIZE(given) == size;
+    for (size_t i = 0; fits_ && i < size; ++i) values[i] = number(PyTuple_GET_ITEM(given, i));
+    return values;
+  }
+
+ private:
+  int64_t number(PyObject* object) {
+    int overflow = 0;
+    fits_ = fits_ && PyLong_CheckExact(object);
+    const int64_t value = fits_ ? PyLong_AsLongLongAndOverflow(object, &overflow) : 0;
+    fits_ = fits_ && overflow == 0;
+    return value;
+  }
+
+  PyObject* tuple_;
+  bool fits_;
+};
+
+// call_conv_relu_max_pool2d(input, weight, bias, options) -> Tensor, or None: not an ordinary call.
+PyObject* call_conv_relu_max_pool2d(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 4 || traced() || !ordinary(arguments[0], arguments[1], arguments[2])) Py_RETURN_NONE;
+  Options options(arguments[3], 9);
+  const auto stride = options.integers<2>(0), dilation = options.integers<2>(2);
+  const auto padding = options.integers<4>(1);
+  const int64_t groups = options.integer(3);
+  const auto pool_kernel_size = options.integers<2>(4), pool_stride = options.integers<2>(5);
+  const auto pool_padding = options.integers<2>(6), pool_dilation = options.integers<2>(7);
+  const bool ceil_mode = options.boolean(8);
+  if (!options.fit()) Py_RETURN_NONE;
+  const at::Tensor &input = THPVariable_Unpack(arguments[0]), &weight = THPVariable_Unpack(arguments[1]);
+  return called(call::conv_relu_max_pool2d(), input, weight, bias_of(arguments[2]), stride, padding, dilation, groups,
+                pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode);
+  END_HANDLE_TH_ERRORS
+}
+
+// call_relu_avg_pool2d(input, options) -> Tensor, or None: not an ordinary call.
+PyObject* call_relu_avg_pool2d(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  // In place of a weight the input, which has as many dimensions.
+  if (count != 2 || traced() || !ordinary(arguments[0], arguments[0], Py_None)) Py_RETURN_NONE;
+  Options options(arguments[1], 6);
+  const auto kernel_size = options.integers<2>(0), stride = options.integers<2>(1), padding = options.integers<2>(2);
+  const bool ceil_mode = options.boolean(3), count_include_pad = options.boolean(4);
+  const std::optional<int64_t> divisor_override = options.optional(5);
+  const at::Tensor& input = THPVariable_Unpack(arguments[0]);
+  if (!options.fit() || input.dim() != 4) Py_RETURN_NONE;
+  return called(call::relu_avg_pool2d(), input, kernel_size, stride, padding, ceil_mode, count_include_pad,
+                divisor_override);
   END_HANDLE_TH_ERRORS
 }
 
@@ -151,60 +259,83 @@ bool add_parameters(PyObject* child, PyObject* type, PyObject* attributes, PyObj
   return true;
 }
 
-// untouched_parameters(modules, children) -> list or None. `modules`: a module's dictionary of children; `children`:
-// tuples (name, type, attributes) of all that it has to have, attributes being tuples (name, value). The list has their
-// weights and biases, in this order.
-PyObject* untouched_parameters(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  if (count != 2 || !PyDict_Check(arguments[0]) || !PyTuple_CheckExact(arguments[1])) Py_RETURN_NONE;
-  PyObject *modules = arguments[0], *children = arguments[1];
-  if (PyDict_Size(modules) != PyTuple_GET_SIZE(children)) Py_RETURN_NONE;
+// A new list of the weights and biases of a module's children, in their order; null if one of them is not as
+// untouched_parameters() wants it.
+THPObjectPtr untouched(PyObject* modules, PyObject* children) {
+  if (!PyDict_Check(modules) || !PyTuple_CheckExact(children) || PyDict_Size(modules) != PyTuple_GET_SIZE(children)) {
+    return {};
+  }
   THPObjectPtr parameters(PyList_New(0));
-  if (!parameters) return nullptr;
+  if (!parameters) throw python_error();
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(children); ++i) {
     PyObject* expected = PyTuple_GET_ITEM(children, i);
     THPObjectPtr child = item(modules, PyTuple_GET_ITEM(expected, 0));
     if (!child ||
         !add_parameters(child.get(), PyTuple_GET_ITEM(expected, 1), PyTuple_GET_ITEM(expected, 2), parameters.get())) {
       PyErr_Clear();  // an attribute that cannot be compared is not the one that was expected
-      Py_RETURN_NONE;
+      return {};
     }
   }
+  return parameters;
+}
+
+// untouched_parameters(modules, children) -> list or None. `modules`: a module's dictionary of children; `children`:
+// tuples (name, type, attributes) of all that it has to have, attributes being tuples (name, value). The list has their
+// weights and biases, in this order.
+PyObject* untouched_parameters(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  THPObjectPtr parameters = count == 2 ? untouched(arguments[0], arguments[1]) : THPObjectPtr();
+  if (!parameters) Py_RETURN_NONE;
   return parameters.release();
   END_HANDLE_TH_ERRORS
 }
 
-// is_ordinary_lenet(input, parameters) -> bool. Ordinary is a batch of float32 or float64 images (on CUDA of the 16-bit
+using LenetParameters = std::array<at::Tensor, 10>;
+
+// The tensors of an ordinary call of the whole network: a batch of float32 or float64 images (on CUDA of the 16-bit
 // types, too) for ten parameters (weight and bias of conv1, conv2, fc1, fc2, fc3; of exactly that type) of LeNet's
 // shapes, where no dispatch mode, no tracer and no transform of torch.func would miss the layers.
+std::optional<LenetParameters> ordinary_lenet(PyObject* given_input, PyObject* list) {
+  if (Py_TYPE(given_input) != reinterpret_cast<PyTypeObject*>(THPVariableClass) || !PyList_CheckExact(list)) return {};
+  const at::Tensor& input = THPVariable_Unpack(given_input);
+  if (!has_kernels(input) || !ordinary_context(input)) return {};
+  const bool dtype = input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble || input.is_cuda();
+  if (!dtype || input.dim() != 4) return {};
+  LenetParameters parameters;
+  {
+    const pybind11::scoped_critical_section locked(list);
+    if (PyList_GET_SIZE(list) != 10) return {};
+    for (Py_ssize_t i = 0; i < 10; ++i) {
+      PyObject* object = PyList_GET_ITEM(list, i);
+      if (!is_parameter(object)) return {};
+      parameters[i] = THPVariable_Unpack(object);
+    }
+  }
+  const auto has_shape = [&parameters](int i, c10::IntArrayRef shape) { return parameters[i].sizes() == shape; };
+  // The last layer's and the biases' sizes, dtypes and devices are the operator's to check, as they are the layers'.
+  if (input.size(2) != 32 || input.size(3) != 32 || !has_shape(0, {6, input.size(1), 5, 5}) ||
+      !has_shape(2, {16, 6, 5, 5}) || !has_shape(4, {120, 400}) || !has_shape(6, {84, 120}) ||
+      c10::impl::TorchDispatchModeTLS::stack_len() != 0 || traced()) {
+    return {};
+  }
+  return parameters;
+}
+
+// is_ordinary_lenet(input, parameters) -> bool.
 PyObject* is_ordinary_lenet(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 2 || Py_TYPE(arguments[0]) != reinterpret_cast<PyTypeObject*>(THPVariableClass) ||
-      !PyList_CheckExact(arguments[1])) {
-    return answer(false);
-  }
-  const pybind11::scoped_critical_section locked(arguments[1]);
-  if (PyList_GET_SIZE(arguments[1]) != 10) return answer(false);
-  const at::Tensor& input = THPVariable_Unpack(arguments[0]);
-  if (!has_kernels(input) || !ordinary_context(input)) return answer(false);
-  const bool dtype = input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble || input.is_cuda();
-  if (!dtype || input.dim() != 4) return answer(false);
-  std::array<c10::IntArrayRef, 10> shapes;
-  for (Py_ssize_t i = 0; i < 10; ++i) {
-    PyObject* object = PyList_GET_ITEM(arguments[1], i);
-    if (!is_parameter(object)) return answer(false);
-    const at::Tensor& parameter = THPVariable_Unpack(object);
-    shapes[i] = parameter.sizes();
-  }
-  const int64_t channels = input.size(1);
-  // The last layer's and the biases' sizes, dtypes and devices are the operator's to check, as they are the layers'.
-  if (input.size(2) != 32 || input.size(3) != 32 || shapes[0] != c10::IntArrayRef({6, channels, 5, 5}) ||
-      shapes[2] != c10::IntArrayRef({16, 6, 5, 5}) || shapes[4] != c10::IntArrayRef({120, 400}) ||
-      shapes[6] != c10::IntArrayRef({84, 120}) || c10::impl::TorchDispatchModeTLS::stack_len() != 0 ||
-      torch::jit::tracer::isTracing()) {
-    return answer(false);
-  }
-  return answer(true);
+  return answer(count == 2 && ordinary_lenet(arguments[0], arguments[1]).has_value());
+  END_HANDLE_TH_ERRORS
+}
+
+// call_lenet(modules, children, input) -> Tensor, or None: not an ordinary call, or not untouched_parameters().
+PyObject* call_lenet(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  THPObjectPtr list = count == 3 ? untouched(arguments[0], arguments[1]) : THPObjectPtr();
+  if (!list) Py_RETURN_NONE;
+  const std::optional<LenetParameters> parameters = ordinary_lenet(arguments[2], list.get());
+  if (!parameters) Py_RETURN_NONE;
+  return called(call::lenet(), THPVariable_Unpack(arguments[2]), at::TensorList(*parameters));
   END_HANDLE_TH_ERRORS
 }
 
@@ -238,6 +369,12 @@ PyMethodDef functions[] = {
     fast<are_plain_leaves>("are_plain_leaves", "are_plain_leaves(parameters): bool"),
     fast<untouched_parameters>("untouched_parameters", "untouched_parameters(modules, children): list or None"),
     fast<is_ordinary_lenet>("is_ordinary_lenet", "is_ordinary_lenet(input, parameters): bool"),
+    fast<call_conv_relu_max_pool2d>("call_conv_relu_max_pool2d",
+                                    "call_conv_relu_max_pool2d(input, weight, bias, options): Tensor or None"),
+    fast<call_lenet>("call_lenet", "call_lenet(modules, children, input): Tensor or None"),
+    fast<call_linear<false>>("call_linear", "call_linear(input, weight, bias): Tensor or None"),
+    fast<call_linear<true>>("call_linear_relu", "call_linear_relu(input, weight, bias): Tensor or None"),
+    fast<call_relu_avg_pool2d>("call_relu_avg_pool2d", "call_relu_avg_pool2d(input, options): Tensor or None"),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -7,13 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from lenet_ext._C import are_plain_leaves, is_ordinary, is_ordinary_lenet, untouched_parameters
+from lenet_ext._C import (
+    are_plain_leaves,
+    call_conv_relu_max_pool2d,
+    call_lenet,
+    call_linear,
+    call_linear_relu,
+    call_relu_avg_pool2d,
+    is_ordinary,
+    is_ordinary_lenet,
+    untouched_parameters,
+)
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lenet_ext
+from lenet_ext import ops
+from lenet_ext.net import _CHILDREN
 
 
 class Subclass(Tensor):
@@ -202,3 +214,121 @@ def test_plain_leaves() -> None:
     assert not are_plain_leaves([*parameters, torch.ones(1, requires_grad=True)])
     parameters[0].requires_grad_(False)
     assert not are_plain_leaves(parameters)
+
+
+# As functional.normalize_options gives them.
+CONVOLUTION = ((1, 1), (0, 0, 1, 1), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
+AVERAGE = ((2, 2), (2, 2), (0, 0), False, True, None)
+
+
+def ordinary_calls() -> dict[str, tuple[Callable[[], Tensor | None], Callable[[], Tensor]]]:
+    """The short way to each operator, and torch.ops."""
+    x, w, b = (torch.randn(t.shape) for t in linear_arguments())
+    image, kernel, bias = torch.randn(2, 1, 9, 9), torch.randn(4, 1, 3, 3), torch.randn(4)
+    net, digit = lenet_ext.Net(), torch.randn(2, 1, 32, 32)
+    return {
+        "linear": (lambda: call_linear(x, w, b), lambda: ops.linear(x, w, b)),
+        "linear without bias": (lambda: call_linear(x, w, None), lambda: ops.linear(x, w, None)),
+        "linear_relu": (lambda: call_linear_relu(x, w, b), lambda: ops.linear_relu(x, w, b)),
+        "conv_relu_max_pool2d": (
+            lambda: call_conv_relu_max_pool2d(image, kernel, bias, CONVOLUTION),
+            lambda: ops.conv_relu_max_pool2d(image, kernel, bias, *CONVOLUTION),
+        ),
+        "relu_avg_pool2d": (lambda: call_relu_avg_pool2d(image, AVERAGE), lambda: ops.relu_avg_pool2d(image, *AVERAGE)),
+        "lenet": (
+            lambda: call_lenet(net._modules, _CHILDREN, digit),
+            lambda: ops.lenet(digit, list(net.parameters())),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ordinary_calls())
+def test_a_call_from_here_is_a_call_of_the_operator(name: str) -> None:
+    call, expected = ordinary_calls()[name]
+    output = call()
+    assert output is not None
+    assert torch.equal(output, expected())
+    assert output.requires_grad == (name == "lenet")  # whose parameters are Parameters
+    with MODES["function mode"]():
+        assert call() is None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    assert f"lenet_ext::{name.split()[0]}" in {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize("name", ordinary_calls())
+def test_a_tracer_is_not_gone_around(name: str) -> None:
+    call, _ = ordinary_calls()[name]
+    seen = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(call())
+        return x + 1
+
+    torch.jit.trace(function, torch.ones(2), check_trace=False)
+    assert seen == [None]
+
+
+def test_a_dispatch_mode_sees_the_operators() -> None:
+    seen = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x, w, b = linear_arguments()
+    image, kernel = torch.ones(1, 1, 8, 8), torch.ones(1, 1, 3, 3)
+    with Log():
+        call_linear(x, w, b)
+        call_conv_relu_max_pool2d(image, kernel, None, CONVOLUTION)
+        call_relu_avg_pool2d(image, AVERAGE)
+    assert seen == [ops.linear, ops.conv_relu_max_pool2d, ops.relu_avg_pool2d]
+
+
+def test_errors_are_the_operators() -> None:
+    x, w, b = linear_arguments()
+    with pytest.raises(
+        RuntimeError, match=r"^linear: input must have shape \[\.\.\., 3\] for weight of shape \[4, 3\]"
+    ):
+        call_linear(x[:, :2], w, b)
+    with pytest.raises(RuntimeError, match=r"^linear_relu: .*Double"):
+        call_linear_relu(x, w.double(), b)
+    with pytest.raises(RuntimeError, match=r"^conv_relu_max_pool2d: groups must be positive"):
+        call_conv_relu_max_pool2d(
+            torch.ones(1, 1, 8, 8), torch.ones(1, 1, 3, 3), None, (*CONVOLUTION[:3], 0, *CONVOLUTION[4:])
+        )
+
+
+# bool is a subclass of int, and 2**63 no int64.
+STRANGE_OPTIONS = (1.0, "1", None, (1,), (1, 2, 3), (1, True), [1, 1], (1, 1.0), 2**63, (1, -(2**63) - 1))
+
+
+@pytest.mark.parametrize("value", STRANGE_OPTIONS, ids=repr)
+@pytest.mark.parametrize("at", range(len(CONVOLUTION)))
+def test_options_that_are_not_normalized(at: int, value: Any) -> None:
+    """They are Python's to look at, and to refuse."""
+    options = (*CONVOLUTION[:at], value, *CONVOLUTION[at + 1 :])
+    assert call_conv_relu_max_pool2d(torch.ones(1, 1, 8, 8), torch.ones(1, 1, 3, 3), None, options) is None
+
+
+def test_what_is_no_ordinary_call() -> None:
+    x, w, b = linear_arguments()
+    image = torch.ones(1, 1, 8, 8)
+    for call in (call_linear, call_linear_relu):
+        assert call(x, w) is None
+        assert call(x.half(), w, b) is None
+        assert call(x, w, b[:1]) is None
+    assert call_conv_relu_max_pool2d(image[0], torch.ones(1, 1, 3, 3), None, CONVOLUTION) is None
+    assert call_conv_relu_max_pool2d(image, torch.ones(1, 1, 3, 3), None) is None
+    assert call_conv_relu_max_pool2d(image, torch.ones(1, 1, 3, 3), None, CONVOLUTION[:8]) is None
+    assert call_conv_relu_max_pool2d(image, torch.ones(1, 1, 3, 3), None, list(CONVOLUTION)) is None
+    assert call_relu_avg_pool2d(image[0], AVERAGE) is None
+    assert call_relu_avg_pool2d(image) is None
+    assert call_relu_avg_pool2d(image, (*AVERAGE[:5], 1.0)) is None
+    assert call_relu_avg_pool2d(image, (*AVERAGE[:3], 0, *AVERAGE[4:])) is None
+    net = lenet_ext.Net()
+    assert call_lenet(net._modules, _CHILDREN) is None
+    assert call_lenet(net._modules, _CHILDREN, torch.ones(1, 1, 28, 28)) is None
+    net.fc1.register_forward_hook(lambda *_: None)
+    assert call_lenet(net._modules, _CHILDREN, torch.ones(1, 1, 32, 32)) is None
