@@ -80,10 +80,14 @@ void forward_prepare(const ConvPoolForward<T>& job, void* packed) {
     const int64_t first = block / p.blocks.per_group * group_channels + in_group;
     const int64_t count = min_of<int64_t>(width, group_channels - in_group);
     A* weights = to + width;
-    for (int64_t lane = 0; lane < count; ++lane) {
-      to[lane] = job.bias != nullptr ? widen(job.bias[first + lane]) : A(0);
-      const T* from = job.weight + (first + lane) * depth;
-      for (int64_t k = 0; k < depth; ++k) weights[k * width + lane] = widen(from[k]);
+    for (int64_t lane = 0; lane < count; ++lane) to[lane] = job.bias != nullptr ? widen(job.bias[first + lane]) : A(0);
+    const T* from = job.weight + first * depth;
+    if constexpr (sizeof(T) == sizeof(A)) {
+      transpose_plane(from, count, depth, depth, weights, width);
+    } else {
+      for (int64_t lane = 0; lane < count; ++lane) {
+        for (int64_t k = 0; k < depth; ++k) weights[k * width + lane] = widen(from[lane * depth + k]);
+      }
     }
     for (int64_t lane = count; lane < width; ++lane) {
       to[lane] = 0;
@@ -275,14 +279,19 @@ void pool_row_2x2(const ConvPoolShape& s, const A* const* conv_rows, const Windo
     for (int v = 0; v < vectors; ++v) {
       const A* top = conv_rows[0] + 2 * x * stride + v * lanes;
       const A* bottom = conv_rows[1] + 2 * x * stride + v * lanes;
-      const V candidates[3] = {load<V>(top + stride), load<V>(bottom), load<V>(bottom + stride)};
-      V best = load<V>(top);
+      const V first = load<V>(top), candidates[3] = {load<V>(top + stride), load<V>(bottom), load<V>(bottom + stride)};
+      if (!with_indices) {
+        const V greatest = max_of_four(first, candidates[0], candidates[1], candidates[2]);
+        store(values + x * width + v * lanes, relu(greatest));
+        continue;
+      }
+      V best = first;
       I code{};
       LENET_EXT_UNROLL for (int i = 0; i < 3; ++i)
         offer(best, code, candidates[i], i + 1);
       close_relu(best, code, kDead);
       store(values + x * width + v * lanes, best);
-      if (with_indices) store(codes + x * width + v * lanes, code);
+      store(codes + x * width + v * lanes, code);
     }
   }
 }

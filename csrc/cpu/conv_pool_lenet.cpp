@@ -1,9 +1,7 @@
 // The table of the kernels for LeNet's two convolutions.
-#if LENET_EXT_VECTOR_BYTES == 64
-#include "conv_pool_lenet_forward.h"
-#endif
 #if LENET_EXT_VECTOR_BYTES >= 32
 #include "conv_pool_lenet_backward.h"
+#include "conv_pool_lenet_forward.h"
 #else
 #include "conv_pool_kernels.h"
 #endif
@@ -14,21 +12,11 @@ namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY {
 
 namespace {
 
-#if LENET_EXT_VECTOR_BYTES == 64
 template <int in_channels>
 constexpr ConvPoolForwardKernels<float> kForward1 = {forward1_packed_bytes, no_scratch, unit_per_image,
                                                      forward1_prepare, forward1_run<in_channels>};
 constexpr ConvPoolForwardKernels<float> kForward2 = {forward2_packed_bytes, no_scratch, unit_per_image,
                                                      forward2_prepare, forward2_run};
-template <int in_channels>
-constexpr const ConvPoolForwardKernels<float>* kFirstForward = &kForward1<in_channels>;
-constexpr const ConvPoolForwardKernels<float>* kSecondForward = &kForward2;
-#else  // too few registers for tiles of their own; the general kernels do as well
-template <int in_channels>
-constexpr const ConvPoolForwardKernels<float>* kFirstForward = nullptr;
-constexpr const ConvPoolForwardKernels<float>* kSecondForward = nullptr;
-#endif
-
 template <int in_channels>
 constexpr ConvPoolBackwardKernels<float> kBackward1 = {backward1_packed_bytes,
                                                        backward1_scratch_bytes<in_channels>,
@@ -42,14 +30,14 @@ constexpr ConvPoolBackwardKernels<float> kBackward2 = {
     backward2_prepare,      backward2_run,           backward2_reduce};
 
 template <int in_channels>
-constexpr ConvPoolLenetKernels::First kFirst = {{kFirstForward<in_channels>, &kBackward1<in_channels>},
+constexpr ConvPoolLenetKernels::First kFirst = {{&kForward1<in_channels>, &kBackward1<in_channels>},
                                                 sizeof(BackwardBoth<in_channels>),
                                                 backward_both_run<in_channels>};
 
 }  // namespace
 
 extern const ConvPoolLenetKernels conv_pool_lenet_kernels;
-const ConvPoolLenetKernels conv_pool_lenet_kernels = {kFirst<1>, kFirst<3>, {kSecondForward, &kBackward2}};
+const ConvPoolLenetKernels conv_pool_lenet_kernels = {kFirst<1>, kFirst<3>, {&kForward2, &kBackward2}};
 
 #else
 

@@ -41,12 +41,15 @@ void transpose_row(const From* from, int64_t rows, int64_t width, int64_t count,
 template <typename T>
 void transpose_plane(const T* from, int64_t rows, int64_t width, int64_t columns, T* to, int64_t stride) {
   constexpr int kTile = kLanes<T>;
-  int64_t column = 0;
-  for (; column + kTile <= columns; column += kTile) {
-    transpose_row<kTile>(from + column, rows, width, kTile, to + column * stride, stride);
+  if (columns >= kTile) {
+    for (int64_t begin = 0; begin < columns; begin += kTile) {
+      const int64_t column = min_of(begin, columns - kTile);  // the last tile overlaps the one before
+      transpose_row<kTile>(from + column, rows, width, kTile, to + column * stride, stride);
+    }
+    return;
   }
   for (int64_t x = 0; x < rows; ++x) {
-    for (int64_t rest = column; rest < columns; ++rest) to[rest * stride + x] = from[x * width + rest];
+    for (int64_t column = 0; column < columns; ++column) to[column * stride + x] = from[x * width + column];
   }
 }
 
