@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lenet_ext import nn as fused_nn
 from lenet_ext.bench.agreement import compare, stock_outputs
 from lenet_ext.bench.cases import Case, Workload
-from lenet_ext.bench.providers import EAGER_LAYOUTS, FUSED_LAYOUTS, PROVIDERS, Program
+from lenet_ext.bench.providers import EAGER_LAYOUTS, FUSED_LAYOUTS, PROVIDERS, Program, surroundings
 from lenet_ext.bench.report import figures
 from lenet_ext.bench.results import merge, read_results, section_to_dict
 from lenet_ext.bench.timing import Effort, Samples, ratio, time_interleaved
@@ -136,10 +136,11 @@ def measure(
         for work in _workloads(case, layer.batches):
             expected = stock_outputs(work)
             programs = {name: PROVIDERS[name].prepare(work) for name in (*EAGER_LAYOUTS, *FUSED_LAYOUTS)}
-            for name, program in programs.items():
-                program.run()
-                compare(name, work, program.outputs(), expected)
-            samples = _time(programs, effort)
+            with surroundings(work.mode):
+                for name, program in programs.items():
+                    program.run()
+                    compare(name, work, program.outputs(), expected)
+                samples = _time(programs, effort)
             theirs, ours = _fastest(samples, EAGER_LAYOUTS), _fastest(samples, FUSED_LAYOUTS)
             rows.append(_row(work, threads, theirs, ours))
     return rows

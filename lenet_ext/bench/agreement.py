@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lenet_ext.bench.cases import Workload
-from lenet_ext.bench.providers import PROVIDERS
+from lenet_ext.bench.providers import PROVIDERS, surroundings
 
 __all__ = ["compare", "stock_outputs"]
 
@@ -19,7 +19,8 @@ _GRADIENT_TOLERANCE = 1e-2
 def stock_outputs(work: Workload) -> list[Tensor]:
     """What stock eager computes: the output, in training the gradients after it."""
     program = PROVIDERS["eager"].prepare(work)
-    program.run()
+    with surroundings(work.mode):
+        program.run()
     return program.outputs()
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lenet_ext.bench.cases import CASES, MODES, Workload
-from lenet_ext.bench.providers import PROVIDERS, Program
+from lenet_ext.bench.providers import PROVIDERS, Program, surroundings
 from lenet_ext.bench.timing import Effort, percentile, ratio, time_interleaved
 from lenet_ext.environment.system import cpu_count
 
@@ -74,7 +74,8 @@ def _measure(
     meters = {
         name: _meter(program, count, busy, set_busy, effort.sample_s) for name, (count, busy) in conditions.items()
     }
-    samples = time_interleaved({}, work.device, effort, meters=meters)
+    with surroundings(work.mode):
+        samples = time_interleaved({}, work.device, effort, meters=meters)
     speedup = ratio(samples["one_alone"], samples["all_disturbed"])
     return {
         "case": work.case.name,

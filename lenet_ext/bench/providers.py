@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import tempfile
@@ -19,12 +20,12 @@ from lenet_ext.bench.peak import cxx_compiler
 from lenet_ext.environment.device import resolve_device
 from lenet_ext.training_step import TrainingStep
 
-__all__ = ["DEFAULT_PROVIDERS", "EAGER_LAYOUTS", "FUSED_LAYOUTS", "PROVIDERS", "Program", "Provider"]
+__all__ = ["DEFAULT_PROVIDERS", "EAGER_LAYOUTS", "FUSED_LAYOUTS", "PROVIDERS", "Program", "Provider", "surroundings"]
 
 
 @dataclass(frozen=True)
 class Program:
-    """A workload made ready: `run` computes it once, `outputs` gives what the last run computed.
+    """A workload made ready: `run` computes it once, in `surroundings`, `outputs` gives what the last run computed.
 
     The outputs of a forward pass are ``[output]``, those of forward and backward are the output, the gradients of the
     parameters in their order and, if the case asks for it, the gradient of the input; those of a step are the loss and
@@ -33,6 +34,12 @@ class Program:
 
     run: Callable[[], object]
     outputs: Callable[[], list[Tensor]]
+
+
+def surroundings(mode: str) -> contextlib.AbstractContextManager[object]:
+    """What programs of this mode run in: the forward pass in inference mode. It is entered once for many calls, as by
+    whoever serves a model, because entering it takes microseconds, which are no network's."""
+    return torch.inference_mode() if mode == "forward" else contextlib.nullcontext()
 
 
 class Provider:
@@ -168,8 +175,7 @@ def _forward_program(call: Callable[..., Any], input: Tensor) -> Program:
     result: list[Tensor] = []
 
     def run() -> None:
-        with torch.inference_mode():
-            result[:] = [call(input)]
+        result[:] = [call(input)]
 
     return Program(run, lambda: list(result))
 

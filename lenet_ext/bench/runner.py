@@ -18,7 +18,7 @@ from lenet_ext.bench.cases import CASES, Rules, Workload
 from lenet_ext.bench.flops import flops_per_image
 from lenet_ext.bench.peak import PeakUnavailableError, peak_meter
 from lenet_ext.bench.plan import Plan
-from lenet_ext.bench.providers import FUSED_LAYOUTS, PROVIDERS, Program, Provider
+from lenet_ext.bench.providers import FUSED_LAYOUTS, PROVIDERS, Program, Provider, surroundings
 from lenet_ext.bench.timing import Samples, cold_time_us, ratio, time_interleaved
 
 __all__ = ["Comparison", "Report", "Row", "run_benchmarks"]
@@ -207,14 +207,15 @@ def _measure(
         if program is not None:
             compare(provider.name, work, program.outputs(), expected)
             programs[provider.name] = program
-    samples = time_interleaved(
-        {name: program.run for name, program in programs.items()},
-        work.device,
-        report.plan.effort,
-        meters=meters,
-        settle=work.device.type == "cpu" and threads > 1,
-        single_us=cold_time_us if work.case.rules.cold else None,
-    )
+    with surroundings(work.mode):
+        samples = time_interleaved(
+            {name: program.run for name, program in programs.items()},
+            work.device,
+            report.plan.effort,
+            meters=meters,
+            settle=work.device.type == "cpu" and threads > 1,
+            single_us=cold_time_us if work.case.rules.cold else None,
+        )
     _record(report, work, threads, samples, samples.pop(_PEAK, None))
 
 
@@ -232,10 +233,12 @@ def _prepare(report: Report, work: Workload, provider: Provider) -> Program | No
     try:
         with _quiet():
             program = provider.prepare(work)
-            program.run()  # compiles, allocates, fills caches
+            with surroundings(work.mode):
+                program.run()  # compiles, allocates, fills caches
         if provider.slow_start:
             report.slow_s += time.perf_counter() - started
-        _warm_up(program)
+        with surroundings(work.mode):
+            _warm_up(program)
     except Exception as error:
         if provider.name in ("fused", "eager"):
             raise
