@@ -14,10 +14,10 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/critical_section.h>
+#include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
-#include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pythoncapi_compat.h>
 
 #include <array>
@@ -27,6 +27,8 @@
 #include "lenet/calls.h"
 #include "linear/calls.h"
 #include "relu_avg_pool2d/calls.h"
+
+namespace py = pybind11;
 
 namespace lenet_ext {
 namespace {
@@ -87,7 +89,7 @@ template <typename Operator, typename... Arguments>
 PyObject* called(const Operator& op, const Arguments&... arguments) {
   at::Tensor output;
   {
-    const pybind11::gil_scoped_release unlocked;
+    const py::gil_scoped_release unlocked;
     output = op.call(arguments...);
   }
   return THPVariable_Wrap(output);
@@ -203,16 +205,16 @@ bool make_names() {
 }
 
 // dictionary[name], or null, with or without an error.
-THPObjectPtr item(PyObject* dictionary, PyObject* name) {
+py::object item(PyObject* dictionary, PyObject* name) {
   PyObject* value = nullptr;
   PyDict_GetItemRef(dictionary, name, &value);
-  return THPObjectPtr(value);
+  return py::reinterpret_steal<py::object>(value);
 }
 
 // dictionary[name] is an empty dictionary or None.
 bool is_empty(PyObject* dictionary, PyObject* name) {
-  THPObjectPtr value = item(dictionary, name);
-  return value && (Py_IsNone(value.get()) || (PyDict_Check(value.get()) && PyDict_Size(value.get()) == 0));
+  const py::object value = item(dictionary, name);
+  return value && (Py_IsNone(value.ptr()) || (PyDict_Check(value.ptr()) && PyDict_Size(value.ptr()) == 0));
 }
 
 // Equal and of the very same type, elements of tuples too: True is no 1.
@@ -230,8 +232,8 @@ bool same(PyObject* a, PyObject* b) {
 bool has_attributes(PyObject* state, PyObject* expected) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(expected); ++i) {
     PyObject* pair = PyTuple_GET_ITEM(expected, i);
-    THPObjectPtr value = item(state, PyTuple_GET_ITEM(pair, 0));
-    if (!same(value.get(), PyTuple_GET_ITEM(pair, 1))) return false;
+    const py::object value = item(state, PyTuple_GET_ITEM(pair, 0));
+    if (!same(value.ptr(), PyTuple_GET_ITEM(pair, 1))) return false;
   }
   return true;
 }
@@ -244,34 +246,34 @@ bool is_parameter(PyObject* object) {
 // this type, has no hooks, no forward of its own, and these attributes.
 bool add_parameters(PyObject* child, PyObject* type, PyObject* attributes, PyObject* parameters) {
   if (reinterpret_cast<PyObject*>(Py_TYPE(child)) != type) return false;
-  THPObjectPtr state(PyObject_GenericGetDict(child, nullptr));
-  if (!state || PyDict_Contains(state.get(), names.forward) != 0) return false;
+  const auto state = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(child, nullptr));
+  if (!state || PyDict_Contains(state.ptr(), names.forward) != 0) return false;
   for (PyObject* hooks : names.hooks) {
-    if (!is_empty(state.get(), hooks)) return false;
+    if (!is_empty(state.ptr(), hooks)) return false;
   }
-  if (!has_attributes(state.get(), attributes)) return false;
-  THPObjectPtr own = item(state.get(), names.parameters);
-  if (!own || !PyDict_Check(own.get())) return false;
+  if (!has_attributes(state.ptr(), attributes)) return false;
+  const py::object own = item(state.ptr(), names.parameters);
+  if (!own || !PyDict_Check(own.ptr())) return false;
   for (PyObject* name : {names.weight, names.bias}) {
-    THPObjectPtr parameter = item(own.get(), name);
-    if (!is_parameter(parameter.get()) || PyList_Append(parameters, parameter.get()) != 0) return false;
+    const py::object parameter = item(own.ptr(), name);
+    if (!is_parameter(parameter.ptr()) || PyList_Append(parameters, parameter.ptr()) != 0) return false;
   }
   return true;
 }
 
 // A new list of the weights and biases of a module's children, in their order; null if one of them is not as
 // untouched_parameters() wants it.
-THPObjectPtr untouched(PyObject* modules, PyObject* children) {
+py::object untouched(PyObject* modules, PyObject* children) {
   if (!PyDict_Check(modules) || !PyTuple_CheckExact(children) || PyDict_Size(modules) != PyTuple_GET_SIZE(children)) {
     return {};
   }
-  THPObjectPtr parameters(PyList_New(0));
+  auto parameters = py::reinterpret_steal<py::object>(PyList_New(0));
   if (!parameters) throw python_error();
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(children); ++i) {
     PyObject* expected = PyTuple_GET_ITEM(children, i);
-    THPObjectPtr child = item(modules, PyTuple_GET_ITEM(expected, 0));
+    const py::object child = item(modules, PyTuple_GET_ITEM(expected, 0));
     if (!child ||
-        !add_parameters(child.get(), PyTuple_GET_ITEM(expected, 1), PyTuple_GET_ITEM(expected, 2), parameters.get())) {
+        !add_parameters(child.ptr(), PyTuple_GET_ITEM(expected, 1), PyTuple_GET_ITEM(expected, 2), parameters.ptr())) {
       PyErr_Clear();  // an attribute that cannot be compared is not the one that was expected
       return {};
     }
@@ -284,9 +286,9 @@ THPObjectPtr untouched(PyObject* modules, PyObject* children) {
 // weights and biases, in this order.
 PyObject* untouched_parameters(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  THPObjectPtr parameters = count == 2 ? untouched(arguments[0], arguments[1]) : THPObjectPtr();
+  py::object parameters = count == 2 ? untouched(arguments[0], arguments[1]) : py::object();
   if (!parameters) Py_RETURN_NONE;
-  return parameters.release();
+  return parameters.release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
@@ -303,7 +305,7 @@ std::optional<LenetParameters> ordinary_lenet(PyObject* given_input, PyObject* l
   if (!dtype || input.dim() != 4) return {};
   LenetParameters parameters;
   {
-    const pybind11::scoped_critical_section locked(list);
+    const py::scoped_critical_section locked(list);
     if (PyList_GET_SIZE(list) != 10) return {};
     for (Py_ssize_t i = 0; i < 10; ++i) {
       PyObject* object = PyList_GET_ITEM(list, i);
@@ -331,9 +333,9 @@ PyObject* is_ordinary_lenet(PyObject*, PyObject* const* arguments, Py_ssize_t co
 // call_lenet(modules, children, input) -> Tensor, or None: not an ordinary call, or not untouched_parameters().
 PyObject* call_lenet(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  THPObjectPtr list = count == 3 ? untouched(arguments[0], arguments[1]) : THPObjectPtr();
+  const py::object list = count == 3 ? untouched(arguments[0], arguments[1]) : py::object();
   if (!list) Py_RETURN_NONE;
-  const std::optional<LenetParameters> parameters = ordinary_lenet(arguments[2], list.get());
+  const std::optional<LenetParameters> parameters = ordinary_lenet(arguments[2], list.ptr());
   if (!parameters) Py_RETURN_NONE;
   return called(call::lenet(), THPVariable_Unpack(arguments[2]), at::TensorList(*parameters));
   END_HANDLE_TH_ERRORS
@@ -343,7 +345,7 @@ PyObject* call_lenet(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 PyObject* are_plain_leaves(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 1 || !PyList_CheckExact(arguments[0])) return answer(false);
-  const pybind11::scoped_critical_section locked(arguments[0]);
+  const py::scoped_critical_section locked(arguments[0]);
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(arguments[0]); ++i) {
     PyObject* object = PyList_GET_ITEM(arguments[0], i);
     if (!is_parameter(object)) return answer(false);
