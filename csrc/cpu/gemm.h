@@ -128,47 +128,50 @@ GemmColumns gemm_columns(int64_t n) {
 }
 
 constexpr int64_t kGemmUnitRows = 64;
-// Steps of k after which the sums are put down: the part of b that one column tile reads stays in the L2 cache while
-// the row tiles of a unit pass over it.
-constexpr int64_t kGemmDepth = 512;
+// Steps of k after which the sums are put down: what one column tile reads of b stays near while the row tiles of a
+// unit pass over it (with AVX2 in the L1 cache).
+constexpr int64_t kGemmDepth = 256;
 
 template <typename A>
 int64_t gemm_units(const Gemm<A>& g) {
   return gemm_columns<A>(g.n).tiles * divide_up(g.m, kGemmUnitRows);
 }
 
+// The row tiles of one unit, of nearly equal height, over a part of k.
+template <typename A>
+void gemm_unit(const Gemm<A>& part, const GemmColumns& c, int64_t unit) {
+  constexpr int full = kLanes<A>, quarter = full > 4 ? 4 : 1;
+  const int64_t tile = unit % c.tiles, row_begin = unit / c.tiles * kGemmUnitRows;
+  const int64_t row_end = min_of(row_begin + kGemmUnitRows, part.m);
+  const int64_t first = tile * c.vectors / c.tiles, vectors = (tile + 1) * c.vectors / c.tiles - first;
+  const int64_t tile_rows =
+      c.lanes == full ? gemm_rows<A, full>(static_cast<int>(vectors)) : gemm_rows<A, 1>(static_cast<int>(vectors));
+  const int64_t row_tiles = divide_up(row_end - row_begin, tile_rows);
+  for (int64_t i = 0, row = row_begin; i < row_tiles; ++i) {
+    const int64_t rows = divide_up(row_end - row, row_tiles - i);
+    const GemmTile<A> run = c.lanes == full      ? gemm_tile_for<A, full>(vectors, rows)
+                            : c.lanes == quarter ? gemm_tile_for<A, quarter>(vectors, rows)
+                                                 : gemm_tile_for<A, 1>(vectors, rows);
+    run(part, row, first * c.lanes);
+    row += rows;
+  }
+}
+
+// All units go over a part of k before the next one: what they share of a stays in the L2 cache, too.
 template <typename A>
 void gemm_run(const Gemm<A>& g, int64_t begin, int64_t end) {
-  constexpr int full = kLanes<A>, quarter = full > 4 ? 4 : 1;
   const GemmColumns c = gemm_columns<A>(g.n);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t tile = unit % c.tiles, row_begin = unit / c.tiles * kGemmUnitRows;
-    const int64_t row_end = min_of(row_begin + kGemmUnitRows, g.m);
-    const int64_t first = tile * c.vectors / c.tiles, vectors = (tile + 1) * c.vectors / c.tiles - first;
-    const int64_t column = first * c.lanes;
-    const int64_t tile_rows =
-        c.lanes == full ? gemm_rows<A, full>(static_cast<int>(vectors)) : gemm_rows<A, 1>(static_cast<int>(vectors));
-    const int64_t row_tiles = divide_up(row_end - row_begin, tile_rows);
-    for (int64_t k = 0; k < g.k; k += kGemmDepth) {
-      Gemm<A> part = g;
-      part.k = min_of(kGemmDepth, g.k - k);
-      part.a += k * g.a_column;
-      part.b += k * g.b_row;
-      part.accumulate = k > 0;
-      if (k + part.k < g.k) {
-        part.bias = nullptr;
-        part.relu = false;
-      }
-      // Row tiles of nearly equal height.
-      for (int64_t i = 0, row = row_begin; i < row_tiles; ++i) {
-        const int64_t rows = divide_up(row_end - row, row_tiles - i);
-        const GemmTile<A> run = c.lanes == full      ? gemm_tile_for<A, full>(vectors, rows)
-                                : c.lanes == quarter ? gemm_tile_for<A, quarter>(vectors, rows)
-                                                     : gemm_tile_for<A, 1>(vectors, rows);
-        run(part, row, column);
-        row += rows;
-      }
+  for (int64_t k = 0; k < g.k; k += kGemmDepth) {
+    Gemm<A> part = g;
+    part.k = min_of(kGemmDepth, g.k - k);
+    part.a += k * g.a_column;
+    part.b += k * g.b_row;
+    part.accumulate = k > 0;
+    if (k + part.k < g.k) {
+      part.bias = nullptr;
+      part.relu = false;
     }
+    for (int64_t unit = begin; unit < end; ++unit) gemm_unit(part, c, unit);
   }
 }
 
