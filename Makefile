@@ -122,6 +122,7 @@ bench: $(VENV)/installed
 	$(BIN)/lenet-ext bench --resume --json $(RAW)/unfinished.json
 	$(BIN)/python benchmarks/fuse_zoo.py --json $(RAW)/unfinished.json
 	$(BIN)/python benchmarks/left_to_stock.py --json $(RAW)/unfinished.json
+	$(BIN)/python benchmarks/floors.py --json $(RAW)/unfinished.json
 	$(BIN)/python benchmarks/time_to_accuracy.py --json $(RAW)/unfinished.json
 	$(BIN)/python benchmarks/summary.py $(RAW)/unfinished.json
 	mv $(RAW)/unfinished.json $(RAW)/last.json

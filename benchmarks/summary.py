@@ -12,7 +12,7 @@ runs are not kept in the repository. The file is JSON with a line for each cell:
   is that time over the time of ours (of the faster layout, where there are two), the median within the same rounds; and
   the share of the processor's peak. Of ``gpu_check``: median, 10th and 90th percentile.
 - the other parts as they were measured: ``memory``, ``neighbour``, ``zoo``, ``relu_alone``, ``average_pooling``,
-  ``accuracy``; ``checks``, ``ceilings``, ``mnist``, ``backward``, ``kernelbench``, ``ncu``.
+  ``floors``, ``accuracy``; ``checks``, ``ceilings``, ``mnist``, ``backward``, ``kernelbench``, ``ncu``.
 
 `read` is for the scripts that show it.
 """

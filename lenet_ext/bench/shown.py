@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["SECTIONS", "fastest", "of_run", "workload", "workloads"]
 
-SECTIONS = ["memory", "neighbour", "zoo", "relu_alone", "average_pooling", "accuracy"]
+SECTIONS = ["memory", "neighbour", "zoo", "relu_alone", "average_pooling", "floors", "accuracy"]
 """The parts of a run that are not rows."""
 
 
