@@ -63,7 +63,7 @@ bool has_contiguous_images(const Tensor& input) {
 struct Arguments {
   int64_t batch, in_channels, classes, image_stride;
   Tensor images;
-  std::array<Tensor, 10> kept;
+  std::array<c10::MaybeOwned<Tensor>, 10> kept;
   std::array<const float*, 10> p;
   const float* input;
 
@@ -73,8 +73,8 @@ struct Arguments {
         classes(parameters[8].size(0)),
         images(has_contiguous_images(given) ? given : given.contiguous()) {
     for (size_t i = 0; i < 10; ++i) {
-      kept[i] = parameters[i].is_contiguous() ? parameters[i] : parameters[i].contiguous();
-      p[i] = cpu::data<float>(kept[i]);
+      kept[i] = parameters[i].expect_contiguous();
+      p[i] = cpu::data<float>(*kept[i]);
     }
     input = cpu::data<float>(images);
     image_stride = images.stride(0);
@@ -335,7 +335,7 @@ struct LenetCpu {
       const Arguments call(input, parameters);
       LenetGradients gradients;
       gradients.parameters.reserve(10);
-      for (const Tensor& p : call.kept) gradients.parameters.push_back(at::empty_like(p));
+      for (const auto& p : call.kept) gradients.parameters.push_back(at::empty_like(*p));
       if (blocks_backward(call, cpu::data<float>(grad_output), layers, gradients.parameters)) return gradients;
     }
     return lenet_backward_by_layers(kLayers, op, grad_output, input, parameters, layers, input_gradient);
