@@ -16,6 +16,17 @@ namespace {
 constexpr int kImages = kLanes<float>;
 using V = Vec<float, kImages>;
 using Codes = IntVec<float, kImages>;
+// A winner's code until it is transposed: a byte with AVX-512, which has an instruction for that. (With AVX2 what makes
+// bytes of eight lanes takes registers from the sums, and more time than it saves.)
+template <int images>
+struct StoredCode {
+  using type = int32_t;
+};
+template <>
+struct StoredCode<16> {
+  using type = uint8_t;
+};
+using Code = StoredCode<kImages>::type;
 
 constexpr int kKernel = 5, kImageSize = 32, kPooled1 = 14, kPooled2 = 5;
 constexpr int kChannels1 = 6, kChannels2 = 16, kHidden1 = 120, kHidden2 = 84;
@@ -30,7 +41,7 @@ constexpr int kOutputTile = kRegisters == 32 ? 24 : 12;
 // in [in_channels][size][size][lanes] -> out, codes [channels][size'][size'][lanes], `channels` of the layer's output
 // channels.
 template <int channels, int in_channels, int size, bool training>
-void conv_tile(const float* in, const float* weight, const float* bias, float* out, int32_t* codes) {
+void conv_tile(const float* in, const float* weight, const float* bias, float* out, Code* codes) {
   constexpr int pooled = (size - kKernel + 1) / 2, depth = in_channels * kKernel * kKernel;
   for (int y = 0; y < pooled; ++y) {
     for (int x = 0; x < pooled; ++x) {
@@ -68,7 +79,7 @@ void conv_tile(const float* in, const float* weight, const float* bias, float* o
             offer(best, code, sum[o][i], i);
           close_relu(best, code, kDead);
           store(out + at, best);
-          store(codes + at, code);
+          store(codes + at, __builtin_convertvector(code, Integers<Code, kImages>));
         } else {
           // Adding the bias after the maximum is the same: rounding is monotone.
           const V best = max_of_four(sum[o][0], sum[o][1], sum[o][2], sum[o][3]) + broadcast<V>(bias[o]);
@@ -80,7 +91,7 @@ void conv_tile(const float* in, const float* weight, const float* bias, float* o
 }
 
 template <int first, int out_channels, int in_channels, int size, bool training>
-LENET_EXT_INLINE void conv_layer(const float* in, const float* weight, const float* bias, float* out, int32_t* codes) {
+LENET_EXT_INLINE void conv_layer(const float* in, const float* weight, const float* bias, float* out, Code* codes) {
   constexpr int pooled = (size - kKernel + 1) / 2, depth = in_channels * kKernel * kKernel;
   if constexpr (first < out_channels) {
     // Tiles of nearly equal size.
@@ -121,7 +132,7 @@ template <int in_channels>
 struct Activations {
   alignas(64) float images[in_channels * kImageSize * kImageSize * kImages];
   float pooled1[kOutputs1 * kImages];
-  int32_t codes[kOutputs1 * kImages];  // of one layer after the other
+  Code codes[kOutputs1 * kImages];  // of one layer after the other
   float pooled2[kFeatures * kImages];
   float hidden1[kHidden1 * kImages];
   float hidden2[kHidden2 * kImages];

@@ -76,6 +76,10 @@ template <>
 struct IntegerOf<double> {
   using type = int64_t;
 };
+template <>
+struct IntegerOf<uint8_t> {
+  using type = uint8_t;
+};
 
 template <typename T, int N>
 struct VecOf {
@@ -174,6 +178,20 @@ LENET_EXT_INLINE void store_narrowed(T* to, Vec<Accumulator<T>, N> v) {
     const Wide bits = (Wide)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     store(to, __builtin_convertvector(v != v ? (Wide{} + 0x7fc0u) : rounded, Bits));
   }
+}
+
+// Numbers from 0 to 255 as bytes.
+template <int N>
+LENET_EXT_INLINE void store_bytes(uint8_t* to, IntVec<float, N> v) {
+#if defined(__AVX2__)
+  if constexpr (N == 8) {  // what compilers make of it themselves takes three times as long
+    const __m128i low = _mm256_castsi256_si128((__m256i)v), high = _mm256_extracti128_si256((__m256i)v, 1);
+    const __m128i words = _mm_packus_epi32(low, high);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+    return;
+  }
+#endif
+  store(to, __builtin_convertvector(v, Integers<uint8_t, N>));
 }
 
 // An infinity or NaN has all exponent bits set. Integer arithmetic, so that the compiler may vectorise the loop.
@@ -338,14 +356,14 @@ LENET_EXT_INLINE Vec<T, N> odds(Vec<T, N> a, Vec<T, N> b) {
 #undef LENET_EXT_SHUFFLE
 
 // Transposes an N x N tile in registers: interleaving rows i and i + N/2 log2(N) times.
-template <int N>
-LENET_EXT_INLINE void transpose_tile(Vec<float, N> (&rows)[N]) {
-  using V = Vec<float, N>;
+template <int N, typename T = float>
+LENET_EXT_INLINE void transpose_tile(Vec<T, N> (&rows)[N]) {
+  using V = Vec<T, N>;
   LENET_EXT_UNROLL for (int stage = 1; stage < N; stage *= 2) {
     V next[N];
     LENET_EXT_UNROLL for (int i = 0; i < N / 2; ++i) {
-      next[2 * i] = interleave_low<N>(rows[i], rows[i + N / 2]);
-      next[2 * i + 1] = interleave_high<N>(rows[i], rows[i + N / 2]);
+      next[2 * i] = interleave_low<N, T>(rows[i], rows[i + N / 2]);
+      next[2 * i + 1] = interleave_high<N, T>(rows[i], rows[i + N / 2]);
     }
     LENET_EXT_UNROLL for (int i = 0; i < N; ++i)
       rows[i] = next[i];
