@@ -16,8 +16,9 @@ namespace {
 constexpr int kImages = kLanes<float>;
 using V = Vec<float, kImages>;
 using Codes = IntVec<float, kImages>;
-// A winner's code until it is transposed: a byte with AVX-512, which has an instruction for that. (With AVX2 what makes
-// bytes of eight lanes takes registers from the sums, and more time than it saves.)
+// With AVX2 the kernels of the single convolutions are faster where winners are kept.
+constexpr bool kKeepsWinners = kImages != 8;
+// A winner's code until it is transposed: a byte with AVX-512, which has an instruction for that.
 template <int images>
 struct StoredCode {
   using type = int32_t;
@@ -180,7 +181,10 @@ void run_unit(const LenetForward& job, int64_t first, Activations<in_channels>& 
 template <int in_channels>
 void run_units(const LenetForward& job, void* scratch, int64_t begin, int64_t end) {
   auto& activations = *static_cast<Activations<in_channels>*>(scratch);
-  const auto run = job.pooled1 != nullptr ? run_unit<in_channels, true> : run_unit<in_channels, false>;
+  auto run = run_unit<in_channels, false>;
+  if constexpr (kKeepsWinners) {
+    if (job.pooled1 != nullptr) run = run_unit<in_channels, true>;
+  }
   for (int64_t unit = begin; unit < end; ++unit) run(job, unit * kImages, activations);
 }
 
@@ -195,6 +199,6 @@ int64_t scratch_bytes(int64_t in_channels) {
 }  // namespace
 
 extern const LenetKernels lenet_kernels;
-const LenetKernels lenet_kernels = {kImages, scratch_bytes, run};
+const LenetKernels lenet_kernels = {kImages, kKeepsWinners, scratch_bytes, run};
 
 }  // namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY

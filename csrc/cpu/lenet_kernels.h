@@ -24,6 +24,7 @@ struct LenetForward {
 
 struct LenetKernels {
   int64_t lanes;                                                                // images of a unit of work
+  bool keeps_winners;                                                           // also what a backward pass will read
   int64_t (*scratch_bytes)(int64_t in_channels);                                // of one run call
   void (*run)(const LenetForward&, void* scratch, int64_t begin, int64_t end);  // units: ceil(batch / lanes)
 };

@@ -1,10 +1,10 @@
 // The whole network in one call on the CPU.
 //
 // The forward pass takes as many images as a vector has lanes through all layers, then the next
-// (cpu/lenet_kernels.cpp). Small batches, and what is left of a large one, go block by block: the convolutions an image
-// at a time, the linear layers for the images of the block together. A pass over the batch is one parallel region; its
-// blocks depend on the size of the batch alone, so the number of threads does not change a result. dtypes other than
-// float32 go layer by layer.
+// (cpu/lenet_kernels.cpp). Small batches, what is left of a large one, and with AVX2 all that are trained on go block
+// by block: the convolutions an image at a time, the linear layers for the images of the block together. A pass over
+// the batch is one parallel region; its blocks depend on the size of the batch alone, so the number of threads does not
+// change a result. dtypes other than float32 go layer by layer.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -189,7 +189,8 @@ void forward_pass(const Arguments& call, const Activations& all) {
   const bool training = all.pooled1 != nullptr;
   const auto& kernels = LENET_EXT_CPU_DISPATCH(lenet_kernels);
   // Whole vectors of images first, then what is left. In training a small batch has more units of work without them.
-  const int64_t vectors = training && call.batch < kFewImages ? 0 : call.batch / kernels.lanes;
+  const bool by_vectors = !training || (kernels.keeps_winners && call.batch >= kFewImages);
+  const int64_t vectors = by_vectors ? call.batch / kernels.lanes : 0;
   const int64_t single_begin = vectors * kernels.lanes, single = call.batch - single_begin;
   const int64_t blocks = (single + kBlock - 1) / kBlock;
   const cpu::LenetForward job{call.batch,  call.in_channels, call.classes, call.input, call.image_stride, call.p[0],
