@@ -38,31 +38,19 @@ HOT = {
 }
 
 
-def _compile(job: tuple[str, Path, str, Path]) -> str:
-    nvcc, source, architecture, target = job
-    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-Werror", "all-warnings"]
-    done = subprocess.run([*command, "-cubin", str(source), "-o", str(target)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
 @pytest.fixture(scope="module")
-def ptxas(tmp_path_factory) -> list[tuple[str, str]]:
+def ptxas(cubin_of) -> list[tuple[str, str]]:
     """(architecture, what ptxas says) for every file and every default architecture that this nvcc knows."""
     toolkit = find_cuda_toolkit()
     if isinstance(toolkit, str):
         pytest.skip(toolkit)
     known = subprocess.run([toolkit.nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    architectures = [a.removesuffix("+PTX").replace(".", "") for a in DEFAULT_ARCHITECTURES]
-    architectures = [a for a in architectures if f"compute_{a}\n" in known]
-    folder = tmp_path_factory.mktemp("cubin")
-    jobs = [
-        (toolkit.nvcc, source, architecture, folder / f"{source.stem}.{architecture}")
-        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-        for architecture in architectures
-    ]
+    numbers = [a.removesuffix("+PTX").replace(".", "") for a in DEFAULT_ARCHITECTURES]
+    architectures = [f"sm_{number}" for number in numbers if f"compute_{number}\n" in known]
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    jobs = [(toolkit.nvcc, source, architecture) for source in sources for architecture in architectures]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return [(job[2], text) for job, text in zip(jobs, pool.map(_compile, jobs), strict=True)]
+        return [(job[2], said) for job, (_, said) in zip(jobs, pool.map(lambda job: cubin_of(*job), jobs), strict=True)]
 
 
 @pytest.mark.extended
@@ -79,8 +67,8 @@ def test_hot_kernels_live_in_registers(ptxas):
                 int, re.search(r"(\d+) bytes stack frame, (\d+) .* (\d+) bytes spill", report).groups()
             )
             registers = int(re.search(r"Used (\d+) registers", report)[1])
-            assert (stack, stores, loads) == (0, 0, 0), f"{name} for sm_{architecture}: {report}"
+            assert (stack, stores, loads) == (0, 0, 0), f"{name} for {architecture}: {report}"
             # Images of three channels take the shared memory of a whole multiprocessor, and so may its registers.
             most = 255 if "LeNetLayerILi3E" in name else HOT[kernel]
-            assert registers <= most, f"{name} for sm_{architecture}: {registers} registers"
+            assert registers <= most, f"{name} for {architecture}: {registers} registers"
     assert {kernel for kernel, _ in seen} == set(HOT), "a kernel of the list is no longer there"
