@@ -77,7 +77,7 @@ class Group:
 # Running steps
 
 
-def run_command(command: list[str], limit: float, cwd: Path = ROOT, **environment: str) -> dict[str, Any]:
+def run_command(command: list[str], limit: float, cwd: Path | None = None, **environment: str) -> dict[str, Any]:
     begin = time.perf_counter()
     try:
         done = subprocess.run(
@@ -85,7 +85,7 @@ def run_command(command: list[str], limit: float, cwd: Path = ROOT, **environmen
             capture_output=True,
             text=True,
             timeout=limit,
-            cwd=cwd,
+            cwd=cwd or ROOT,
             env={**os.environ, "PYTHONPATH": _python_path(), **environment},
             errors="replace",
         )
@@ -321,19 +321,25 @@ def chosen(groups: Iterable[Group], stage: str, only: str | None) -> list[Group]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def commit() -> str:
+    """Of this copy, with ``+changes`` where its files differ; "unknown" where there is no repository of its own."""
+    describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    said = run_command(describe, 20) if (ROOT / ".git").exists() else _skipped("no repository")
+    return said["output"].strip() if said["status"] == OK else "unknown"
+
+
 def environment() -> dict[str, Any]:
     import torch
 
     query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
     smi = run_command(["nvidia-smi", f"--query-gpu={query}", "--format=csv"], 20)
-    commit = run_command(["git", "rev-parse", "HEAD"], 20)
     return {
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "python": platform.python_version(),
         "nvidia_smi": smi["output"].strip(),
-        "commit": commit["output"].strip(),
+        "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

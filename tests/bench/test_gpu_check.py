@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -215,6 +216,33 @@ def test_mnist_without_files(tmp_path):
         done = step.run(10)
         assert done["status"] == SKIPPED
         assert "--mnist-root" in done["reason"]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_of_this_copy(tmp_path, monkeypatch):
+    """What git says of an error is no commit, and that of a folder around the copy is another project's."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=somebody", "-c", "user.email=somebody@example.com", *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for root in (tmp_path, copy):
+        monkeypatch.setattr(gpu_check, "ROOT", root)
+        assert gpu_check.commit() == "unknown"
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    git("init", "--quiet")
+    (tmp_path / "file").write_text("before")
+    git("add", "file")
+    assert gpu_check.commit() == "unknown"  # there is none yet
+    git("commit", "--quiet", "--message", "First")
+    git("tag", "a-name")
+    assert gpu_check.commit() == git("rev-parse", "HEAD")
+    (tmp_path / "file").write_text("after")
+    assert gpu_check.commit() == git("rev-parse", "HEAD") + "+changes"
+    monkeypatch.setattr(gpu_check, "ROOT", copy)
+    assert gpu_check.commit() == "unknown"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
