@@ -39,16 +39,21 @@ HOT = {
 
 
 @pytest.fixture(scope="module")
-def ptxas(cubin_of) -> list[tuple[str, str]]:
-    """(architecture, what ptxas says) for every file and every default architecture that this nvcc knows."""
+def nvcc() -> str:
     toolkit = find_cuda_toolkit()
     if isinstance(toolkit, str):
         pytest.skip(toolkit)
-    known = subprocess.run([toolkit.nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    return toolkit.nvcc
+
+
+@pytest.fixture(scope="module")
+def ptxas(nvcc, cubin_of) -> list[tuple[str, str]]:
+    """(architecture, what ptxas says) for every file and every default architecture that this nvcc knows."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
     numbers = [a.removesuffix("+PTX").replace(".", "") for a in DEFAULT_ARCHITECTURES]
     architectures = [f"sm_{number}" for number in numbers if f"compute_{number}\n" in known]
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    jobs = [(toolkit.nvcc, source, architecture) for source in sources for architecture in architectures]
+    jobs = [(nvcc, source, architecture) for source in sources for architecture in architectures]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return [(job[2], said) for job, (_, said) in zip(jobs, pool.map(lambda job: cubin_of(*job), jobs), strict=True)]
 
@@ -72,3 +77,15 @@ def test_hot_kernels_live_in_registers(ptxas):
             most = 255 if "LeNetLayerILi3E" in name else HOT[kernel]
             assert registers <= most, f"{name} for {architecture}: {registers} registers"
     assert {kernel for kernel, _ in seen} == set(HOT), "a kernel of the list is no longer there"
+
+
+@pytest.mark.extended
+def test_the_driver_is_compiled_without_a_warning(nvcc, tmp_path):
+    """As `make gpu-check` does. Elsewhere it is compiled by a C++ compiler alone, as C++20."""
+    command = [nvcc, "-std=c++17", "-O3", "-lineinfo", "-arch=sm_90", "-Werror", "all-warnings"]
+    command += ["-Xcompiler", "-Wall,-Wextra,-Werror,-Wno-unknown-pragmas"]
+    driver = ROOT / "tests" / "cuda_on_cpu" / "driver.cu"
+    done = subprocess.run(
+        [*command, "-c", str(driver), "-o", str(tmp_path / "driver.o")], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
