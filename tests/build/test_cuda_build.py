@@ -22,10 +22,13 @@ HOT = {
     "lenet_forward_cluster_kernel": 128,
     "lenet_backward_data_kernel": 128,
     "lenet_backward_weight_kernel": 128,
+    "lenet_step_data_kernel": 255,  # one block of 256 threads a multiprocessor
+    "lenet_step_update_kernel": 128,
     "lenet_tensor_core_kernel": 128,
     "lenet_tensor_core_conv1_kernel": 128,
     "lenet_tensor_core_conv2_kernel": 128,
     "lenet_tensor_core_backward_kernel": 255,  # of 128 threads
+    "lenet_convolution_sums_kernel": 128,
     "lenet_lean_convolutions_kernel": 128,
     "lenet_lean_linears_kernel": 128,
     "lenet_tf32_linears_kernel": 255,  # one block of 256 threads a multiprocessor
