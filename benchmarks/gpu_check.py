@@ -5,7 +5,8 @@ compute-sanitizer's four tools, the tests on cuda, 200 training steps beside sto
 what is fast: ceilings of this GPU; this package against stock eager, channels_last, stock and ours under CUDA graphs,
 in strict float32, TF32 and bfloat16, the whole net and each layer; the backward pass by the cost rule; the problem of
 KernelBench that is this network; MNIST to 99%; a sweep of shapes; what is left of the time goes to the cost rules'
-other sides, torch.compile(mode="max-autotune") and JAX. Nsight Compute comes last.
+other sides, torch.compile(mode="max-autotune") and JAX. Nsight Compute comes last: it looks at the whole net forward,
+backward and in a training step.
 
 Each step is a process of its own with a time limit, so that one that hangs or crashes costs its own result only, and
 DIR/gpu_check.json is rewritten after each. What no longer fits the time (--seconds) is skipped, as is what needs a tool
@@ -46,7 +47,7 @@ SECONDS = 350.0  # of a call
 SECONDS_OF_NSIGHT = 25.0  # that the steps before it leave
 SHORTEST = 5.0  # seconds that are worth starting a step for
 PRECISIONS = ["float32", "tf32", "bfloat16"]
-DRIVER_LAUNCHES = 60  # that ncu looks at
+MOST_LAUNCHES = 120  # that ncu looks at; some ninety of the whole net's are to be expected
 
 OK, FAILED, TIMED_OUT, SKIPPED = "ok", "failed", "timed out", "skipped"
 
@@ -76,7 +77,7 @@ class Group:
 # Running steps
 
 
-def run_command(command: list[str], limit: float, cwd: Path = ROOT, **environment: str) -> dict[str, Any]:
+def run_command(command: list[str], limit: float, cwd: Path | None = None, **environment: str) -> dict[str, Any]:
     begin = time.perf_counter()
     try:
         done = subprocess.run(
@@ -84,7 +85,7 @@ def run_command(command: list[str], limit: float, cwd: Path = ROOT, **environmen
             capture_output=True,
             text=True,
             timeout=limit,
-            cwd=cwd,
+            cwd=cwd or ROOT,
             env={**os.environ, "PYTHONPATH": _python_path(), **environment},
             errors="replace",
         )
@@ -215,14 +216,16 @@ def build_driver(limit: float) -> dict[str, Any]:
     return {**outcome, "seconds": round(time.perf_counter() - begin, 1)}
 
 
+MEASUREMENTS = ROOT / "benchmarks" / "gpu" / "measurements.py"
+
+
 def measurement(name: str, *arguments: str, **environment: str) -> Callable[[float], dict[str, Any]]:
     """Runs one of gpu/measurements.py; the file it writes is its result, also if it was cut short."""
     file = WORK / f"{'-'.join((name, *(a.replace('/', '_') for a in arguments), *environment.values()))}.json"
-    script = ROOT / "benchmarks" / "gpu" / "measurements.py"
 
     def run(limit: float) -> dict[str, Any]:
         file.unlink(missing_ok=True)
-        outcome = run_command([sys.executable, str(script), name, str(file), *arguments], limit, **environment)
+        outcome = run_command([sys.executable, str(MEASUREMENTS), name, str(file), *arguments], limit, **environment)
         with contextlib.suppress(OSError, ValueError):
             outcome["result"] = json.loads(file.read_text())
         return outcome
@@ -230,8 +233,9 @@ def measurement(name: str, *arguments: str, **environment: str) -> Callable[[flo
     return run
 
 
-def profile_driver(limit: float) -> dict[str, Any]:
-    outcome = run_command(ncu.command(str(DRIVER), DRIVER_LAUNCHES), limit)
+def profile_net(limit: float) -> dict[str, Any]:
+    program = [sys.executable, str(MEASUREMENTS), "profiled", str(WORK / "profiled.json")]
+    outcome = run_command(ncu.command(program, MOST_LAUNCHES), limit)
     try:
         outcome["result"] = ncu.parse(outcome["output"])
     except ValueError as error:
@@ -299,7 +303,7 @@ def groups(mnist_root: str | None) -> list[Group]:
         Group("build", build_steps(), side_by_side=True),
         Group("check", check_steps(), side_by_side=True),
         Group("bench", bench_steps(mnist_root), leaves=SECONDS_OF_NSIGHT),
-        Group("bench", [Step("ncu", 60, profile_driver, ("driver build",), "ncu")]),
+        Group("bench", [Step("ncu", 60, profile_net, ("build",), "ncu")]),
     ]
 
 
@@ -317,19 +321,25 @@ def chosen(groups: Iterable[Group], stage: str, only: str | None) -> list[Group]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def commit() -> str:
+    """Of this copy, with ``+changes`` where its files differ; "unknown" where there is no repository of its own."""
+    describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    said = run_command(describe, 20) if (ROOT / ".git").exists() else _skipped("no repository")
+    return said["output"].strip() if said["status"] == OK else "unknown"
+
+
 def environment() -> dict[str, Any]:
     import torch
 
     query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
     smi = run_command(["nvidia-smi", f"--query-gpu={query}", "--format=csv"], 20)
-    commit = run_command(["git", "rev-parse", "HEAD"], 20)
     return {
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "python": platform.python_version(),
         "nvidia_smi": smi["output"].strip(),
-        "commit": commit["output"].strip(),
+        "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

@@ -1,28 +1,30 @@
 """What nvcc makes of the CUDA kernels for one architecture, counted without a GPU.
 
-For each kernel: registers, spills, static shared memory (what a launch asks for is no part of the code), and the
-instructions by kind of the inner loops that compute the most. A multiprocessor begins four instructions of a warp in a
-clock at most, so that a loop's count bounds the time of a trip.
+For each kernel: registers, bytes of the stack and of spills, static shared memory (what a launch asks for is no part of
+the code), and the instructions by kind of the inner loops that compute the most. A multiprocessor begins four
+instructions of a warp in a clock at most, so that a loop's count bounds the time of a trip.
 
     python benchmarks/gpu/machine_code.py            # says what differs from the committed table
     python benchmarks/gpu/machine_code.py --update   # writes it
 
-It needs nvcc, and cuobjdump of the same toolkit (or of PyPI's nvidia-cuda-cuobjdump, or Triton's).
+It needs nvcc, and both cuobjdump and nvdisasm, which cuobjdump calls: those of the toolkit, of PyPI's
+nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm (the extra `test` has them), or Triton's. The same nvcc makes the same
+code, to the instruction, whatever its host compiler; and newer tools print what is in the table, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +34,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 ARCHITECTURE = "sm_90"
 TABLE = Path(__file__).with_name(f"machine_code_{ARCHITECTURE}.json")
+SHARED = "static; what a kernel declares as extern is asked for at its launch, and is not in this table"
 
 MOST_LOOPS = 3  # of a kernel that are in the table
 SHORTEST_LOOP = 20  # instructions
-TOLERANCE = 0.05  # of a count of instructions
 
 # The first pattern that an operation begins with.
 KINDS = {
@@ -56,6 +58,7 @@ KINDS = {
 class Tools:
     nvcc: str
     cuobjdump: str
+    nvdisasm: str
     version: str  # of nvcc, e.g. 13.0.88
 
 
@@ -76,11 +79,20 @@ def find_tools() -> Tools | str:
     version = re.search(r"\bV(\d+\.\d+\.\d+)", said)
     if version is None:
         return f"{nvcc} does not say its version"
-    packages = Path(sysconfig.get_path("purelib"))
     folders = [Path(nvcc).parent, Path(nvcc).resolve().parent]
-    folders += [*packages.glob("nvidia/*/bin"), packages / "triton" / "backends" / "nvidia" / "bin"]
-    cuobjdump = shutil.which("cuobjdump", path=os.pathsep.join(map(str, folders))) or shutil.which("cuobjdump")
-    return "no cuobjdump" if cuobjdump is None else Tools(nvcc, cuobjdump, version[1])
+    folders += [folder for package in _folders_of("nvidia") for folder in sorted(package.glob("*/bin"))]
+    folders += [package / "backends" / "nvidia" / "bin" for package in _folders_of("triton")]
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath)])
+    cuobjdump, nvdisasm = (shutil.which(name, path=path) for name in ("cuobjdump", "nvdisasm"))
+    if cuobjdump is None or nvdisasm is None:
+        missing = " and ".join(n for n, found in (("cuobjdump", cuobjdump), ("nvdisasm", nvdisasm)) if found is None)
+        return f"no {missing}: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+    return Tools(nvcc, cuobjdump, nvdisasm, version[1])
+
+
+def _folders_of(package: str) -> list[Path]:
+    found = importlib.util.find_spec(package)
+    return [] if found is None else [Path(folder) for folder in found.submodule_search_locations or []]
 
 
 def kind_of(operation: str) -> str:
@@ -160,13 +172,22 @@ def count(instructions: list[Instruction]) -> dict[str, int]:
     return {"all": len(instructions), **{kind: kinds[kind] for kind in [*KINDS, "other"] if kinds[kind]}}
 
 
-def _of_file(tools: Tools, source: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    cubin = folder / f"{source.stem}.cubin"
-    compile_it = [tools.nvcc, "-std=c++17", "-O3", f"-arch={ARCHITECTURE}", "-Xptxas", "-v", "-cubin", str(source)]
-    said = subprocess.run([*compile_it, "-o", str(cubin)], check=True, capture_output=True, text=True).stderr
+Compile = Callable[[str, Path, str], tuple[Path, str]]  # nvcc, a source, an architecture: the cubin, what ptxas says
+
+
+def _compiler_into(folder: Path) -> Compile:
+    def compile_one(nvcc: str, source: Path, architecture: str) -> tuple[Path, str]:
+        cubin = folder / f"{source.stem}.cubin"
+        command = [nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas", "-v", "-cubin", str(source)]
+        return cubin, subprocess.run([*command, "-o", str(cubin)], check=True, capture_output=True, text=True).stderr
+
+    return compile_one
+
+
+def _of_file(tools: Tools, source: Path, compile_one: Compile) -> dict[str, dict[str, Any]]:
+    cubin, said = compile_one(tools.nvcc, source, ARCHITECTURE)
     dump = [tools.cuobjdump, "-sass", str(cubin)]
-    # cuobjdump calls nvdisasm, which lies beside it.
-    path = os.pathsep.join([str(Path(tools.cuobjdump).parent), os.environ.get("PATH", "")])
+    path = os.pathsep.join([str(Path(tools.nvdisasm).parent), os.environ.get("PATH", os.defpath)])
     sass = subprocess.run(dump, check=True, capture_output=True, text=True, env={**os.environ, "PATH": path}).stdout
     programs = dict(read_programs(sass))
     kernels = {}
@@ -180,47 +201,45 @@ def _of_file(tools: Tools, source: Path, folder: Path) -> dict[str, dict[str, An
     return kernels
 
 
-def measure(tools: Tools) -> dict[str, Any]:
-    """Compiles every kernel file; this takes some minutes of one core."""
+def measure(tools: Tools, compile_one: Compile | None = None) -> dict[str, Any]:
+    """Every kernel file; compiling them takes a minute of one core, unless `compile_one` has them already."""
     kernels: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        sources = sorted(SOURCES.glob("*.cu"))
-        for of_file in pool.map(lambda source: _of_file(tools, source, Path(folder)), sources):
+        by = compile_one or _compiler_into(Path(folder))
+        for of_file in pool.map(lambda source: _of_file(tools, source, by), sorted(SOURCES.glob("*.cu"))):
             kernels.update(of_file)
-    return {"architecture": ARCHITECTURE, "nvcc": tools.version, "kernels": dict(sorted(kernels.items()))}
+    return {
+        "architecture": ARCHITECTURE,
+        "nvcc": tools.version,
+        "shared": SHARED,
+        "kernels": dict(sorted(kernels.items())),
+    }
 
 
 def differences(table: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a reader of the table would not expect: other registers, any spill, counts that moved by more than 5%."""
+    """Whatever is not as in the table, and any spill."""
     was, kernels, found = table["kernels"], now["kernels"], []
     for name in sorted({*was, *kernels}):
         if name not in was or name not in kernels:
             found.append(f"{name}: {'is not in the table' if name in kernels else 'is gone'}")
             continue
         before, after = was[name], kernels[name]
-        found += [
-            f"{name}: {what} {before[what]}, now {after[what]}"
-            for what in ("registers", "stack", "shared")
-            if before[what] != after[what]
-        ]
+        counts = [(what, before[what], after[what]) for what in ("registers", "stack", "shared", "instructions")]
+        if len(before["loops"]) == len(after["loops"]):
+            for i, (one, other) in enumerate(zip(before["loops"], after["loops"], strict=True), 1):
+                counts += [(f"{kind} in loop {i}", one.get(kind, 0), other.get(kind, 0)) for kind in {**one, **other}]
+        else:
+            counts.append(("inner loops", len(before["loops"]), len(after["loops"])))
+        found += [f"{name}: {what} {one}, now {other}" for what, one, other in counts if one != other]
         if after["spills"] != 0:
             found.append(f"{name}: spills {after['spills']} bytes")
-        counts = [(before["instructions"], after["instructions"], "instructions")]
-        if len(before["loops"]) == len(after["loops"]):
-            pairs = zip(before["loops"], after["loops"], strict=True)
-            counts += [(x["all"], y["all"], f"instructions in loop {i}") for i, (x, y) in enumerate(pairs, 1)]
-        else:
-            found.append(f"{name}: {len(before['loops'])} inner loops, now {len(after['loops'])}")
-        found += [
-            f"{name}: {one} {what}, now {other}" for one, other, what in counts if abs(other - one) > TOLERANCE * one
-        ]
     return found
 
 
 def write(table: dict[str, Any]) -> None:
     """One line a kernel."""
     lines = [f"    {json.dumps(name)}: {json.dumps(kernel)}" for name, kernel in table["kernels"].items()]
-    head = [f"  {json.dumps(key)}: {json.dumps(table[key])},\n" for key in ("architecture", "nvcc")]
+    head = [f"  {json.dumps(key)}: {json.dumps(table[key])},\n" for key in ("architecture", "nvcc", "shared")]
     TABLE.write_text("{\n" + "".join(head) + '  "kernels": {\n' + ",\n".join(lines) + "\n  }\n}\n")
 
 

@@ -5,13 +5,14 @@ Random data, except for MNIST; FILE is rewritten as results come, so that what w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ BACKWARD_BATCHES = [64, 1024, 2048, 2050, 4096, 65536]
 SLOW_BATCHES = [64, 4096]  # of providers that take long to get ready
 SWEEP_BATCHES, SWEEP_CHANNELS, SWEEP_SIZES = [1, 64], [1, 3, 8, 32, 128], [8, 16, 32, 64]
 COPY_BYTES, MATRIX_SIZE = 2**30, 8192
+PROFILED_BATCHES = [64, 16384]
 KERNELBENCH = Plan.group("kernelbench")
 PARITY_IMAGES, PARITY_STEPS = 2048, 200
 MNIST_SEEDS, MNIST_BATCH, MNIST_EPOCHS, MNIST_RATE, MNIST_TARGET = 20, 64, 2, 0.05, 0.99
@@ -403,6 +405,37 @@ def measure_facts(save: Callable[[Any], Any]) -> None:
     save(facts)
 
 
+@contextlib.contextmanager
+def looked_at(case: str) -> Iterator[None]:
+    """What Nsight Compute looks at where it waits to be told, under the name of the case."""
+    if DEVICE != "cuda":
+        yield
+        return
+    with torch.cuda.profiler.profile():
+        begun = torch.cuda.nvtx.range_start(case)  # of all threads: backward passes have one of their own
+        yield
+        torch.cuda.synchronize()
+        torch.cuda.nvtx.range_end(begun)
+
+
+def measure_profiled(save: Callable[[Any], Any]) -> None:
+    """The network's kernels, each case once, for `ncu`; which they were."""
+    cases: list[str] = []
+    for precision in ("float32", "tf32", "bfloat16"):
+        dtype = set_precision(precision)
+        for batch in PROFILED_BATCHES:
+            x = torch.randn(batch, 1, 32, 32, device=DEVICE, dtype=dtype)
+            target = torch.randint(10, (batch,), device=DEVICE)
+            for mode in NET_MODES if batch == PROFILED_BATCHES[0] else NET_MODES[:2]:
+                program = net_program(lenet_ext.Net(device=DEVICE, dtype=dtype), x, target, mode)
+                program()  # what is launched once only
+                synchronize()
+                cases.append(f"{precision} {mode} batch {batch}")
+                with looked_at(cases[-1]):
+                    program()
+                save(cases)
+
+
 def one_cycle(steps: int) -> list[float]:
     """The learning rate of each step, as `lenet-ext train` has it."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=MNIST_RATE)
@@ -514,6 +547,7 @@ MEASUREMENTS: dict[str, Callable[..., None]] = {
     "parity": measure_parity,
     "facts": measure_facts,
     "mnist": measure_mnist,
+    "profiled": measure_profiled,
 }
 
 

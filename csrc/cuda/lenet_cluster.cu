@@ -282,8 +282,10 @@ int cluster_blocks(int64_t batch, int64_t classes) {
 }  // namespace
 
 int lenet_cluster_blocks(DType dtype, int64_t batch, int64_t channels, int64_t classes) {
-  // Measured in float32 on an H100 at commit e811d08: 10 us for up to 8 images, 15 us for 64. Beyond 128, predicted:
-  // two rounds of clusters of two take 9 us, single blocks 11 us.
+  // Measured in float32 on an H100 at commit e811d08: 10.5 us for an image by eight blocks, 15.4 for 64 by two each, 27
+  // for 256 by lenet.cu. So what blocks divide among them is some 13 us of one, and a second round of clusters of two,
+  // which finds its weights there, half of that. Predicted: 22 us for 128 images, which lenet.cu takes 25 for
+  // (benchmarks/gpu/kernel_times.md); a third round would come to 29, for up to 192 images.
   constexpr int64_t kMostImages = 128;
   if (dtype == DType::kFloat64 || channels != Conv1::kIn || classes < 1 || classes > kMostClasses) return 0;
   if (batch > kMostImages) return 0;

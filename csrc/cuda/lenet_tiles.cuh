@@ -152,6 +152,10 @@ inline ThreadTile tile_for(int images_of_block) {
 // The block computes a layer of `images` images in shared memory, one or an even number, of which the last may be
 // missing, and hands each pooled output to store(image, channel, window, winner), as pool_window makes it. thread -> a
 // tile: images x 4 x channels sums, each of them in the same order whatever the tile.
+//
+// The division of an item by `per_group`, which is no constant, is 27 instructions: of a large tile's 1.7% in conv1 (of
+// 1,570) and 0.2% in conv2 (of 11,000), of a single window's 3% and 1%. To carry the quotient to the next item would
+// take registers that large tiles have not.
 template <typename L, ThreadTile kTile, bool kCodes = true, typename Store>
 LX_DEVICE void convolve_images(const float* pixels, const float* weights, const float* biases, int images, int present,
                                Store store) {

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -217,6 +218,33 @@ def test_mnist_without_files(tmp_path):
         assert "--mnist-root" in done["reason"]
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_of_this_copy(tmp_path, monkeypatch):
+    """What git says of an error is no commit, and that of a folder around the copy is another project's."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=somebody", "-c", "user.email=somebody@example.com", *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for root in (tmp_path, copy):
+        monkeypatch.setattr(gpu_check, "ROOT", root)
+        assert gpu_check.commit() == "unknown"
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    git("init", "--quiet")
+    (tmp_path / "file").write_text("before")
+    git("add", "file")
+    assert gpu_check.commit() == "unknown"  # there is none yet
+    git("commit", "--quiet", "--message", "First")
+    git("tag", "a-name")
+    assert gpu_check.commit() == git("rev-parse", "HEAD")
+    (tmp_path / "file").write_text("after")
+    assert gpu_check.commit() == git("rev-parse", "HEAD") + "+changes"
+    monkeypatch.setattr(gpu_check, "ROOT", copy)
+    assert gpu_check.commit() == "unknown"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--out", str(tmp_path / "out")]
@@ -227,41 +255,73 @@ def test_without_a_gpu(tmp_path):
 
 
 # What the tool prints: its own messages, the names of the columns, their units, a line for each launch.
-NCU = """==PROF== Connected to process 17 (driver)
+NCU = """==PROF== Connected to process 17 (python)
 ==PROF== Profiling "lenet_forward_kernel" - 0: 0%....50%....100% - 3 passes
-ok
 ==PROF== Disconnected from process 17
-"ID","Process ID","Kernel Name","Grid Size","dram__bytes_read.sum","gpu__time_duration.sum","launch__registers_per_thread","sm__warps_active.avg.pct_of_peak_sustained_active"
-"","","","","byte","ns","register/thread","%"
-"0","17","lenet_forward_kernel(LenetForward, int)","(2, 1, 1)","1,024","4,000","128","24.5"
-"1","17","small_matrix_product_kernel(SmallMatrixProduct)","(1, 1, 1)","2048","3000","96","n/a"
-"2","17","lenet_forward_kernel(LenetForward, int)","(2, 1, 1)","3,072","6,000","128","25.5"
+"ID","Process ID","Kernel Name","Grid Size","Id:Domain:Start/Stop_Range:PL_Type:PL_Value:CLR_Type:Color:Msg_Type:Msg","dram__bytes_read.sum","gpu__time_duration.sum","launch__registers_per_thread","sm__warps_active.avg.pct_of_peak_sustained_active"
+"","","","","","byte","ns","register/thread","%"
+"0","17","lenet_forward_kernel(LenetForward, int)","(2, 1, 1)","1:<default domain>:float32 forward batch 64:none:none:none:none:none:none","1,024","4,000","128","24.5"
+"1","17","small_matrix_product_kernel(SmallMatrixProduct)","(1, 1, 1)","","2048","3000","96","n/a"
+"2","17","lenet_forward_kernel(LenetForward, int)","(2, 1, 1)","1:<default domain>:float32 forward batch 64:none:none:none:none:none:none","3,072","6,000","128","25.5"
+"3","17","lenet_forward_kernel(LenetForward, int)","(2, 1, 1)","1:<default domain>:tf32 forward + backward batch 64:none:none:none:none:none:none","8","7,000","128","25.5"
+"4","17","lenet_forward_kernel(LenetForward, int)","(99, 1, 1)","1:<default domain>:tf32 forward + backward batch 64:none:none:none:none:none:none","9","8,000","128","25.5"
 ==WARNING== something that does not matter
 """  # noqa: E501
 
 
 def test_ncu_is_read():
-    rows = ncu.parse(NCU)
-    assert rows == [
-        {
-            "kernel": "lenet_forward_kernel(LenetForward, int)",
-            "launches": 2,
-            "microseconds": 5.0,
-            "dram_read_bytes": 2048.0,
-            "occupancy_percent": 25.0,
-            "registers": 128.0,
-        },
-        {
-            "kernel": "small_matrix_product_kernel(SmallMatrixProduct)",
-            "launches": 1,
-            "microseconds": 3.0,
-            "dram_read_bytes": 2048.0,
-            "registers": 96.0,
-        },
+    forward, product = "lenet_forward_kernel(LenetForward, int)", "small_matrix_product_kernel(SmallMatrixProduct)"
+    first, unnamed, *others = ncu.parse(NCU)
+    assert first == {
+        "case": "float32 forward batch 64",
+        "kernel": forward,
+        "grid": "(2, 1, 1)",
+        "launches": 2,
+        "microseconds": 5.0,
+        "dram_read_bytes": 2048.0,
+        "occupancy_percent": 25.0,
+        "registers": 128.0,
+    }
+    assert (unnamed["case"], unnamed["kernel"], unnamed["grid"]) == (None, product, "(1, 1, 1)")
+    assert "occupancy_percent" not in unnamed
+    assert [(row["case"], row["grid"], row["microseconds"]) for row in others] == [
+        ("tf32 forward + backward batch 64", "(2, 1, 1)", 7.0),
+        ("tf32 forward + backward batch 64", "(99, 1, 1)", 8.0),
     ]
     with pytest.raises(ValueError, match="no table"):
         ncu.parse("==ERROR== The user does not have permission to access NVIDIA GPU Performance Counters")
-    assert "--csv" in ncu.command("driver", 3)
+
+
+def test_ncu_looks_at_the_net(tmp_path, monkeypatch):
+    """A program in its place, which notes how it was called and prints a table."""
+    tool = tmp_path / "ncu"
+    (tmp_path / "table").write_text(NCU)
+    tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\ncat {tmp_path}/table\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path)
+    done = gpu_check.profile_net(60)
+    assert (done["status"], len(done["result"])) == (OK, 4)
+    called = (tmp_path / "called").read_text()
+    assert "--profile-from-start off" in called
+    assert "--nvtx" in called
+    assert called.endswith(f"{gpu_check.MEASUREMENTS} profiled {tmp_path}/profiled.json\n")
+    (tmp_path / "table").write_text("==ERROR== no permission")
+    done = gpu_check.profile_net(60)
+    assert (done["status"], "no table" in done["output"]) == (FAILED, True)
+
+
+def test_ncu_is_told_when_to_look(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(measurements, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: said.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: said.append("stop"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_start", lambda case: said.append(case) or 17)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_end", lambda begun: said.append(f"end {begun}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("synchronize"))
+    with measurements.looked_at("a case"):
+        said.append("launches")
+    assert said == ["start", "a case", "launches", "synchronize", "end 17", "stop"]
 
 
 def times(ours: float, stock: float) -> dict[str, Any]:
@@ -356,6 +416,7 @@ def small(monkeypatch):
         "BATCHES": [2],
         "LAYER_BATCHES": [2],
         "BACKWARD_BATCHES": [2],
+        "PROFILED_BATCHES": [2, 3],
         "SLOW_BATCHES": [2],
         "SWEEP_BATCHES": [1],
         "SWEEP_CHANNELS": [1, 3],
@@ -411,6 +472,9 @@ def test_measurements_run(small, name):
         ]
     if name in ("net", "layers", "sweep", "backward", "compiled"):
         assert all(row["us"]["ours graph"]["median"] > 0 for row in result)
+    if name == "profiled":
+        assert len(result) == 3 * 5
+        assert {"float32 step batch 2", "bfloat16 forward + backward batch 3"} <= set(result)
     if name == "mnist":
         assert [(run["model"], run["seed"]) for run in result] == [("ours", 0), ("stock", 0), ("ours", 1), ("stock", 1)]
         assert all(run["reached"] for run in result), result

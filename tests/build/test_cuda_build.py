@@ -22,10 +22,13 @@ HOT = {
     "lenet_forward_cluster_kernel": 128,
     "lenet_backward_data_kernel": 128,
     "lenet_backward_weight_kernel": 128,
+    "lenet_step_data_kernel": 255,  # one block of 256 threads a multiprocessor
+    "lenet_step_update_kernel": 128,
     "lenet_tensor_core_kernel": 128,
     "lenet_tensor_core_conv1_kernel": 128,
     "lenet_tensor_core_conv2_kernel": 128,
     "lenet_tensor_core_backward_kernel": 255,  # of 128 threads
+    "lenet_convolution_sums_kernel": 128,
     "lenet_lean_convolutions_kernel": 128,
     "lenet_lean_linears_kernel": 128,
     "lenet_tf32_linears_kernel": 255,  # one block of 256 threads a multiprocessor
@@ -38,31 +41,24 @@ HOT = {
 }
 
 
-def _compile(job: tuple[str, Path, str, Path]) -> str:
-    nvcc, source, architecture, target = job
-    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-Werror", "all-warnings"]
-    done = subprocess.run([*command, "-cubin", str(source), "-o", str(target)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
 @pytest.fixture(scope="module")
-def ptxas(tmp_path_factory) -> list[tuple[str, str]]:
-    """(architecture, what ptxas says) for every file and every default architecture that this nvcc knows."""
+def nvcc() -> str:
     toolkit = find_cuda_toolkit()
     if isinstance(toolkit, str):
         pytest.skip(toolkit)
-    known = subprocess.run([toolkit.nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    architectures = [a.removesuffix("+PTX").replace(".", "") for a in DEFAULT_ARCHITECTURES]
-    architectures = [a for a in architectures if f"compute_{a}\n" in known]
-    folder = tmp_path_factory.mktemp("cubin")
-    jobs = [
-        (toolkit.nvcc, source, architecture, folder / f"{source.stem}.{architecture}")
-        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-        for architecture in architectures
-    ]
+    return toolkit.nvcc
+
+
+@pytest.fixture(scope="module")
+def ptxas(nvcc, cubin_of) -> list[tuple[str, str]]:
+    """(architecture, what ptxas says) for every file and every default architecture that this nvcc knows."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    numbers = [a.removesuffix("+PTX").replace(".", "") for a in DEFAULT_ARCHITECTURES]
+    architectures = [f"sm_{number}" for number in numbers if f"compute_{number}\n" in known]
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    jobs = [(nvcc, source, architecture) for source in sources for architecture in architectures]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return [(job[2], text) for job, text in zip(jobs, pool.map(_compile, jobs), strict=True)]
+        return [(job[2], said) for job, (_, said) in zip(jobs, pool.map(lambda job: cubin_of(*job), jobs), strict=True)]
 
 
 @pytest.mark.extended
@@ -79,8 +75,20 @@ def test_hot_kernels_live_in_registers(ptxas):
                 int, re.search(r"(\d+) bytes stack frame, (\d+) .* (\d+) bytes spill", report).groups()
             )
             registers = int(re.search(r"Used (\d+) registers", report)[1])
-            assert (stack, stores, loads) == (0, 0, 0), f"{name} for sm_{architecture}: {report}"
+            assert (stack, stores, loads) == (0, 0, 0), f"{name} for {architecture}: {report}"
             # Images of three channels take the shared memory of a whole multiprocessor, and so may its registers.
             most = 255 if "LeNetLayerILi3E" in name else HOT[kernel]
-            assert registers <= most, f"{name} for sm_{architecture}: {registers} registers"
+            assert registers <= most, f"{name} for {architecture}: {registers} registers"
     assert {kernel for kernel, _ in seen} == set(HOT), "a kernel of the list is no longer there"
+
+
+@pytest.mark.extended
+def test_the_driver_is_compiled_without_a_warning(nvcc, tmp_path):
+    """As `make gpu-check` does. Elsewhere it is compiled by a C++ compiler alone, as C++20."""
+    command = [nvcc, "-std=c++17", "-O3", "-lineinfo", "-arch=sm_90", "-Werror", "all-warnings"]
+    command += ["-Xcompiler", "-Wall,-Wextra,-Werror,-Wno-unknown-pragmas"]
+    driver = ROOT / "tests" / "cuda_on_cpu" / "driver.cu"
+    done = subprocess.run(
+        [*command, "-c", str(driver), "-o", str(tmp_path / "driver.o")], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")

@@ -662,6 +662,20 @@ def test_an_image_is_the_same_in_a_batch_of_any_size(ops, control, classes):
             torch.testing.assert_close(output, got[0], rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_colour_image_is_the_same_in_a_batch_of_any_size(ops):
+    """In blocks of one image, of two, and of four, which have tiles of their own, with or without gradients."""
+    _, parameters = reference_net(3, 10, torch.float32)
+    x = torch.randn(257, 3, 32, 32)
+    x[2] = x[2].sign()  # ties
+    x[3, 1, 9, 14], x[128, 2, 31, 0] = float("nan"), float("inf")
+    expected = ops.lenet_with_activations(x, parameters)
+    torch.testing.assert_close(ops.lenet(x, parameters), expected[0], rtol=0, atol=0, equal_nan=True)
+    for begin, end in [(0, 5), (127, 129), (0, 129)]:
+        got = ops.lenet_with_activations(x[begin:end], parameters)
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other[begin:end], rtol=0, atol=0, equal_nan=True)
+
+
 def test_inference_of_many_images_looks_for_no_winners(ops, control):
     """Bit by bit with the values that training keeps, in the whole network and in its layers."""
     _, parameters = reference_net(1, 10, torch.float32)
