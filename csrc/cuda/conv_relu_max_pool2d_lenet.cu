@@ -55,71 +55,28 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ------------------------------------------------------------------------------------------ gradient of conv2's input
 
-constexpr int kGradInputImages = 10;  // 5 pairs x 49 tiles = 245 of the 256 threads
-constexpr int kChunk = 4;             // output channels whose gradients are in shared memory at once
-
 template <int kImages>
-int64_t grad_input_small_shared_bytes() {
+int64_t grad_input_shared_bytes() {
   return lx::taken<float>(GradInput<kImages>::kFloats) + lx::taken<float>(Conv2::kOut * Conv2::kWeights);
 }
-int64_t grad_input_shared_bytes(int images) {
-  return lx::taken<float>(images * kChunk * kHaloedMap) + lx::taken<float>(Conv2::kOut * Conv2::kWeights);
-}
 
-// For a block with one image or two: thread as GradInput says. Shared memory: 30 KB for an image.
+// block -> kImages images; thread as GradInput says. Shared memory: 76 KB with 8 images, 37 KB with one.
 template <typename T, int kImages>
 __global__ void __launch_bounds__(kThreads, 2)
-    lenet_grad_input_small_kernel(int64_t batch, const T* __restrict__ grad_output, const uint8_t* __restrict__ indices,
-                                  const T* __restrict__ weight, T* __restrict__ grad_input) {
+    lenet_grad_input_kernel(int64_t batch, const T* __restrict__ grad_output, const uint8_t* __restrict__ indices,
+                            const T* __restrict__ weight, T* __restrict__ grad_input) {
   using L = Conv2;
   LX_SMEM(shared);
   float* region = lx::take<float>(shared, GradInput<kImages>::kFloats);
   float* weights = lx::take<float>(shared, L::kOut * L::kWeights);
-  turn_weights(weights, weight);
+  lx::copy_to_shared(weights, weight, L::kOut * L::kWeights);
+  __syncthreads();
   const int64_t first = int64_t{blockIdx.x} * kImages;
   const int present = static_cast<int>(batch - first < kImages ? batch - first : kImages);
   GradInput<kImages>::compute(region, grad_output + first * L::kPooled, indices + first * L::kPooled, present, weights,
-                              [&](int at, float value) { grad_input[first * L::kImage + at] = lx::narrow<T>(value); });
-}
-
-// block -> `images` images. The gradient of the convolution's output, with a border of zeros, passes through shared
-// memory by 4 channels at a time; thread -> 2 x 2 pixels of all 6 channels in two images, 48 sums.
-// With 10 images: 61 KB, 2 blocks per multiprocessor by registers.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 2)
-    lenet_grad_input_kernel(int64_t batch, int images, const T* __restrict__ grad_output,
-                            const uint8_t* __restrict__ indices, const T* __restrict__ weight,
-                            T* __restrict__ grad_input) {
-  using L = Conv2;
-  LX_SMEM(shared);
-  float* maps = lx::take<float>(shared, images * kChunk * kHaloedMap);
-  float* weights = lx::take<float>(shared, L::kOut * L::kWeights);
-  turn_weights(weights, weight);
-  lx::fill_shared(maps, images * kChunk * kHaloedMap, 0.0f);  // the borders stay so
-
-  const int thread = static_cast<int>(threadIdx.x);
-  const bool computes = thread < images / 2 * kPixelTiles;
-  const int image = thread / kPixelTiles * 2, tile = thread % kPixelTiles;
-  for (int64_t first = int64_t{blockIdx.x} * images; first < batch; first += int64_t{gridDim.x} * images) {
-    const int present = static_cast<int>(batch - first < images ? batch - first : images);
-    float sums[2][4][L::kIn] = {};
-#pragma unroll 1
-    for (int chunk = 0; chunk < L::kOut; chunk += kChunk) {
-      __syncthreads();
-      expand_haloed<kChunk>(maps, grad_output + first * L::kPooled, indices + first * L::kPooled, images, present,
-                            chunk);
-      __syncthreads();
-      if (!computes) continue;
-      add_haloed<2, kChunk>(sums, maps + image * kChunk * kHaloedMap, kChunk * kHaloedMap, tile,
-                            weights + chunk * L::kWeights);
-    }
-    if (!computes) continue;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (image + i >= present) break;
-      store_pixels(grad_input + (first + image + i) * L::kImage, tile, sums[i]);
-    }
-  }
+                              [&](int at, const float (&values)[4]) {
+                                lx::store_narrow(grad_input + first * L::kImage + at, values);
+                              });
 }
 
 // ------------------------------------------------------------------------------- gradients of the weights and biases
@@ -219,24 +176,29 @@ LaunchResult forward(const ConvPoolForward& c, cudaStream_t stream) {
   return is_layer<Conv1>(c.shape) ? forward_layer<Conv1, T>(c, stream) : forward_layer<Conv2, T>(c, stream);
 }
 
+template <typename T, int kImages>
+void launch_grad_input(LaunchResult& result, const ConvPoolBackward& c, cudaStream_t stream) {
+  lx::launch(result, "lenet_grad_input_kernel", lenet_grad_input_kernel<T, kImages>,
+             lx::grid_for(c.shape.batch, kImages), kThreads, grad_input_shared_bytes<kImages>(), stream, c.shape.batch,
+             static_cast<const T*>(c.grad_output), c.indices, static_cast<const T*>(c.weight),
+             static_cast<T*>(c.grad_input));
+}
+
 template <typename T>
 LaunchResult grad_input(const ConvPoolBackward& c, cudaStream_t stream) {
   LaunchResult result;
-  const int images = images_per_block(c.shape.batch, kGradInputImages, grad_input_shared_bytes);
-  if (images <= 2) {
-    const bool one = images == 1;
-    lx::launch(result, "lenet_grad_input_small_kernel",
-               one ? lenet_grad_input_small_kernel<T, 1> : lenet_grad_input_small_kernel<T, 2>,
-               lx::grid_for(c.shape.batch, images), kThreads,
-               one ? grad_input_small_shared_bytes<1>() : grad_input_small_shared_bytes<2>(), stream, c.shape.batch,
-               static_cast<const T*>(c.grad_output), c.indices, static_cast<const T*>(c.weight),
-               static_cast<T*>(c.grad_input));
-    return result;
+  const int images = images_per_block(c.shape.batch, 8, [](int n) {
+    return n > 4 ? grad_input_shared_bytes<8>() : n > 2 ? grad_input_shared_bytes<4>() : grad_input_shared_bytes<2>();
+  });
+  if (images >= 8) {
+    launch_grad_input<T, 8>(result, c, stream);
+  } else if (images >= 4) {
+    launch_grad_input<T, 4>(result, c, stream);
+  } else if (images == 2) {
+    launch_grad_input<T, 2>(result, c, stream);
+  } else {
+    launch_grad_input<T, 1>(result, c, stream);
   }
-  lx::launch(result, "lenet_grad_input_kernel", lenet_grad_input_kernel<T>, lx::grid_for(c.shape.batch, images),
-             kThreads, grad_input_shared_bytes(images), stream, c.shape.batch, images,
-             static_cast<const T*>(c.grad_output), c.indices, static_cast<const T*>(c.weight),
-             static_cast<T*>(c.grad_input));
   return result;
 }
 

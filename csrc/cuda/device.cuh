@@ -185,6 +185,13 @@ LX_DEVICE void copy_to_shared(Accumulator<T>* to, const T* from, int count) {
   }
 }
 
+// Rounds four values and stores them at once.
+template <typename T>
+LX_DEVICE void store_narrow(T* to, const float (&values)[4]) {
+  *reinterpret_cast<Pack<T, 4>*>(to) = {
+      {narrow<T>(values[0]), narrow<T>(values[1]), narrow<T>(values[2]), narrow<T>(values[3])}};
+}
+
 template <typename A>
 LX_DEVICE void fill_shared(A* to, int count, A value) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = value;

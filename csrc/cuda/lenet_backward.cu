@@ -16,12 +16,12 @@ __global__ void __launch_bounds__(kThreads, First::kIn == 1 ? 2 : 1)
     lenet_backward_data_kernel(LenetBackwardOf<T> call, BackwardWorkspace workspace) {
   using P = Pass<First, kImages>;
   LX_SMEM(shared);
-  float* weights2 = lx::take<float>(shared, Conv2::kOut * Conv2::kWeights);  // turned
+  float* weights2 = lx::take<float>(shared, Conv2::kOut * Conv2::kWeights);
   float* pixels = lx::take<float>(shared, kImages * First::kImage);
   float* pooled1 = lx::take<float>(shared, kImages * First::kPooled);  // later its gradient
   float* grad_features = lx::take<float>(shared, kImages * kFeatures);
   float* region = lx::take<float>(shared, P::kRegionFloats);
-  turn_weights(weights2, call.parameters[2]);
+  lx::copy_to_shared(weights2, call.parameters[2], Conv2::kOut * Conv2::kWeights);
 
   const int thread = static_cast<int>(threadIdx.x);
   const int classes = static_cast<int>(call.classes);
@@ -44,9 +44,9 @@ __global__ void __launch_bounds__(kThreads, First::kIn == 1 ? 2 : 1)
                                           call.indices1 + first * First::kPooled,
                                           call.indices2 + first * Conv2::kPooled, present, first == slice_begin,
                                           workspace.partials1 + int64_t{blockIdx.x} * kSums1<First>,
-                                          workspace.partials2 + int64_t{blockIdx.x} * kSums2, [&](int at, float value) {
+                                          workspace.partials2 + int64_t{blockIdx.x} * kSums2, [&](int at, const float (&values)[4]) {
                                             if (call.grad_pooled1 == nullptr) return;
-                                            call.grad_pooled1[first * First::kPooled + at] = lx::narrow<T>(value);
+                                            lx::store_narrow(call.grad_pooled1 + first * First::kPooled + at, values);
                                           });
   }
 }

@@ -120,12 +120,12 @@ __device__ __forceinline__ void linear_backward(float* region, int present, int 
 }
 
 // The convolutions. In shared memory: `region`, `pixels`, `pooled1`, which becomes its gradient, `grad_features`, and
-// conv2's weights, turned. The weight gradients are added to the block's partial sums in global memory, each by the
+// conv2's weights. The weight gradients are added to the block's partial sums in global memory, each by the
 // thread that wrote it before: together they would not fit the registers. store_grad_pooled1(position, value): what
 // else becomes of the gradient between the convolutions.
 template <typename First, int kImages, typename StoreGradPooled1>
 __device__ __forceinline__ void convolutions_backward(float* region, const float* pixels, float* pooled1,
-                                                      const float* grad_features, const float* turned_weights2,
+                                                      const float* grad_features, const float* weights2,
                                                       const uint8_t* indices1, const uint8_t* indices2, int present,
                                                       bool first_pass, float* partials1, float* partials2,
                                                       StoreGradPooled1 store_grad_pooled1) {
@@ -139,9 +139,9 @@ __device__ __forceinline__ void convolutions_backward(float* region, const float
   }
   __syncthreads();
 
-  GradInput<kImages>::compute(region, grad_features, indices2, present, turned_weights2, [&](int at, float value) {
-    pooled1[at] = value;
-    store_grad_pooled1(at, value);
+  GradInput<kImages>::compute(region, grad_features, indices2, present, weights2, [&](int at, const float (&values)[4]) {
+    *reinterpret_cast<lx::Pack<float, 4>*>(pooled1 + at) = {{values[0], values[1], values[2], values[3]}};
+    store_grad_pooled1(at, values);
   });
   __syncthreads();
 

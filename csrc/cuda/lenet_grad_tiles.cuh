@@ -27,123 +27,205 @@ struct Slices {
 
 // ------------------------------------------------------------------------------------------ gradient of conv2's input
 
-// It is the correlation of the gradient of the convolution's output, with a border of zeros, with the kernels turned by
-// 180 degrees: the same tiles as in the forward pass.
-constexpr int kHalo = kTap - 1;
-constexpr int kHaloed = Conv2::kConv + 2 * kHalo;  // 18
-constexpr int kHaloedMap = kHaloed * kHaloed;      // of one channel
-constexpr int kPixelTiles = Conv2::kSize / 2 * (Conv2::kSize / 2);
+// COMMENT
+// What a lane has: the place of one input channel and one kernel row. The last two lanes do as the 30th does.
+struct LanePlace {
+  static constexpr int kPlaces = Conv2::kIn * kTap;
+  int channel, row;
+  bool own;
 
-// The block copies weights [out][in][tap] to shared memory as [out][tap, turned][in].
-template <typename T>
-LX_DEVICE void turn_weights(float* to, const T* weight) {
-  using L = Conv2;
-  for (int i = threadIdx.x; i < L::kOut * L::kWeights; i += kGradThreads) {
-    const int in = i % L::kIn, tap = i / L::kIn % kTaps, out = i / (L::kIn * kTaps);
-    to[i] = lx::widen(weight[(out * L::kIn + in) * kTaps + kTaps - 1 - tap]);
+  LX_DEVICE LanePlace() {
+    const int lane = static_cast<int>(threadIdx.x) % 32, place = lane < kPlaces ? lane : kPlaces - 1;
+    channel = place % Conv2::kIn, row = place / Conv2::kIn, own = lane < kPlaces;
   }
-}
+  // `weights`: [out][in][tap]; those of the first output channel.
+  LX_DEVICE const float* of(const float* weights) const { return weights + channel * kTaps + row * kTap; }
+};
 
-// The block writes the inner part of the maps [images][kChunk] of the output channels from `first_channel` on.
-template <int kChunk, typename T>
-LX_DEVICE void expand_haloed(float* maps, const T* grad_output, const uint8_t* indices, int images, int present,
-                             int first_channel) {
-  using L = Conv2;
-  for (int i = threadIdx.x; i < images * kChunk * L::kWindows; i += kGradThreads) {
-    const int window = i % L::kWindows, channel = i / L::kWindows % kChunk, image = i / (kChunk * L::kWindows);
-    const int from = image * L::kPooled + (first_channel + channel) * L::kWindows + window;
-    float gradient[4] = {};
-    if (image < present) expand_window(gradient, lx::widen(grad_output[from]), indices[from]);
-    float* to = maps + (image * kChunk + channel) * kHaloedMap + (kHalo + window / L::kPool * 2) * kHaloed + kHalo +
-                window % L::kPool * 2;
-    *reinterpret_cast<lx::Pack<float, 2>*>(to) = {{gradient[0], gradient[1]}};
-    *reinterpret_cast<lx::Pack<float, 2>*>(to + kHaloed) = {{gradient[2], gradient[3]}};
-  }
-}
-
-// Adds what kChannels output channels give to tile `tile` (2 x 2 pixels, all input channels) in kImages images. `maps`:
-// the first channel's in the first image, the next image's `image_pitch` later; `weights`: the first channel's.
-template <int kImages, int kChannels>
-LX_DEVICE void add_haloed(float (&sums)[kImages][4][Conv2::kIn], const float* maps, int image_pitch, int tile,
-                          const float* weights) {
-  using L = Conv2;
-  const float* corner = maps + tile / (L::kSize / 2) * 2 * kHaloed + tile % (L::kSize / 2) * 2;
-#pragma unroll 1
-  for (int c = 0; c < kChannels; ++c) {
-    const float* planes[kImages];
+// Of a window whose winner is in this row, on the left or on the right: one of the gradients is zero.
+LX_DEVICE void add_row(float (&sums)[kTap + 1], const float (&weights)[kTap], float left, float right) {
 #pragma unroll
-    for (int image = 0; image < kImages; ++image) planes[image] = corner + image * image_pitch + c * kHaloedMap;
-    add_plane<kImages, L::kIn, L::kIn>(sums, planes, kHaloed, weights + c * L::kWeights);
-  }
+  for (int j = 0; j < kTap; ++j) sums[j] += left * weights[j];
+#pragma unroll
+  for (int j = 0; j < kTap; ++j) sums[j + 1] += right * weights[j];
 }
 
-// The tile's pixels of one image.
-template <typename T>
-LX_DEVICE void store_pixels(T* image, int tile, const float (&sums)[4][Conv2::kIn]) {
-  using L = Conv2;
-  T* to = image + tile / (L::kSize / 2) * 2 * L::kSize + tile % (L::kSize / 2) * 2;
-#pragma unroll
-  for (int c = 0; c < L::kIn; ++c) {
-#pragma unroll
-    for (int position = 0; position < 4; ++position) {
-      to[c * L::kSize * L::kSize + position / 2 * L::kSize + position % 2] = lx::narrow<T>(sums[position][c]);
-    }
-  }
-}
-
-// The gradient of conv2's input in 1, 2 or 4 images by one block, cut into 196 shares in any case: 49 tiles in 1 or 2
-// pairs of images (a single image is a tile of its own, with half as many sums), times 4 or 2 parts of the output
-// channels, whose sums are added at the end, in order.
+// In 1, 2, 4 or 8 images by one block.
 template <int kImages>
 struct GradInput {
   using L = Conv2;
-  static constexpr int kTileImages = kImages == 1 ? 1 : 2;
-  static constexpr int kParts = kImages == 4 ? 2 : 4;
-  static constexpr int kPartChannels = 4;  // output channels of a part that are in shared memory at once
-  static constexpr int kChunk = kParts * kPartChannels;
-  static constexpr int kPartThreads = kImages / kTileImages * kPixelTiles;
-  static_assert(kParts * kPartThreads <= static_cast<int>(kGradThreads), "a thread for each share");
-  // Gradients of conv2's outputs with borders, and after the last of them the parts' sums.
-  static constexpr int kMapFloats = kImages * kChunk * kHaloedMap;
-  static constexpr int kPartFloats = kParts * kImages * L::kImage;
-  static constexpr int kFloats = kMapFloats > kPartFloats ? kMapFloats : kPartFloats;
+  using Sums = float[2][kTap + 1];  // of a lane, for the winners of the upper and of the lower row of a window
+  static constexpr int kWarps = kGradThreads / 32;
+  static constexpr int kParts = kWarps / kImages;  // an image's windows are cut into so many runs, a warp for each
+  static LX_DEVICE constexpr int first_window(int part) { return part * L::kWindows / kParts; }
+  static LX_DEVICE constexpr int first_row(int part) { return first_window(part) / L::kPool * 2; }
 
-  // Hands the gradient of each pixel of the `present` first images to store(position, value), in one thread. `region`:
-  // shared, kFloats, free as soon as the whole block is here. `weights`: shared, turned; a barrier follows before they
-  // are read.
+  // A warp's sums: of each channel the rows that its windows reach, 14, 10 or 8.
+  static constexpr int kRows = kParts == 1 ? L::kSize : kParts == 2 ? 10 : 8;
+  static constexpr int kPlane = kParts <= 2 ? kRows * L::kSize : kRows * L::kSize + 4;  // lanes in different banks
+  static constexpr int kPlanes = L::kIn * kPlane;
+  static constexpr bool rows_suffice() {
+    for (int part = 0; part < kParts; ++part) {
+      const int last_row = (first_window(part + 1) - 1) / L::kPool * 2 + kTap;
+      if (last_row >= first_row(part) + kRows) return false;
+    }
+    return true;
+  }
+  static_assert(rows_suffice());
+  // The gradients in the winners' rows: [window][out][left, right].
+  static constexpr int kWindowPitch = 2 * L::kOut + 4;
+  static constexpr int kRowPairs = L::kWindows * kWindowPitch;
+  static constexpr int kFloats = kImages * kRowPairs + kWarps * kPlanes;
+
+  // Hands the gradients of four pixels at a time, of the `present` first images, to store(position, gradients).
+  // `region`: shared, kFloats, free. `weights`: shared, [out][in][tap].
   template <typename T, typename Store>
   static __device__ __forceinline__ void compute(float* region, const T* grad_output, const uint8_t* indices,
                                                  int present, const float* weights, Store store) {
-    const int thread = static_cast<int>(threadIdx.x);
-    const int part = thread / kPartThreads, tile = thread % kPixelTiles;
-    const int image = thread % kPartThreads / kPixelTiles * kTileImages;
-    float sums[kTileImages][4][L::kIn] = {};
-    lx::fill_shared(region, kMapFloats, 0.0f);  // the borders stay so
-#pragma unroll 1
-    for (int chunk = 0; chunk < L::kOut; chunk += kChunk) {
-      __syncthreads();
-      expand_haloed<kChunk>(region, grad_output, indices, kImages, present, chunk);
-      __syncthreads();
-      if (part >= kParts) continue;
-      const int channel = part * kPartChannels;
-      add_haloed<kTileImages, kPartChannels>(sums, region + (image * kChunk + channel) * kHaloedMap,
-                                             kChunk * kHaloedMap, tile, weights + (chunk + channel) * L::kWeights);
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int image = warp / kParts, part = warp % kParts;
+    const bool is_present = image < present;
+    float* const rows = region + image * kRowPairs;
+    float* const planes = region + kImages * kRowPairs + warp * kPlanes;
+    indices += image * L::kPooled;
+    if (is_present) {
+      if (lane < L::kWindows) expand_rows(rows, grad_output + image * L::kPooled, indices, part);
+      for (int i = lane; i < kPlanes / 4; i += 32) reinterpret_cast<lx::Pack<float, 4>*>(planes)[i] = {};
     }
-    __syncthreads();
-    if (part < kParts) {
+    sync_image();
+    if (is_present) add_windows(planes, rows, indices, part, weights);
+    sync_image();
+    if (!is_present) return;
+#pragma unroll 1
+    for (int i = part * 32 + lane; i < L::kImage / 4; i += kParts * 32) {
+      constexpr int kMap = L::kSize * L::kSize;
+      const int channel = lx::small_quotient<kMap / 4>(i), pixel = 4 * i - channel * kMap;
+      const float* from = planes - part * kPlanes + channel * kPlane + pixel;
+      float sums[4] = {};
 #pragma unroll
-      for (int i = 0; i < kTileImages; ++i) {
-        store_pixels(region + (part * kImages + image + i) * L::kImage, tile, sums[i]);
+      for (int p = 0; p < kParts; ++p) {
+        const int at = pixel - first_row(p) * L::kSize;  // a multiple of 4, as the ends are
+        if (kParts > 1 && (at < 0 || at >= kRows * L::kSize)) continue;
+        const lx::Pack<float, 4> pack = lx::load_pack<4>(from + p * kPlanes - first_row(p) * L::kSize);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sums[k] += pack[k];
+      }
+      store(image * L::kImage + 4 * i, sums);
+    }
+  }
+
+  // The warps of an image wait for each other.
+  static __device__ __forceinline__ void sync_image() {
+    if constexpr (kParts == 1) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  }
+
+  // lane -> a window. The warp writes the gradients of its part of the output channels, of all windows.
+  template <typename T>
+  static __device__ __forceinline__ void expand_rows(float* rows, const T* grad_output, const uint8_t* indices,
+                                                     int part) {
+    constexpr int kChannels = L::kOut / kParts;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int from = part * kChannels * L::kWindows + lane;
+    float* to = rows + lane * kWindowPitch + part * kChannels * 2;
+#pragma unroll
+    for (int o = 0; o < kChannels; o += 2) {
+      float pairs[4];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int code = indices[from + (o + k) * L::kWindows];
+        const float value = lx::widen(grad_output[from + (o + k) * L::kWindows]);
+        pairs[2 * k] = code % 2 == 0 ? value : 0.0f;
+        pairs[2 * k + 1] = code % 2 != 0 ? value : 0.0f;
+      }
+      *reinterpret_cast<lx::Pack<float, 4>*>(to + 2 * o) = {{pairs[0], pairs[1], pairs[2], pairs[3]}};
+    }
+  }
+
+  // The warp adds what the windows of its part give to its planes.
+  static __device__ __forceinline__ void add_windows(float* planes, const float* rows, const uint8_t* indices,
+                                                     int part, const float* weights) {
+    const LanePlace place;
+    float w[L::kOut][kTap], zero = 0;
+#pragma unroll
+    for (int o = 0; o < L::kOut; ++o) {
+#pragma unroll
+      for (int j = 0; j < kTap; ++j) w[o][j] = place.of(weights)[o * L::kWeights + j], zero += 0 * w[o][j];
+    }
+    const bool finite = __ballot_sync(0xffffffffu, zero == 0) == 0xffffffffu;
+
+    int window = first_window(part), column = window % L::kPool;
+    const int end = first_window(part + 1);
+    float* to = planes + place.channel * kPlane + place.row * L::kSize + 2 * column;
+    const uint8_t* codes = indices + static_cast<int>(threadIdx.x) % L::kOut * L::kWindows;
+    int code = codes[window];
+    Sums sums = {};
+#pragma unroll 1
+    for (; window < end; ++window) {
+      // A bit for each output channel: whether the winner is in this row.
+      const unsigned upper = __ballot_sync(0xffffffffu, code < 2);
+      const unsigned lower = __ballot_sync(0xffffffffu, (code & ~1) == 2);
+      if (window + 1 < end) code = codes[window + 1];
+#pragma unroll
+      for (int o = 0; o < L::kOut; o += 2) {
+        const lx::Pack<float, 4> pairs = lx::load_pack<4>(rows + window * kWindowPitch + 2 * o);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          if (upper >> (o + k) & 1u) {
+            add_row(sums[0], w[o + k], pairs[2 * k], pairs[2 * k + 1]);
+          } else if (lower >> (o + k) & 1u) {
+            add_row(sums[1], w[o + k], pairs[2 * k], pairs[2 * k + 1]);
+          }
+        }
+      }
+      if (!finite) add_zeros(sums, place.of(weights), indices + window);
+      put_columns<0>(to, sums, place.own);
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+#pragma unroll
+        for (int j = 0; j <= kTap; ++j) sums[row][j] = j + 2 <= kTap ? sums[row][j + 2] : 0.0f;
+      }
+      to += 2, ++column;
+      if (column == L::kPool || window + 1 == end) {
+        put_columns<0>(to, sums, place.own);
+        put_columns<2>(to + 2, sums, place.own);
+        for (int j = 0; j <= kTap; ++j) sums[0][j] = sums[1][j] = 0;
+        to += 2 * L::kSize - 2 * L::kPool, column = 0;
       }
     }
-    __syncthreads();
-    // Not unrolled: with compute capability 7.5 the whole network's backward pass would spill.
-#pragma unroll 1
-    for (int i = thread; i < present * L::kImage; i += static_cast<int>(kGradThreads)) {
-      float value = 0;
+  }
+
+  // Adds two columns of the sums to the planes: the upper rows of all lanes, then the lower ones, which are the next
+  // lanes' upper ones.
+  template <int kFirst>
+  static __device__ __forceinline__ void put_columns(float* to, const Sums& sums, bool own) {
 #pragma unroll
-      for (int p = 0; p < kParts; ++p) value += region[p * kImages * L::kImage + i];
-      store(i, value);
+    for (int row = 0; row < 2; ++row) {
+      if (own) {
+        const lx::Pack<float, 2> old = lx::load_pack<2>(to + row * L::kSize);
+        *reinterpret_cast<lx::Pack<float, 2>*>(to + row * L::kSize) = {
+            {old[0] + sums[row][kFirst], old[1] + sums[row][kFirst + 1]}};
+      }
+      __syncwarp();
+    }
+  }
+
+  // The products of weights that are not finite with the zeros of a window are NaN. `weights`: of the lane, shared.
+  static __device__ __forceinline__ void add_zeros(Sums& sums, const float* weights, const uint8_t* codes) {
+#pragma unroll 1
+    for (int o = 0; o < L::kOut; ++o) {
+      const int code = codes[o * L::kWindows];
+#pragma unroll
+      for (int j = 0; j < kTap; ++j) {
+        const float product = 0 * weights[o * L::kWeights + j];
+#pragma unroll
+        for (int position = 0; position < 4; ++position) {
+          if (code != position) sums[position / 2][position % 2 + j] += product;
+        }
+      }
     }
   }
 };

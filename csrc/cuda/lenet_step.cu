@@ -47,16 +47,16 @@ struct StepPass {
   static constexpr int kPartial = kImages * kMostClasses;
   static_assert(kPartial + kLinearParts * kImages * kMostOutputs <= Pass<First, kImages>::kRegionFloats);
 
-  float *weights1, *biases1, *weights2, *biases2, *pixels, *pooled1, *features, *hidden1, *hidden2;
-  float *turned_weights2, *region;
+  float *weights1, *biases1, *transposed_weights2, *biases2, *pixels, *pooled1, *features, *hidden1, *hidden2;
+  float *weights2, *region;
   uint8_t *indices1, *indices2;
 
   LX_DEVICE explicit StepPass(unsigned char* shared) {
     weights1 = lx::take<float>(shared, First::kOut * First::kWeights);
     biases1 = lx::take<float>(shared, First::kOut);
-    weights2 = lx::take<float>(shared, Conv2::kOut * Conv2::kWeights);
+    transposed_weights2 = lx::take<float>(shared, Conv2::kOut * Conv2::kWeights);
     biases2 = lx::take<float>(shared, Conv2::kOut);
-    turned_weights2 = lx::take<float>(shared, Conv2::kOut * Conv2::kWeights);
+    weights2 = lx::take<float>(shared, Conv2::kOut * Conv2::kWeights);
     pixels = lx::take<float>(shared, kImages * First::kImage);
     pooled1 = lx::take<float>(shared, kImages * First::kPooled);  // later its gradient
     features = lx::take<float>(shared, kImages * kFeatures);      // later their gradient
@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kThreads, 1) lenet_step_data_kernel(LenetStep 
   for (int i = 0; i < 10; ++i) parameters[i] = call.parameters[i];
   const int thread = static_cast<int>(threadIdx.x), classes = static_cast<int>(call.classes);
   transpose_weights<First>(s.weights1, parameters[0]);
-  transpose_weights<Conv2>(s.weights2, parameters[2]);
-  turn_weights(s.turned_weights2, parameters[2]);
+  transpose_weights<Conv2>(s.transposed_weights2, parameters[2]);
+  lx::copy_to_shared(s.weights2, parameters[2], Conv2::kOut * Conv2::kWeights);
   if (thread < First::kOut) s.biases1[thread] = parameters[1][thread];
   if (thread < Conv2::kOut) s.biases2[thread] = parameters[3][thread];
   const float divisor = loss_divisor(call.loss, call.batch, classes, s.region);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 1) lenet_step_data_kernel(LenetStep 
                                        s.indices1[at] = winner.code();
                                      });
     __syncthreads();
-    convolve_images<Conv2, S::kTile>(s.pooled1, s.weights2, s.biases2, kImages, kImages,
+    convolve_images<Conv2, S::kTile>(s.pooled1, s.transposed_weights2, s.biases2, kImages, kImages,
                                      [&](int image, int channel, int window, const auto& winner) {
                                        const int at = image * Conv2::kPooled + channel * Conv2::kWindows + window;
                                        s.features[at] = winner.pooled();
@@ -155,10 +155,10 @@ __global__ void __launch_bounds__(kThreads, 1) lenet_step_data_kernel(LenetStep 
     linear_backward<kImages>(s.region, present, classes, parameters, static_cast<const float*>(s.hidden1),
                              static_cast<const float*>(s.hidden2), w.backward.grad_hidden1 + first * kHidden1,
                              w.backward.grad_hidden2 + first * kHidden2, s.features);
-    convolutions_backward<First, kImages>(s.region, s.pixels, s.pooled1, s.features, s.turned_weights2, s.indices1,
+    convolutions_backward<First, kImages>(s.region, s.pixels, s.pooled1, s.features, s.weights2, s.indices1,
                                           s.indices2, present, first == slice_begin,
                                           w.backward.partials1 + int64_t{blockIdx.x} * kSums1<First>,
-                                          w.backward.partials2 + int64_t{blockIdx.x} * kSums2, [](int, float) {});
+                                          w.backward.partials2 + int64_t{blockIdx.x} * kSums2, [](int, const float (&)[4]) {});
   }
 }
 

@@ -480,6 +480,18 @@ Lanes<T> exchange_all(T value, const char* file, int line) {
   return {&state().threads[me.block->first_thread + begin], slot};
 }
 
+// A bit for each lane; of a warp that is not full, for those that are there.
+inline unsigned ballot(bool predicate, const char* file, int line) {
+  const Lanes<unsigned char> lanes = exchange_all(static_cast<unsigned char>(predicate), file, line);
+  const unsigned begin = state().current->linear / kWarp * kWarp;
+  const dim3 block = state().block;
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < kWarp && begin + lane < block.x * block.y * block.z; ++lane) {
+    bits |= static_cast<unsigned>(lanes[lane] != 0) << lane;
+  }
+  return bits;
+}
+
 }  // namespace lx_shim
 
 #define threadIdx (::lx_shim::state().current->index)
@@ -492,6 +504,7 @@ Lanes<T> exchange_all(T value, const char* file, int line) {
 // Full masks only.
 #define __shfl_xor_sync(mask, value, lanes) \
   ::lx_shim::exchange(value, (threadIdx.x % 32) ^ static_cast<unsigned>(lanes), __FILE__, __LINE__)
+#define __ballot_sync(mask, predicate) ::lx_shim::ballot(predicate, __FILE__, __LINE__)
 #define __shfl_sync(mask, value, lane) ::lx_shim::exchange(value, static_cast<unsigned>(lane) % 32, __FILE__, __LINE__)
 
 template <typename... Parameters, typename... Arguments>
