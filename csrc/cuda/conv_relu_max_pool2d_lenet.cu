@@ -73,10 +73,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   __syncthreads();
   const int64_t first = int64_t{blockIdx.x} * kImages;
   const int present = static_cast<int>(batch - first < kImages ? batch - first : kImages);
-  GradInput<kImages>::compute(region, grad_output + first * L::kPooled, indices + first * L::kPooled, present, weights,
-                              [&](int at, const float (&values)[4]) {
-                                lx::store_narrow(grad_input + first * L::kImage + at, values);
-                              });
+  GradInput<kImages>::compute(
+      region, grad_output + first * L::kPooled, indices + first * L::kPooled, present, weights,
+      [&](int at, const float (&values)[4]) { lx::store_narrow(grad_input + first * L::kImage + at, values); });
 }
 
 // ------------------------------------------------------------------------------- gradients of the weights and biases

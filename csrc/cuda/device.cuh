@@ -220,6 +220,15 @@ LX_DEVICE int computed_here(int x) {
   return x;
 }
 
+// The thread's number, read here: what is computed from it is not kept in registers from before a loop around this.
+LX_DEVICE int thread_read_here() {
+  int x = static_cast<int>(threadIdx.x);
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // x / kDivisor, for 0 <= x < 2^16: one instruction, where any number takes three or four.
 template <unsigned kDivisor>
 LX_DEVICE int small_quotient(int x) {

@@ -40,14 +40,14 @@ __global__ void __launch_bounds__(kThreads, First::kIn == 1 ? 2 : 1)
     linear_backward<kImages>(region, present, classes, call.parameters, call.hidden1 + first * kHidden1,
                              call.hidden2 + first * kHidden2, workspace.grad_hidden1 + first * kHidden1,
                              workspace.grad_hidden2 + first * kHidden2, grad_features);
-    convolutions_backward<First, kImages>(region, pixels, pooled1, grad_features, weights2,
-                                          call.indices1 + first * First::kPooled,
-                                          call.indices2 + first * Conv2::kPooled, present, first == slice_begin,
-                                          workspace.partials1 + int64_t{blockIdx.x} * kSums1<First>,
-                                          workspace.partials2 + int64_t{blockIdx.x} * kSums2, [&](int at, const float (&values)[4]) {
-                                            if (call.grad_pooled1 == nullptr) return;
-                                            lx::store_narrow(call.grad_pooled1 + first * First::kPooled + at, values);
-                                          });
+    convolutions_backward<First, kImages>(
+        region, pixels, pooled1, grad_features, weights2, call.indices1 + first * First::kPooled,
+        call.indices2 + first * Conv2::kPooled, present, first == slice_begin,
+        workspace.partials1 + int64_t{blockIdx.x} * kSums1<First>, workspace.partials2 + int64_t{blockIdx.x} * kSums2,
+        [&](int at, const float (&values)[4]) {
+          if (call.grad_pooled1 == nullptr) return;
+          lx::store_narrow(call.grad_pooled1 + first * First::kPooled + at, values);
+        });
   }
 }
 

@@ -32,6 +32,10 @@ struct BackwardWorkspace {
 
 constexpr int largest(int a, int b, int c = 0) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
 
+// What else a pass keeps in registers leaves none for all of a lane's weights.
+template <int kImages>
+using GradInputOfPass = GradInput<kImages, 12>;
+
 // The shared memory of a pass over `kImages` images.
 template <typename First, int kImages>
 struct Pass {
@@ -43,8 +47,8 @@ struct Pass {
   static constexpr int kWeightFloats = kImages * Conv2::kMap + Conv2GradWeight::kOtherFloats;
   // - what the gradient of its input needs;
   // - the sums of conv1's weight gradient.
-  static constexpr int kRegionFloats =
-      largest(largest(kLinearFloats, kWeightFloats), GradInput<kImages>::kFloats, Conv1GradWeight::kReducedFloats);
+  static constexpr int kRegionFloats = largest(largest(kLinearFloats, kWeightFloats), GradInputOfPass<kImages>::kFloats,
+                                               Conv1GradWeight::kReducedFloats);
   static constexpr int64_t shared_bytes() {
     return lx::taken<float>(Conv2::kOut * Conv2::kWeights) + lx::taken<float>(kImages * First::kImage) +
            lx::taken<float>(kImages * First::kPooled) + lx::taken<float>(kImages * kFeatures) +
@@ -139,10 +143,11 @@ __device__ __forceinline__ void convolutions_backward(float* region, const float
   }
   __syncthreads();
 
-  GradInput<kImages>::compute(region, grad_features, indices2, present, weights2, [&](int at, const float (&values)[4]) {
-    *reinterpret_cast<lx::Pack<float, 4>*>(pooled1 + at) = {{values[0], values[1], values[2], values[3]}};
-    store_grad_pooled1(at, values);
-  });
+  GradInputOfPass<kImages>::compute(
+      region, grad_features, indices2, present, weights2, [&](int at, const float (&values)[4]) {
+        *reinterpret_cast<lx::Pack<float, 4>*>(pooled1 + at) = {{values[0], values[1], values[2], values[3]}};
+        store_grad_pooled1(at, values);
+      });
   __syncthreads();
 
   // conv1's weights, an input channel at a time

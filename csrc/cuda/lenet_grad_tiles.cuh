@@ -1,10 +1,10 @@
 // The gradients of LeNet's convolutions, cut into what a block of 256 threads does with some images in shared memory.
 // Pointers to gradients and codes point at the first of these images; gradients may lie in shared memory as well.
 //
-// They multiply at every position, three of four times by zero. To gather the operands of the winners instead would
-// take a word of shared memory for each multiply-add, of which a multiprocessor loads 32 a clock and computes 128:
-// counted for the gradients of conv2's input, of its weights and of conv1's, 2,700 + 1,880 + 920 clocks an image, where
-// dense tiles in registers take 1,875 + 1,875 + 920.
+// Three of four products of a dense gradient are with zeros, and to skip them a thread needs an operand that depends on
+// the winner. Loaded from shared memory, a word for each multiply-add, of which a multiprocessor loads 32 a clock and
+// computes 128, that gains nothing for the gradients of the weights: counted 2,000 clocks an image for conv2's and 928
+// for conv1's, where dense tiles in registers take 1,880 and 920. The gradient of conv2's input has another way.
 #pragma once
 
 #include "lenet_tiles.cuh"
@@ -27,15 +27,27 @@ struct Slices {
 
 // ------------------------------------------------------------------------------------------ gradient of conv2's input
 
-// COMMENT
+// A warp goes from window to window, each with its winner in 16 channels. The weights stay in registers, as do the
+// sums: lane -> an input channel and a row of the kernel, 30 of 32. For each output channel the whole warp branches on
+// the row of the window's winner, of which there is none where ReLU is closed; in that row it multiplies both columns,
+// one of them by zero, because to branch once more costs as much as the five products that it would save.
+//
+// Of 240,000 multiply-adds of the dense gradient an image has 60,000, or 120,000 with the zero columns: 938 clocks of a
+// multiprocessor; in 30 lanes 4,000 instructions, 1,000 clocks. With every ReLU open a window takes 287 instructions of
+// sm_90, 160 of them multiply-adds, and an image 7,930 in all: 1,980 clocks at four a clock. The shared memory needs
+// 1,150 at most, if to broadcast 16 bytes takes it 4. A closed ReLU saves 10 to 11 instructions of 18. Tiles of the
+// dense gradient with a border of zeros took 4,480: 470,400 multiply-adds, of which 51% touch a window. Without the
+// border they would take 1,875, if there were nothing else to do; a word from shared memory for each of the 60,000, or
+// 86,400 with the places in a window of 6 x 6 that its kernel does not reach, 1,875 or 2,700.
+
 // What a lane has: the place of one input channel and one kernel row. The last two lanes do as the 30th does.
 struct LanePlace {
   static constexpr int kPlaces = Conv2::kIn * kTap;
   int channel, row;
   bool own;
 
-  LX_DEVICE LanePlace() {
-    const int lane = static_cast<int>(threadIdx.x) % 32, place = lane < kPlaces ? lane : kPlaces - 1;
+  LX_DEVICE explicit LanePlace(int lane) {
+    const int place = lane < kPlaces ? lane : kPlaces - 1;
     channel = place % Conv2::kIn, row = place / Conv2::kIn, own = lane < kPlaces;
   }
   // `weights`: [out][in][tap]; those of the first output channel.
@@ -50,8 +62,8 @@ LX_DEVICE void add_row(float (&sums)[kTap + 1], const float (&weights)[kTap], fl
   for (int j = 0; j < kTap; ++j) sums[j + 1] += right * weights[j];
 }
 
-// In 1, 2, 4 or 8 images by one block.
-template <int kImages>
+// In 1, 2, 4 or 8 images by one block. Of so many output channels a lane keeps the weights in registers.
+template <int kImages, int kKept = Conv2::kOut>
 struct GradInput {
   using L = Conv2;
   using Sums = float[2][kTap + 1];  // of a lane, for the winners of the upper and of the lower row of a window
@@ -82,25 +94,31 @@ struct GradInput {
   template <typename T, typename Store>
   static __device__ __forceinline__ void compute(float* region, const T* grad_output, const uint8_t* indices,
                                                  int present, const float* weights, Store store) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int thread = lx::thread_read_here(), lane = thread % 32, warp = thread / 32;
     const int image = warp / kParts, part = warp % kParts;
     const bool is_present = image < present;
     float* const rows = region + image * kRowPairs;
     float* const planes = region + kImages * kRowPairs + warp * kPlanes;
     indices += image * L::kPooled;
     if (is_present) {
-      if (lane < L::kWindows) expand_rows(rows, grad_output + image * L::kPooled, indices, part);
+      if (lane < L::kWindows) expand_rows(rows, grad_output + image * L::kPooled, indices, lane, part);
       for (int i = lane; i < kPlanes / 4; i += 32) reinterpret_cast<lx::Pack<float, 4>*>(planes)[i] = {};
     }
     sync_image();
-    if (is_present) add_windows(planes, rows, indices, part, weights);
+    if (is_present) add_windows(planes, rows, indices, lane, part, weights);
     sync_image();
     if (!is_present) return;
+    hand_over(region + kImages * kRowPairs, store);
+  }
+
+  template <typename Store>
+  static __device__ __forceinline__ void hand_over(const float* all_planes, Store store) {
+    const int thread = lx::thread_read_here(), image = thread / (32 * kParts);
 #pragma unroll 1
-    for (int i = part * 32 + lane; i < L::kImage / 4; i += kParts * 32) {
+    for (int i = thread % (32 * kParts); i < L::kImage / 4; i += kParts * 32) {
       constexpr int kMap = L::kSize * L::kSize;
       const int channel = lx::small_quotient<kMap / 4>(i), pixel = 4 * i - channel * kMap;
-      const float* from = planes - part * kPlanes + channel * kPlane + pixel;
+      const float* from = all_planes + image * kParts * kPlanes + channel * kPlane + pixel;
       float sums[4] = {};
 #pragma unroll
       for (int p = 0; p < kParts; ++p) {
@@ -126,9 +144,8 @@ struct GradInput {
   // lane -> a window. The warp writes the gradients of its part of the output channels, of all windows.
   template <typename T>
   static __device__ __forceinline__ void expand_rows(float* rows, const T* grad_output, const uint8_t* indices,
-                                                     int part) {
+                                                     int lane, int part) {
     constexpr int kChannels = L::kOut / kParts;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
     const int from = part * kChannels * L::kWindows + lane;
     float* to = rows + lane * kWindowPitch + part * kChannels * 2;
 #pragma unroll
@@ -146,22 +163,27 @@ struct GradInput {
   }
 
   // The warp adds what the windows of its part give to its planes.
-  static __device__ __forceinline__ void add_windows(float* planes, const float* rows, const uint8_t* indices,
+  static __device__ __forceinline__ void add_windows(float* planes, const float* rows, const uint8_t* indices, int lane,
                                                      int part, const float* weights) {
-    const LanePlace place;
-    float w[L::kOut][kTap], zero = 0;
+    const LanePlace place(lane);
+    float kept[kKept][kTap], zero = 0;
 #pragma unroll
     for (int o = 0; o < L::kOut; ++o) {
 #pragma unroll
-      for (int j = 0; j < kTap; ++j) w[o][j] = place.of(weights)[o * L::kWeights + j], zero += 0 * w[o][j];
+      for (int j = 0; j < kTap; ++j) {
+        const float weight = place.of(weights)[o * L::kWeights + j];
+        if (o < kKept) kept[o][j] = weight;
+        zero += 0 * weight;
+      }
     }
     const bool finite = __ballot_sync(0xffffffffu, zero == 0) == 0xffffffffu;
 
     int window = first_window(part), column = window % L::kPool;
     const int end = first_window(part + 1);
-    float* to = planes + place.channel * kPlane + place.row * L::kSize + 2 * column;
-    const uint8_t* codes = indices + static_cast<int>(threadIdx.x) % L::kOut * L::kWindows;
+    float* to = at(planes, place, part, window);
+    const uint8_t* codes = indices + lane % L::kOut * L::kWindows;
     int code = codes[window];
+    rows += window * kWindowPitch;
     Sums sums = {};
 #pragma unroll 1
     for (; window < end; ++window) {
@@ -171,24 +193,28 @@ struct GradInput {
       if (window + 1 < end) code = codes[window + 1];
 #pragma unroll
       for (int o = 0; o < L::kOut; o += 2) {
-        const lx::Pack<float, 4> pairs = lx::load_pack<4>(rows + window * kWindowPitch + 2 * o);
+        const lx::Pack<float, 4> pairs = lx::load_pack<4>(rows + 2 * o);
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
+          float w[kTap];
+#pragma unroll
+          for (int j = 0; j < kTap; ++j) {
+            w[j] = o + k < kKept ? kept[o + k < kKept ? o + k : 0][j] : place.of(weights)[(o + k) * L::kWeights + j];
+          }
           if (upper >> (o + k) & 1u) {
-            add_row(sums[0], w[o + k], pairs[2 * k], pairs[2 * k + 1]);
+            add_row(sums[0], w, pairs[2 * k], pairs[2 * k + 1]);
           } else if (lower >> (o + k) & 1u) {
-            add_row(sums[1], w[o + k], pairs[2 * k], pairs[2 * k + 1]);
+            add_row(sums[1], w, pairs[2 * k], pairs[2 * k + 1]);
           }
         }
       }
-      if (!finite) add_zeros(sums, place.of(weights), indices + window);
       put_columns<0>(to, sums, place.own);
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
 #pragma unroll
         for (int j = 0; j <= kTap; ++j) sums[row][j] = j + 2 <= kTap ? sums[row][j + 2] : 0.0f;
       }
-      to += 2, ++column;
+      to += 2, rows += kWindowPitch, ++column;
       if (column == L::kPool || window + 1 == end) {
         put_columns<0>(to, sums, place.own);
         put_columns<2>(to + 2, sums, place.own);
@@ -196,6 +222,7 @@ struct GradInput {
         to += 2 * L::kSize - 2 * L::kPool, column = 0;
       }
     }
+    if (!finite) add_zeros(planes, indices, place, part, weights);
   }
 
   // Adds two columns of the sums to the planes: the upper rows of all lanes, then the lower ones, which are the next
@@ -213,20 +240,36 @@ struct GradInput {
     }
   }
 
-  // The products of weights that are not finite with the zeros of a window are NaN. `weights`: of the lane, shared.
-  static __device__ __forceinline__ void add_zeros(Sums& sums, const float* weights, const uint8_t* codes) {
+  // Where a weight is not finite, as a dense product does, for PyTorch has NaN there: adds the products of all weights
+  // with the zeros of the windows.
+  static __device__ __forceinline__ void add_zeros(float* planes, const uint8_t* indices, const LanePlace& place,
+                                                   int part, const float* weights) {
 #pragma unroll 1
-    for (int o = 0; o < L::kOut; ++o) {
-      const int code = codes[o * L::kWindows];
+    for (int window = first_window(part); window < first_window(part + 1); ++window) {
+      Sums sums = {};
+#pragma unroll 1
+      for (int o = 0; o < L::kOut; ++o) {
+        const int code = indices[o * L::kWindows + window];
 #pragma unroll
-      for (int j = 0; j < kTap; ++j) {
-        const float product = 0 * weights[o * L::kWeights + j];
+        for (int j = 0; j < kTap; ++j) {
+          const float product = 0 * place.of(weights)[o * L::kWeights + j];
 #pragma unroll
-        for (int position = 0; position < 4; ++position) {
-          if (code != position) sums[position / 2][position % 2 + j] += product;
+          for (int position = 0; position < 4; ++position) {
+            if (code != position) sums[position / 2][position % 2 + j] += product;
+          }
         }
       }
+      float* to = at(planes, place, part, window);
+      put_columns<0>(to, sums, place.own);
+      put_columns<2>(to + 2, sums, place.own);
+      put_columns<4>(to + 4, sums, place.own);
     }
+  }
+
+  // Where the sums of a window's upper row belong.
+  static LX_DEVICE float* at(float* planes, const LanePlace& place, int part, int window) {
+    const int row = window / L::kPool * 2 - first_row(part) + place.row;
+    return planes + place.channel * kPlane + row * L::kSize + window % L::kPool * 2;
   }
 };
 

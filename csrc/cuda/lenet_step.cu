@@ -155,10 +155,10 @@ __global__ void __launch_bounds__(kThreads, 1) lenet_step_data_kernel(LenetStep 
     linear_backward<kImages>(s.region, present, classes, parameters, static_cast<const float*>(s.hidden1),
                              static_cast<const float*>(s.hidden2), w.backward.grad_hidden1 + first * kHidden1,
                              w.backward.grad_hidden2 + first * kHidden2, s.features);
-    convolutions_backward<First, kImages>(s.region, s.pixels, s.pooled1, s.features, s.weights2, s.indices1,
-                                          s.indices2, present, first == slice_begin,
-                                          w.backward.partials1 + int64_t{blockIdx.x} * kSums1<First>,
-                                          w.backward.partials2 + int64_t{blockIdx.x} * kSums2, [](int, const float (&)[4]) {});
+    convolutions_backward<First, kImages>(
+        s.region, s.pixels, s.pooled1, s.features, s.weights2, s.indices1, s.indices2, present, first == slice_begin,
+        w.backward.partials1 + int64_t{blockIdx.x} * kSums1<First>, w.backward.partials2 + int64_t{blockIdx.x} * kSums2,
+        [](int, const float (&)[4]) {});
   }
 }
 

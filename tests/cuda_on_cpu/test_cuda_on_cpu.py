@@ -21,7 +21,7 @@ pytestmark = NEEDS_COMPILER
 # stock.
 SUITES = ["operators/test_conv_relu_max_pool2d.py", "operators/test_linear.py", "operators/test_odd_cases.py"]
 GRADCHECK = ["autograd/test_gradcheck.py"]
-LEFT_OUT = "layers_of_real_nets or long_sums or many or (non_finite and (bfloat16 or float64 or lenet and weight))"
+LEFT_OUT = "layers_of_real_nets or long_sums or many or (non_finite and (bfloat16 or float64))"
 
 
 @pytest.mark.parametrize(
