@@ -27,18 +27,19 @@ struct Slices {
 
 // ------------------------------------------------------------------------------------------ gradient of conv2's input
 
-// A warp goes from window to window, each with its winner in 16 channels. The weights stay in registers, as do the
-// sums: lane -> an input channel and a row of the kernel, 30 of 32. For each output channel the whole warp branches on
-// the row of the window's winner, of which there is none where ReLU is closed; in that row it multiplies both columns,
-// one of them by zero, because to branch once more costs as much as the five products that it would save.
+// A warp goes from window to window, each with its winner in 16 channels. Weights and sums stay in registers: lane -> an
+// input channel and a row of the kernel, 30 of 32. For each output channel the whole warp branches on the row of the
+// winner, of which there is none where ReLU is closed. In that row it multiplies both columns, one of them by zero: to
+// branch once more takes as many instructions as the five products that it would save.
 //
-// Of 240,000 multiply-adds of the dense gradient an image has 60,000, or 120,000 with the zero columns: 938 clocks of a
-// multiprocessor; in 30 lanes 4,000 instructions, 1,000 clocks. With every ReLU open a window takes 287 instructions of
-// sm_90, 160 of them multiply-adds, and an image 7,930 in all: 1,980 clocks at four a clock. The shared memory needs
-// 1,150 at most, if to broadcast 16 bytes takes it 4. A closed ReLU saves 10 to 11 instructions of 18. Tiles of the
-// dense gradient with a border of zeros took 4,480: 470,400 multiply-adds, of which 51% touch a window. Without the
-// border they would take 1,875, if there were nothing else to do; a word from shared memory for each of the 60,000, or
-// 86,400 with the places in a window of 6 x 6 that its kernel does not reach, 1,875 or 2,700.
+// Counted for an image, and clocks of a multiprocessor, with every ReLU open: the winners have 60,000 multiply-adds, in
+// 30 lanes and with the other column 4,000 instructions, 1,000 clocks. A window takes 287 instructions of sm_90, 160 of
+// them multiply-adds, the whole 7,900, which is 1,980 clocks; shared memory 1,600 at most, if to broadcast 16 bytes
+// takes it 4. A channel without a winner takes 4 to 5 instructions instead of 13 to 15.
+// Others: tiles of the dense gradient with a border of zeros took 4,480, of whose 470,400 products 51% touch a window;
+// without the border its 240,000 would take 1,875, and no tile that touches no border is known. A word from shared
+// memory for each product takes 1,875, or 2,700 where a pixel asks all windows of 6 x 6 that reach it. Four branches
+// for the four positions: 12 to 13 instructions a channel for 13 to 14, and the compiler makes predicates of them, 17.
 
 // What a lane has: the place of one input channel and one kernel row. The last two lanes do as the 30th does.
 struct LanePlace {
@@ -62,7 +63,7 @@ LX_DEVICE void add_row(float (&sums)[kTap + 1], const float (&weights)[kTap], fl
   for (int j = 0; j < kTap; ++j) sums[j + 1] += right * weights[j];
 }
 
-// In 1, 2, 4 or 8 images by one block. Of so many output channels a lane keeps the weights in registers.
+// In 1, 2, 4 or 8 images by one block; of kKept output channels a lane keeps the weights in registers.
 template <int kImages, int kKept = Conv2::kOut>
 struct GradInput {
   using L = Conv2;
@@ -111,6 +112,7 @@ struct GradInput {
     hand_over(region + kImages * kRowPairs, store);
   }
 
+  // Adds the planes of an image's parts, in order.
   template <typename Store>
   static __device__ __forceinline__ void hand_over(const float* all_planes, Store store) {
     const int thread = lx::thread_read_here(), image = thread / (32 * kParts);
@@ -240,8 +242,8 @@ struct GradInput {
     }
   }
 
-  // Where a weight is not finite, as a dense product does, for PyTorch has NaN there: adds the products of all weights
-  // with the zeros of the windows.
+  // Adds the products of all weights with the zeros of the windows, which are NaN where a weight is not finite: PyTorch
+  // has them.
   static __device__ __forceinline__ void add_zeros(float* planes, const uint8_t* indices, const LanePlace& place,
                                                    int part, const float* weights) {
 #pragma unroll 1

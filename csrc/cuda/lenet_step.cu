@@ -78,7 +78,7 @@ struct StepPass {
   }
 };
 
-// block -> one slice of the batch, `kImages` images at a time. Shared memory: 110 KB with 4 images of one channel, 52
+// block -> one slice of the batch, `kImages` images at a time. Shared memory: 110 KB with 4 images of one channel, 57
 // KB with one.
 template <typename First, int kImages>
 __global__ void __launch_bounds__(kThreads, 1) lenet_step_data_kernel(LenetStep call, StepWorkspace w) {

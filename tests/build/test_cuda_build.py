@@ -34,7 +34,6 @@ HOT = {
     "lenet_tf32_linears_kernel": 255,  # one block of 256 threads a multiprocessor
     "lenet_conv_forward_kernel": 128,
     "lenet_grad_input_kernel": 128,
-    "lenet_grad_input_small_kernel": 128,
     "lenet_conv1_grad_weight_kernel": 128,
     "lenet_conv2_grad_weight_kernel": 128,
     "small_matrix_product_kernel": 128,

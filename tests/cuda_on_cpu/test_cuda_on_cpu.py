@@ -16,9 +16,7 @@ from cuda_on_cpu.stand_in import NEEDS_COMPILER, extended, rerun
 
 pytestmark = NEEDS_COMPILER
 
-# The suites of the operators, rerun in float32. What is left out: layers of other nets, which take fibers minutes; and
-# NaN in conv2's weight, whose products with the border of zeros around the gradient map reach more pixels than in
-# stock.
+# The suites of the operators, rerun in float32. What is left out: layers of other nets, which take fibers minutes.
 SUITES = ["operators/test_conv_relu_max_pool2d.py", "operators/test_linear.py", "operators/test_odd_cases.py"]
 GRADCHECK = ["autograd/test_gradcheck.py"]
 LEFT_OUT = "layers_of_real_nets or long_sums or many or (non_finite and (bfloat16 or float64))"

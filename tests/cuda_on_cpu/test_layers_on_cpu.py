@@ -129,6 +129,29 @@ def test_layouts_of_convolution(ops, control, algorithm, layout):
     assert gradients[0].is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [2, 129, 257, extended(897)], ids=str)
+def test_the_gradient_of_conv2s_input_is_exact(ops, batch, dtype):
+    """Small integers, any winners, what is not finite; 1, 2, 4 and 8 images in a block, of which the last is not full."""
+    g, w = integers(batch, 16, 5, 5, dtype=dtype), integers(16, 6, 5, 5, dtype=dtype)
+    codes = torch.tensor([0, 1, 2, 3, 255])[torch.randint(5, g.shape)].byte()
+    g[1, 7, 2, 3], codes[1, 7, 2, 3] = float("inf"), 2
+    x = torch.zeros(batch, 6, 14, 14, dtype=dtype)
+
+    def gradient(weight):
+        options = list(PLAIN.values())
+        return ops.conv_relu_max_pool2d_backward(g, codes, x, weight, x.shape, w.shape, *options, [True, False, False])[0]
+
+    def dense(weight):
+        windows = torch.stack([g.where(codes == position, 0) for position in range(4)], -1).double()
+        maps = windows.unflatten(-1, (2, 2)).transpose(3, 4).flatten(4, 5).flatten(2, 3)  # [batch, 16, 10, 10]
+        return F.fold(weight.double().flatten(1).T @ maps.flatten(2), 14, 5).to(dtype)
+
+    torch.testing.assert_close(gradient(w), dense(w), rtol=0, atol=0, equal_nan=True)
+    w[3, 2, 4, 0], w[15, 5, 0, 4], w[0, 0, 2, 2] = float("nan"), float("inf"), float("-inf")
+    torch.testing.assert_close(gradient(w), dense(w), rtol=0, atol=0, equal_nan=True)
+
+
 def test_an_image_does_not_depend_on_its_batch(ops):
     """Bit by bit: not on the batch's size, nor on its place in it."""
     options = list(PLAIN.values())
