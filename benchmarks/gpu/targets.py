@@ -40,10 +40,11 @@ PREDICTED_US = {
     ("bfloat16", "forward batch 65536"): 215,
     # The step was twelve launches (70, 183, 6579 us) where 21, 62 and 3700 were counted. It is two up to 2048 images:
     # forward, 28 us of gradients and 7 of sums as measured at 64 images; the layers as measured at 65536, with winners
-    # found in half the instructions.
-    ("float32", "step batch 64"): 50,
-    ("float32", "step batch 1024"): 150,
-    ("float32", "step batch 65536"): 6400,
+    # found in half the instructions. Of this the gradient of conv2's input has become 9, 33 and 1110 us less, by its
+    # count of instructions: half of the dense products, and no border (csrc/cuda/lenet_grad_tiles.cuh).
+    ("float32", "step batch 64"): 41,
+    ("float32", "step batch 1024"): 117,
+    ("float32", "step batch 65536"): 5290,
     # The linear layers as the H100 took for them (103 and 350, in TF32 105 and 500), the convolutions by their count of
     # instructions (csrc/lenet/cuda.cpp), at 1,300 clocks an image, and 4,100 in TF32.
     ("bfloat16", "backward batch 4096"): 130,
@@ -52,7 +53,7 @@ PREDICTED_US = {
     ("tf32", "backward batch 65536"): 1710,
     ("bfloat16", "forward + backward batch 65536"): 1000,
     ("tf32", "forward + backward batch 65536"): 2150,
-    ("float32", "forward + backward batch 65536"): 6300,
+    ("float32", "forward + backward batch 65536"): 5190,
     # On an H100, between its times for 1024 and for 8192 images as if they lay on a line (csrc/lenet/cuda.cpp): the
     # whole network in float32, and layers whose convolutions are in TF32.
     ("float32", "kernelbench_float32"): 155,

@@ -132,15 +132,15 @@ def test_layouts_of_convolution(ops, control, algorithm, layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [2, 129, 257, extended(897)], ids=str)
 def test_the_gradient_of_conv2s_input_is_exact(ops, batch, dtype):
-    """Small integers, any winners, what is not finite; 1, 2, 4 and 8 images in a block, of which the last is not full."""
+    """Small integers, any winners, and what is not finite; 1, 2, 4 and 8 images in a block, the last not full."""
     g, w = integers(batch, 16, 5, 5, dtype=dtype), integers(16, 6, 5, 5, dtype=dtype)
     codes = torch.tensor([0, 1, 2, 3, 255])[torch.randint(5, g.shape)].byte()
     g[1, 7, 2, 3], codes[1, 7, 2, 3] = float("inf"), 2
     x = torch.zeros(batch, 6, 14, 14, dtype=dtype)
 
     def gradient(weight):
-        options = list(PLAIN.values())
-        return ops.conv_relu_max_pool2d_backward(g, codes, x, weight, x.shape, w.shape, *options, [True, False, False])[0]
+        rest = [x.shape, w.shape, *PLAIN.values(), [True, False, False]]
+        return ops.conv_relu_max_pool2d_backward(g, codes, x, weight, *rest)[0]
 
     def dense(weight):
         windows = torch.stack([g.where(codes == position, 0) for position in range(4)], -1).double()
