@@ -27,8 +27,8 @@ struct Slices {
 
 // ------------------------------------------------------------------------------------------ gradient of conv2's input
 
-// A warp goes from window to window, each with its winner in 16 channels. Weights and sums stay in registers: lane -> an
-// input channel and a row of the kernel, 30 of 32. For each output channel the whole warp branches on the row of the
+// A warp goes from window to window, each with its winner in 16 channels. Weights and sums stay in registers: lane ->
+// an input channel and a row of the kernel, 30 of 32. For each output channel the whole warp branches on the row of the
 // winner, of which there is none where ReLU is closed. In that row it multiplies both columns, one of them by zero: to
 // branch once more takes as many instructions as the five products that it would save.
 //
@@ -97,19 +97,21 @@ struct GradInput {
                                                  int present, const float* weights, Store store) {
     const int thread = lx::thread_read_here(), lane = thread % 32, warp = thread / 32;
     const int image = warp / kParts, part = warp % kParts;
-    const bool is_present = image < present;
     float* const rows = region + image * kRowPairs;
-    float* const planes = region + kImages * kRowPairs + warp * kPlanes;
-    indices += image * L::kPooled;
-    if (is_present) {
-      if (lane < L::kWindows) expand_rows(rows, grad_output + image * L::kPooled, indices, lane, part);
+    float* const all_planes = region + kImages * kRowPairs;
+    if (image < present) {
+      const int from = image * L::kPooled;
+      if (lane < L::kWindows) expand_rows(rows, grad_output + from, indices + from, lane, part);
+      float* const planes = all_planes + warp * kPlanes;
       for (int i = lane; i < kPlanes / 4; i += 32) reinterpret_cast<lx::Pack<float, 4>*>(planes)[i] = {};
     }
     sync_image();
-    if (is_present) add_windows(planes, rows, indices, lane, part, weights);
+    if (image < present) {
+      const bool finite = add_windows(all_planes, rows, indices + image * L::kPooled, weights);
+      if (!finite) add_zeros(all_planes, indices, weights);
+    }
     sync_image();
-    if (!is_present) return;
-    hand_over(region + kImages * kRowPairs, store);
+    if (lx::thread_read_here() / (32 * kParts) < present) hand_over(all_planes, store);
   }
 
   // Adds the planes of an image's parts, in order.
@@ -164,9 +166,10 @@ struct GradInput {
     }
   }
 
-  // The warp adds what the windows of its part give to its planes.
-  static __device__ __forceinline__ void add_windows(float* planes, const float* rows, const uint8_t* indices, int lane,
-                                                     int part, const float* weights) {
+  // The warp adds what the windows of its part give to its planes. Whether all weights are finite.
+  static __device__ __forceinline__ bool add_windows(float* all_planes, const float* rows, const uint8_t* indices,
+                                                     const float* weights) {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, part = thread / 32 % kParts;
     const LanePlace place(lane);
     float kept[kKept][kTap], zero = 0;
 #pragma unroll
@@ -182,7 +185,7 @@ struct GradInput {
 
     int window = first_window(part), column = window % L::kPool;
     const int end = first_window(part + 1);
-    float* to = at(planes, place, part, window);
+    float* to = place_of(all_planes + thread / 32 * kPlanes, place, part, window);
     const uint8_t* codes = indices + lane % L::kOut * L::kWindows;
     int code = codes[window];
     rows += window * kWindowPitch;
@@ -224,7 +227,7 @@ struct GradInput {
         to += 2 * L::kSize - 2 * L::kPool, column = 0;
       }
     }
-    if (!finite) add_zeros(planes, indices, place, part, weights);
+    return finite;
   }
 
   // Adds two columns of the sums to the planes: the upper rows of all lanes, then the lower ones, which are the next
@@ -244,8 +247,10 @@ struct GradInput {
 
   // Adds the products of all weights with the zeros of the windows, which are NaN where a weight is not finite: PyTorch
   // has them.
-  static __device__ __forceinline__ void add_zeros(float* planes, const uint8_t* indices, const LanePlace& place,
-                                                   int part, const float* weights) {
+  static __device__ __forceinline__ void add_zeros(float* all_planes, const uint8_t* indices, const float* weights) {
+    const int thread = lx::thread_read_here(), warp = thread / 32, part = warp % kParts;
+    const LanePlace place(thread % 32);
+    indices += warp / kParts * L::kPooled;
 #pragma unroll 1
     for (int window = first_window(part); window < first_window(part + 1); ++window) {
       Sums sums = {};
@@ -261,7 +266,7 @@ struct GradInput {
           }
         }
       }
-      float* to = at(planes, place, part, window);
+      float* to = place_of(all_planes + warp * kPlanes, place, part, window);
       put_columns<0>(to, sums, place.own);
       put_columns<2>(to + 2, sums, place.own);
       put_columns<4>(to + 4, sums, place.own);
@@ -269,7 +274,7 @@ struct GradInput {
   }
 
   // Where the sums of a window's upper row belong.
-  static LX_DEVICE float* at(float* planes, const LanePlace& place, int part, int window) {
+  static LX_DEVICE float* place_of(float* planes, const LanePlace& place, int part, int window) {
     const int row = window / L::kPool * 2 - first_row(part) + place.row;
     return planes + place.channel * kPlane + row * L::kSize + window % L::kPool * 2;
   }
