@@ -169,7 +169,7 @@ struct GradInput {
   // The warp adds what the windows of its part give to its planes. Whether all weights are finite.
   static __device__ __forceinline__ bool add_windows(float* all_planes, const float* rows, const uint8_t* indices,
                                                      const float* weights) {
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, part = thread / 32 % kParts;
+    const int thread = lx::thread_read_here(), lane = thread % 32, part = thread / 32 % kParts;
     const LanePlace place(lane);
     float kept[kKept][kTap], zero = 0;
 #pragma unroll
