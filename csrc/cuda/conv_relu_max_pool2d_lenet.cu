@@ -60,7 +60,8 @@ int64_t grad_input_shared_bytes() {
   return lx::taken<float>(GradInput<kImages>::kFloats) + lx::taken<float>(Conv2::kOut * Conv2::kWeights);
 }
 
-// block -> kImages images; thread as GradInput says. Shared memory: 76 KB with 8 images, 37 KB with one.
+// block -> kImages images; thread as GradInput says. Shared memory: 74 KB with 8 images, 35 KB with one.
+// `grad_input` is 16-byte aligned, as it was allocated.
 template <typename T, int kImages>
 __global__ void __launch_bounds__(kThreads, 2)
     lenet_grad_input_kernel(int64_t batch, const T* __restrict__ grad_output, const uint8_t* __restrict__ indices,

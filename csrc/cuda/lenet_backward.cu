@@ -9,7 +9,7 @@ namespace {
 
 constexpr unsigned kThreads = kGradThreads;
 
-// block -> one slice of the batch, `kImages` images at a time; a pass costs some 23,000 cycles. Shared memory: 93 KB
+// block -> one slice of the batch, `kImages` images at a time; a pass costs some 23,000 cycles. Shared memory: 90 KB
 // with 4 images, 45 KB with one; two blocks per multiprocessor.
 template <typename First, typename T, int kImages>
 __global__ void __launch_bounds__(kThreads, First::kIn == 1 ? 2 : 1)

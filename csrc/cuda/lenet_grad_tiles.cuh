@@ -37,9 +37,9 @@ struct Slices {
 // them multiply-adds, the whole 7,900, which is 1,980 clocks; shared memory 1,600 at most, if to broadcast 16 bytes
 // takes it 4. A channel without a winner takes 4 to 5 instructions instead of 13 to 15.
 // Others: tiles of the dense gradient with a border of zeros took 4,480, of whose 470,400 products 51% touch a window;
-// without the border its 240,000 would take 1,875, and no tile that touches no border is known. A word from shared
-// memory for each product takes 1,875, or 2,700 where a pixel asks all windows of 6 x 6 that reach it. Four branches
-// for the four positions: 12 to 13 instructions a channel for 13 to 14, and the compiler makes predicates of them, 17.
+// without the border its 240,000 would take 1,875, were there nothing else to do. A word from shared memory for each
+// product takes 1,875, or 2,700 where a pixel asks all windows of 6 x 6 that reach it. Four branches for the four
+// positions: 12 to 13 instructions a channel for 13 to 15, and the compiler makes predicates of them, 17.
 
 // What a lane has: the place of one input channel and one kernel row. The last two lanes do as the 30th does.
 struct LanePlace {
