@@ -1,7 +1,8 @@
 """The floor under each kernel of LeNet on this processor, and how near to it the kernel is.
 
 No kernel can be faster than its multiply-adds at the processor's peak, nor than its tensors can be moved: each read or
-written once, at the rate of a copy of as many bytes. Peak and copy take turns with the kernels. The gradients of a
+written once, at the rate of a copy of as many bytes. Peak and copy take turns with the kernels, on one thread: what
+several lose is not the kernels' loss. The gradients of a
 convolution count the winners alone, and of those the ones that ReLU let through, as there are in the images. A call of
 the operator is part of the time: of one image it is much of it. With --json the rows become the section "floors" of a
 results file of ``lenet-ext bench``.
@@ -143,9 +144,9 @@ def _linear(name: str, input: Tensor, weight: Tensor, bias: Tensor, output: Tens
 
 
 def measure(batch: int, effort: Effort = EFFORT) -> list[dict[str, Any]]:
-    """A row for each kernel, on torch's number of threads."""
-    threads = torch.get_num_threads()
-    peak = peak_meter(threads)
+    """A row for each kernel, on one thread."""
+    torch.set_num_threads(1)
+    peak = peak_meter(1)
     torch.manual_seed(0)
     rows = []
     with torch.inference_mode():
@@ -153,17 +154,16 @@ def measure(batch: int, effort: Effort = EFFORT) -> list[dict[str, Any]]:
             half = kernel.bytes // 2
             source, target = (torch.zeros(half, dtype=torch.uint8) for _ in range(2))
             programs = {"kernel": kernel.run, "copy": lambda to=target, of=source: to.copy_(of)}
-            samples = time_interleaved(programs, CPU, effort, meters={"peak": peak}, settle=threads > 1)
-            rows.append(_row(kernel, batch, threads, samples))
+            samples = time_interleaved(programs, CPU, effort, meters={"peak": peak})
+            rows.append(_row(kernel, batch, samples))
     return rows
 
 
-def _row(kernel: Kernel, batch: int, threads: int, samples: dict[str, Samples]) -> dict[str, Any]:
+def _row(kernel: Kernel, batch: int, samples: dict[str, Samples]) -> dict[str, Any]:
     at_peak = Samples(tuple(us * kernel.flops / 1e9 for us in samples["peak"].times_us), 1)
     return {
         "kernel": kernel.title,
         "batch": batch,
-        "threads": threads,
         "flops": kernel.flops,
         "bytes": kernel.bytes,
         "peak_us": at_peak.median_us,
@@ -177,20 +177,15 @@ def main() -> None:
     """Reads the command line, measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 256], metavar="N")
-    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    rows = []
-    for threads in arguments.threads:
-        torch.set_num_threads(threads)
-        for batch in arguments.batches:
-            rows += measure(batch)
-    head = ("kernel", "batch", "threads", "kFLOP", "KB", "at peak", "copied", "measured", "share")
+    rows = [row for batch in arguments.batches for row in measure(batch)]
+    head = ("kernel", "batch", "kFLOP", "KB", "at peak", "copied", "measured", "share")
     table = Table(*head, title="us per image")
     for row in rows:
         counts = [figures(row[name] / row["batch"] / 1e3) for name in ("flops", "bytes")]
         times = [figures(row[f"{name}_us"] / row["batch"]) for name in ("peak", "copy", "measured")]
-        table.add_row(row["kernel"], str(row["batch"]), str(row["threads"]), *counts, *times, f"{row['share']:.0%}")
+        table.add_row(row["kernel"], str(row["batch"]), *counts, *times, f"{row['share']:.0%}")
     Console().print(table)
     if arguments.json is not None:
         write_json(arguments.json, merge(read_results(arguments.json), section_to_dict("floors", rows)))

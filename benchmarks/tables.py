@@ -259,18 +259,12 @@ def _left_table(content: Content, name: str, title: str) -> str:
 
 def floors_table(content: Content) -> str:
     """The floor under each kernel of LeNet, and how near to it the kernel is."""
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in sorted(content["floors"], key=lambda row: row["threads"]):
-        found.setdefault((row["kernel"], row["batch"]), []).append(row)
     lines = []
-    for (kernel, batch), rows in found.items():
-        sizes = [figures(rows[0][name] / batch / 1e3) for name in ("flops", "bytes")]
-        times = [both(figures(row[f"{name}_us"] / batch) for row in rows) for name in ("peak", "copy", "measured")]
-        lines.append([kernel, str(batch), *sizes, *times, both(f"{row['share']:.0%}" for row in rows)])
-    counts = both(map(str, sorted({row["threads"] for row in content["floors"]})))
-    title = (
-        f"Of an image: operations, bytes, and microseconds with {counts} threads, medians: of its operations at the "
-    )
+    for row in content["floors"]:
+        sizes = [figures(row[name] / row["batch"] / 1e3) for name in ("flops", "bytes")]
+        us = [figures(row[f"{name}_us"] / row["batch"]) for name in ("peak", "copy", "measured")]
+        lines.append([row["kernel"], str(row["batch"]), *sizes, *us, f"{row['share']:.0%}"])
+    title = "Of an image: operations, bytes, and microseconds on one thread, medians: of its operations at the "
     title += "processor's peak, of a copy of as many bytes, and of the kernel; the greater floor's share of that. "
     right = ["batch", "kFLOP", "KB", "at peak", "copied", "measured", "share"]
     return f"{title}{origin(content, 'floors')}\n\n{table(['kernel'], right, lines)}"
