@@ -84,7 +84,8 @@ PyObject* is_ordinary(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// What an operator returns, for Python; other Python threads go on while it works.
+// What an operator returns, for Python; other Python threads go on while it works, and may change what a Python object
+// holds: the arguments are references of our own.
 template <typename Operator, typename... Arguments>
 PyObject* called(const Operator& op, const Arguments&... arguments) {
   at::Tensor output;
@@ -103,7 +104,7 @@ template <bool relu>
 PyObject* call_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 3 || traced() || !ordinary(arguments[0], arguments[1], arguments[2])) Py_RETURN_NONE;
-  const at::Tensor &input = THPVariable_Unpack(arguments[0]), &weight = THPVariable_Unpack(arguments[1]);
+  const at::Tensor input = THPVariable_Unpack(arguments[0]), weight = THPVariable_Unpack(arguments[1]);
   return called(relu ? call::linear_relu() : call::linear(), input, weight, bias_of(arguments[2]));
   END_HANDLE_TH_ERRORS
 }
@@ -159,7 +160,7 @@ PyObject* call_conv_relu_max_pool2d(PyObject*, PyObject* const* arguments, Py_ss
   const auto pool_padding = options.integers<2>(6), pool_dilation = options.integers<2>(7);
   const bool ceil_mode = options.boolean(8);
   if (!options.fit()) Py_RETURN_NONE;
-  const at::Tensor &input = THPVariable_Unpack(arguments[0]), &weight = THPVariable_Unpack(arguments[1]);
+  const at::Tensor input = THPVariable_Unpack(arguments[0]), weight = THPVariable_Unpack(arguments[1]);
   return called(call::conv_relu_max_pool2d(), input, weight, bias_of(arguments[2]), stride, padding, dilation, groups,
                 pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode);
   END_HANDLE_TH_ERRORS
@@ -174,7 +175,7 @@ PyObject* call_relu_avg_pool2d(PyObject*, PyObject* const* arguments, Py_ssize_t
   const auto kernel_size = options.integers<2>(0), stride = options.integers<2>(1), padding = options.integers<2>(2);
   const bool ceil_mode = options.boolean(3), count_include_pad = options.boolean(4);
   const std::optional<int64_t> divisor_override = options.optional(5);
-  const at::Tensor& input = THPVariable_Unpack(arguments[0]);
+  const at::Tensor input = THPVariable_Unpack(arguments[0]);
   if (!options.fit() || input.dim() != 4) Py_RETURN_NONE;
   return called(call::relu_avg_pool2d(), input, kernel_size, stride, padding, ceil_mode, count_include_pad,
                 divisor_override);
@@ -337,7 +338,8 @@ PyObject* call_lenet(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (!list) Py_RETURN_NONE;
   const std::optional<LenetParameters> parameters = ordinary_lenet(arguments[2], list.ptr());
   if (!parameters) Py_RETURN_NONE;
-  return called(call::lenet(), THPVariable_Unpack(arguments[2]), at::TensorList(*parameters));
+  const at::Tensor input = THPVariable_Unpack(arguments[2]);
+  return called(call::lenet(), input, at::TensorList(*parameters));
   END_HANDLE_TH_ERRORS
 }
 
