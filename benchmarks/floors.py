@@ -2,10 +2,9 @@
 
 No kernel can be faster than its multiply-adds at the processor's peak, nor than its tensors can be moved: each read or
 written once, at the rate of a copy of as many bytes. Peak and copy take turns with the kernels, on one thread: what
-several lose is not the kernels' loss. The gradients of a
-convolution count the winners alone, and of those the ones that ReLU let through, as there are in the images. A call of
-the operator is part of the time: of one image it is much of it. With --json the rows become the section "floors" of a
-results file of ``lenet-ext bench``.
+several lose is not the kernels' loss. The gradients of a convolution count the winners alone, and of those the ones
+that ReLU let through, as there are in the images. A call of the operator is part of the time: of one image it is much
+of it. With --json the rows become the section "floors" of a results file of ``lenet-ext bench``.
 """
 
 from __future__ import annotations

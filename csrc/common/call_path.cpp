@@ -77,13 +77,6 @@ bool ordinary(PyObject* given_input, PyObject* given_weight, PyObject* given_bia
   return !bias || (bias->layout() == at::kStrided && bias->dim() == 1 && bias->size(0) == weight.size(0));
 }
 
-// is_ordinary(input, weight, bias) -> bool.
-PyObject* is_ordinary(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  return answer(count == 3 && ordinary(arguments[0], arguments[1], arguments[2]));
-  END_HANDLE_TH_ERRORS
-}
-
 // What an operator returns, for Python; other Python threads go on while it works, and may change what a Python object
 // holds: the arguments are references of our own.
 template <typename Operator, typename... Arguments>
@@ -369,7 +362,6 @@ PyMethodDef fast(const char* name, const char* doc) {
 }
 
 PyMethodDef functions[] = {
-    fast<is_ordinary>("is_ordinary", "is_ordinary(input, weight, bias): bool"),
     fast<are_plain_leaves>("are_plain_leaves", "are_plain_leaves(parameters): bool"),
     fast<untouched_parameters>("untouched_parameters", "untouched_parameters(modules, children): list or None"),
     fast<is_ordinary_lenet>("is_ordinary_lenet", "is_ordinary_lenet(input, parameters): bool"),

@@ -77,6 +77,10 @@ struct IntegerOf<double> {
   using type = int64_t;
 };
 template <>
+struct IntegerOf<int32_t> {
+  using type = int32_t;
+};
+template <>
 struct IntegerOf<uint8_t> {
   using type = uint8_t;
 };
@@ -178,20 +182,6 @@ LENET_EXT_INLINE void store_narrowed(T* to, Vec<Accumulator<T>, N> v) {
     const Wide bits = (Wide)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     store(to, __builtin_convertvector(v != v ? (Wide{} + 0x7fc0u) : rounded, Bits));
   }
-}
-
-// Numbers from 0 to 255 as bytes.
-template <int N>
-LENET_EXT_INLINE void store_bytes(uint8_t* to, IntVec<float, N> v) {
-#if defined(__AVX2__)
-  if constexpr (N == 8) {  // what compilers make of it themselves takes three times as long
-    const __m128i low = _mm256_castsi256_si128((__m256i)v), high = _mm256_extracti128_si256((__m256i)v, 1);
-    const __m128i words = _mm_packus_epi32(low, high);
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
-    return;
-  }
-#endif
-  store(to, __builtin_convertvector(v, Integers<uint8_t, N>));
 }
 
 // An infinity or NaN has all exponent bits set. Integer arithmetic, so that the compiler may vectorise the loop.

@@ -6,37 +6,26 @@
 namespace lenet_ext::cpu::LENET_EXT_CPU_CAPABILITY {
 namespace {
 
-// What the elements of a tile are moved as.
-template <size_t bytes>
-struct TileElement {
-  using type = float;
-};
-template <>
-struct TileElement<1> {
-  using type = uint8_t;
-};
-
 // `count` columns of `lanes` or fewer to rows: to[lane * stride + x] = from[x * width + lane]. In registers where there
 // are enough rows for a tile and all `lanes` values of a row may be read; the last tile overlaps the one before.
 template <int lanes, typename From, typename To>
 void transpose_row(const From* from, int64_t rows, int64_t width, int64_t count, To* to, int64_t stride) {
   if constexpr ((sizeof(From) == 4 && lanes >= 4) || (sizeof(From) == 1 && lanes == 16)) {
-    using Element = typename TileElement<sizeof(From)>::type;
-    using Tile = Vec<Element, lanes>;
+    using Tile = Vec<From, lanes>;
     typedef To Out __attribute__((vector_size(sizeof(To) * lanes)));
     if (rows >= lanes) {
       for (int64_t begin = 0; begin < rows; begin += lanes) {
         const int64_t x = min_of(begin, rows - lanes);
         Tile tile[lanes];
         LENET_EXT_UNROLL for (int i = 0; i < lanes; ++i)
-          tile[i] = load<Tile>(reinterpret_cast<const Element*>(from + (x + i) * width));
-        transpose_tile<lanes, Element>(tile);
+          tile[i] = load<Tile>(from + (x + i) * width);
+        transpose_tile<lanes, From>(tile);
         LENET_EXT_UNROLL for (int i = 0; i < lanes; ++i) {
           if (i >= count) continue;
           if constexpr (sizeof(To) == sizeof(From)) {
             store(to + i * stride + x, tile[i]);
           } else {
-            store(to + i * stride + x, __builtin_convertvector((IntVec<float, lanes>)tile[i], Out));
+            store(to + i * stride + x, __builtin_convertvector(tile[i], Out));
           }
         }
       }

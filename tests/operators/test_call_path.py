@@ -14,7 +14,6 @@ from lenet_ext._C import (
     call_linear,
     call_linear_relu,
     call_relu_avg_pool2d,
-    is_ordinary,
     is_ordinary_lenet,
     untouched_parameters,
 )
@@ -27,9 +26,20 @@ import lenet_ext
 from lenet_ext import ops
 from lenet_ext.net import _CHILDREN
 
+# As functional.normalize_options gives them.
+CONVOLUTION = ((1, 1), (0, 0, 1, 1), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
+
 
 class Subclass(Tensor):
     pass
+
+
+def is_ordinary(*arguments: Any) -> bool:
+    """Whether the short way calls the operator."""
+    weight = arguments[1]
+    convolution = isinstance(weight, Tensor) and weight.dim() == 4
+    output = call_conv_relu_max_pool2d(*arguments, CONVOLUTION) if convolution else call_linear(*arguments)
+    return output is not None
 
 
 class Nothing(TorchFunctionMode):
@@ -216,8 +226,6 @@ def test_plain_leaves() -> None:
     assert not are_plain_leaves(parameters)
 
 
-# As functional.normalize_options gives them.
-CONVOLUTION = ((1, 1), (0, 0, 1, 1), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1), False)
 AVERAGE = ((2, 2), (2, 2), (0, 0), False, True, None)
 
 
