@@ -220,9 +220,10 @@ def _(grad_output, indices, input, weight, input_size, weight_size, *options):
         grad_output.shape == indices.shape,
         (f"{op}: grad_output must have the shape of indices {tuple(indices.shape)}, got {tuple(grad_output.shape)}"),
     )
+    weight_format = torch.contiguous_format if weight is None else _memory_format(weight)
     return (
         _empty_or_none(output_mask[0], input_size, grad_output, _memory_format(indices)),
-        _empty_or_none(output_mask[1], weight_size, grad_output),
+        _empty_or_none(output_mask[1], weight_size, grad_output, weight_format),
         _empty_or_none(output_mask[2], weight_size[:1], grad_output),
     )
 

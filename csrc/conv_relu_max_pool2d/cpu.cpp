@@ -247,7 +247,7 @@ LayerGradients backward_dense(const ConvPoolShape& s, const Tensor& grad_output,
                                o.dilation, false, {0, 0}, o.groups, wanted);
   LayerGradients gradients;
   if (wanted[0]) gradients.input = crop_vendor_grad_input(grad_input, s, o).to(dtype).contiguous(given);
-  if (wanted[1]) gradients.weight = grad_weight.to(dtype).contiguous();
+  if (wanted[1]) gradients.weight = grad_weight.to(dtype);
   if (wanted[2]) gradients.bias = grad_bias.to(dtype);
   return gradients;
 }

@@ -44,14 +44,19 @@ class ConvReluMaxPool2dHost {
     const ConvPoolShape s = check_conv_relu_max_pool2d_backward(op, grad_output, indices, input, weight, input_size,
                                                                 weight_size, options, wanted);
     Device::check(op, s);
+    LayerGradients gradients;
     if (grad_output.numel() != 0) {
-      return Device::backward(op, s, grad_output, indices, input, weight, options, wanted);
+      gradients = Device::backward(op, s, grad_output, indices, input, weight, options, wanted);
+    } else {
+      if (wanted[0]) gradients.input = at::zeros(input_size, grad_output.options());
+      if (wanted[1]) gradients.weight = at::zeros(weight_size, grad_output.options());
+      if (wanted[2]) gradients.bias = at::zeros({s.out_channels}, grad_output.options());
     }
-    LayerGradients zeros;
-    if (wanted[0]) zeros.input = at::zeros(input_size, grad_output.options());
-    if (wanted[1]) zeros.weight = at::zeros(weight_size, grad_output.options());
-    if (wanted[2]) zeros.bias = at::zeros({s.out_channels}, grad_output.options());
-    return zeros;
+    if (wanted[1]) {
+      const at::MemoryFormat format = weight.defined() ? output_memory_format(weight) : at::MemoryFormat::Contiguous;
+      gradients.weight = gradients.weight.contiguous(format);
+    }
+    return gradients;
   }
 
   static void register_operators(torch::Library& m) {

@@ -41,8 +41,8 @@ LenetGradients lenet_backward_by_layers(const LayerOperators& device, const char
   const LayerGradients conv1 = device.conv_backward(op, conv2.input, a.indices1, input, p[0], input.sizes(),
                                                     p[0].sizes(), o, {input_gradient, true, true});
   return {conv1.input,
-          {conv1.weight, conv1.bias, conv2.weight, conv2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, fc3.weight,
-           fc3.bias}};
+          {conv1.weight.contiguous(), conv1.bias, conv2.weight.contiguous(), conv2.bias, fc1.weight, fc1.bias,
+           fc2.weight, fc2.bias, fc3.weight, fc3.bias}};
 }
 
 }  // namespace lenet_ext

@@ -9,7 +9,7 @@ import reference
 import torch
 from reference import LAYOUTS, assert_equal, assert_exact, integers, run
 
-from lenet_ext import functional
+from lenet_ext import functional, ops
 
 pytestmark = pytest.mark.kernels
 
@@ -261,3 +261,19 @@ def test_gradients_are_laid_out_like_their_tensors(device, channels, input_layou
     (weight_gradient,) = torch.autograd.grad(functional.conv_relu_max_pool2d(x, w).sum(), w)
     assert weight_gradient.is_contiguous(memory_format=formats.get(weight_layout, torch.contiguous_format))
     assert x.grad.is_contiguous(memory_format=formats[input_layout])
+
+
+@pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("input_layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [2, 32])
+def test_the_operator_lays_the_weight_gradient_out_like_weight(device, channels, input_layout, weight_layout):
+    """To lay it out again costs as much as pooling; without `weight`, which the gradient does not need, contiguous."""
+    x = LAYOUTS[input_layout](integers(2, channels, 9, 9, device=device))
+    w = LAYOUTS[weight_layout](integers(32, channels, 3, 3, device=device))
+    options = ((1, 1), (0, 0, 0, 0), (1, 1), 1, (2, 2), (2, 2), (0, 0), (1, 1))
+    output, indices = ops.conv_relu_max_pool2d_with_indices(x, w, None, *options, False)
+    for weight, layout in ((w, weight_layout), (None, "contiguous")):
+        mask = (weight is not None, True, True)
+        arguments = (torch.ones_like(output), indices, x, weight, x.shape, w.shape, *options, mask)
+        _, gradient, _ = ops.conv_relu_max_pool2d_backward(*arguments)
+        assert gradient.stride() == LAYOUTS[layout](gradient).stride()
