@@ -52,6 +52,11 @@ class ConvReluMaxPool2dHost {
       if (wanted[1]) gradients.weight = at::zeros(weight_size, grad_output.options());
       if (wanted[2]) gradients.bias = at::zeros({s.out_channels}, grad_output.options());
     }
+    // The vendor's has another stride at a channel that is alone, and is contiguous all the same.
+    if (wanted[0] && gradients.input.is_contiguous() && s.in_channels == 1 &&
+        output_memory_format(indices) == at::MemoryFormat::Contiguous) {
+      gradients.input = gradients.input.view({-1}).view(input_size);
+    }
     if (wanted[1]) {
       const at::MemoryFormat format = weight.defined() ? output_memory_format(weight) : at::MemoryFormat::Contiguous;
       gradients.weight = gradients.weight.contiguous(format);

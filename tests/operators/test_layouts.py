@@ -277,3 +277,12 @@ def test_the_operator_lays_the_weight_gradient_out_like_weight(device, channels,
         arguments = (torch.ones_like(output), indices, x, weight, x.shape, w.shape, *options, mask)
         _, gradient, _ = ops.conv_relu_max_pool2d_backward(*arguments)
         assert gradient.stride() == LAYOUTS[layout](gradient).stride()
+
+
+def test_the_operator_lays_a_one_channel_gradient_out_like_input(device):
+    """The vendor's has other strides; it is used where values are not finite."""
+    x, w = integers(2, 1, 9, 9, device=device), integers(32, 1, 3, 3, device=device)
+    w[0, 0, 0, 0] = torch.nan
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(functional.conv_relu_max_pool2d(x, w).sum(), x)
+    assert gradient.stride() == x.stride()
