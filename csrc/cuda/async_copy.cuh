@@ -60,4 +60,18 @@ LX_DEVICE void copy_floats_async(float* to, const float* from, int count) {
   }
 }
 
+// The block begins to copy `count` elements, a multiple of 16 bytes, to a 16-byte aligned address; from any other
+// address it copies them at once. A thread's are the same 16 bytes either way.
+template <typename T>
+LX_DEVICE void copy_vectors_async(T* to, const T* from, int count) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    copy_block_async<16>(to, from, count);
+  } else {
+    constexpr int kEach = 16 / sizeof(T);
+    for (int i = threadIdx.x * kEach; i < count; i += blockDim.x * kEach) {
+      for (int k = 0; k < kEach; ++k) to[i + k] = from[i + k];
+    }
+  }
+}
+
 }  // namespace lx

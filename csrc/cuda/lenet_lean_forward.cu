@@ -57,15 +57,10 @@ struct Lean {
   static constexpr int kPlane = vectors_apart(kImages * Pixels::kImage) * kVectorBytes;
   static constexpr int kPooledBytes = kPerWord == 2 ? kImages * Pixels::kImage * kVectorBytes : 2 * kPlane;
 
-  static constexpr int kSteps1 = kPatchDepth / (8 * kPerWord), kTiles1 = 6;
-  // Which matrix of weights a product of conv1 takes; -1: they are all zeros. A row of pixels meets row `step` of the
-  // taps for the positions at dy = 0 and the row above for those at dy = 1.
-  static constexpr int kMatrices1 = kPerWord == 2 ? kSteps1 * kTiles1 : kTap * 3;
-  static LX_DEVICE constexpr int matrix1(int step, int tile) {
-    if (kPerWord == 2) return step * kTiles1 + tile;
-    const int row = step - tile / 3;
-    return row < 0 || row >= kTap ? -1 : row * 3 + tile % 3;
-  }
+  // The matrices are as many as in the other kernel, and met in the same products.
+  using Products = ConvolutionLayout<T>;
+  static constexpr int kSteps1 = Products::kSteps1, kTiles1 = Products::kTiles1, kMatrices1 = Products::kMatrices1;
+  static LX_DEVICE constexpr int matrix1(int step, int tile) { return Products::matrix1(step, tile); }
   static constexpr int kMatrix1Words = (kMatrices1 + 1) / 2 * 128;
 
   static constexpr int kSteps2 = kPerWord == 2 ? 13 : kTaps, kMatrix2Words = kSteps2 * 128;

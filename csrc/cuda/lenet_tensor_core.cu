@@ -113,25 +113,36 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_tensor_core_kernel(LenetFor
   float* biases2 = lx::take<float>(shared, kBiases2);
   int* irregular = lx::take<int>(shared, images);
   uint32_t* features = pixels;
-  const int planes = images * Conv1::kWindows;
+  const int planes = images * MapPixels::kImage;
 
+  const int64_t stride = int64_t{gridDim.x} * images;
+  int64_t first = int64_t{blockIdx.x} * images;
+  auto present_at = [&](int64_t image) {
+    return static_cast<int>(call.batch - image < images ? call.batch - image : images);
+  };
+  auto fetch = [&](int64_t image) {
+    lx::copy_vectors_async(elements<T>(pixels), call.input + image * Conv1::kImage, present_at(image) * Conv1::kImage);
+    lx::end_copy_group();
+  };
+  fetch(first);
   prepare_conv1(matrix1, biases1, call.parameters[0], call.parameters[1]);
   prepare_conv2(matrix2, biases2, call.parameters[2], call.parameters[3]);
   lx::fill_shared(pooled1, L::maps_words(images), 0u);  // its channels 6 and 7 stay so
   lx::fill_shared(irregular, images, 0);
   __syncthreads();
 
-  const int64_t stride = int64_t{gridDim.x} * images;
 #pragma unroll 1
-  for (int64_t first = int64_t{blockIdx.x} * images; first < call.batch; first += stride) {
-    const int present = static_cast<int>(call.batch - first < images ? call.batch - first : images);
-    load_pixels(pixels, call.input + first * Conv1::kImage, present, irregular);
+  for (; first < call.batch; first += stride) {
+    const int present = present_at(first);
+    lx::wait_for_copies<0>();
+    look_at_pixels<T>(pixels, present, irregular);
     __syncthreads();
-    convolve1<T, kKeep>(pixels, matrix1, biases1, present, irregular,
+    convolve1<T, kKeep>(pixels, Conv1Weights<T>(matrix1, biases1), matrix1, biases1, present, irregular,
                         [&](const Patch& patch, int channel, int right, const auto& winner) {
                           constexpr int kInVector = 4 * L::kPerWord;
                           const T value = lx::narrow<T>(winner.pooled());
-                          const int pixel = channel / kInVector * planes + split_pixel(patch.number, right);
+                          const int pixel = channel / kInVector * planes + pair_of_pixels(patch.number, patch.image) +
+                                            right * MapPixels::kOddColumn;
                           elements<T>(pooled1)[pixel * kInVector + channel % kInVector] = lx::to_operand(value);
                           if constexpr (kKeep) {
                             const int64_t at = first * Conv1::kPooled + patch.pooled(channel, right);
@@ -141,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_tensor_core_kernel(LenetFor
                         });
     __syncthreads();
     lx::fill_shared(irregular, images, 0);
-    convolve2<T, kKeep>(pooled1, planes, matrix2, biases2, present,
+    convolve2<T, kKeep>(pooled1, planes, Conv2Weights<T>(matrix2, biases2), present,
                         [&](const Window& window, int channel, const auto& winner) {
                           const T value = lx::narrow<T>(winner.pooled());
                           constexpr int kPitch = L::kFeaturesPitch * L::kPerWord;
@@ -170,6 +181,7 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_tensor_core_kernel(LenetFor
                     layer == 0 ? L::kHidden1Pitch : L::kHidden2Pitch,
                     result == nullptr ? nullptr : result + first * outputs);
     }
+    if (first + stride < call.batch) fetch(first + stride);
   }
 }
 

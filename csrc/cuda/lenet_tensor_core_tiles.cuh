@@ -5,7 +5,8 @@
 // the bias and has a fixed order, whatever the batch: the same for a layer on its own as within the whole network.
 #pragma once
 
-#include "lenet_tiles.cuh"
+#include "async_copy.cuh"
+#include "lenet_pixels.cuh"
 #include "tensor_core.cuh"
 
 namespace lenet_ext::cuda {
@@ -26,7 +27,19 @@ constexpr int kPatchesOfRow = Conv1::kConv / 4, kPatches = Conv1::kPool * kPatch
 constexpr int kPatchRow = 8, kPatchDepth = 6 * kPatchRow, kPatchColumns = 48;
 
 // conv2 as it is: a row of the product is a position, its depth 25 taps of 8 channels, of which the last two are zero.
-constexpr int kChannels = 8, kPixelBytes = 16;  // in TF32, of each of two vectors
+// A pixel of its input is a vector, in TF32 two; windows are no patches, so that rows need no pixel behind their end.
+constexpr int kChannels = 8;
+using MapPixels = PixelPlaces<false>;
+
+// Where a pair of neighbouring columns begins in conv2's input, in pixels, by its number among the pairs of all images;
+// the right column is one of the odd columns.
+LX_DEVICE int pair_of_pixels(int number, int image) {
+  constexpr int kPairs = Conv2::kSize / 2;
+  static_assert(MapPixels::kOddRow == kPairs);  // the pairs of two rows follow one another
+  const int rows = lx::small_quotient<2 * kPairs>(number);
+  return number + rows * (MapPixels::kRowPair - 2 * kPairs) +
+         image * (MapPixels::kImage - Conv2::kSize / 2 * MapPixels::kRowPair);
+}
 
 // What the sums of both begin with, in shared memory as a lane loads it at once: its four values of a tile are one
 // channel of conv1, [channel][4 times its bias], and two of conv2, [pair of channels][2 times their biases].
@@ -58,10 +71,10 @@ struct Window {
 
   // Its corner in conv2's input, in bytes behind the first image's; windows are a pixel and 2 rows apart.
   LX_DEVICE int corner() const {
-    constexpr int kRow = 2 * Conv2::kSize - Conv2::kPool;
-    constexpr int kImage = Conv1::kWindows - Conv2::kPool * 2 * Conv2::kSize;
+    constexpr int kRow = MapPixels::kRowPair - Conv2::kPool;
+    constexpr int kImage = MapPixels::kImage - Conv2::kPool * MapPixels::kRowPair;
     const int row = lx::small_quotient<Conv2::kPool>(number);
-    return number * kPixelBytes + row * (kRow * kPixelBytes) + image * (kImage * kPixelBytes);
+    return number * kVectorBytes + row * (kRow * kVectorBytes) + image * (kImage * kVectorBytes);
   }
   // Of an output channel in the pooled output, [image][channel][window], with images `pitch` apart.
   LX_DEVICE int pooled(int channel, int pitch = Conv2::kPooled) const {
@@ -81,10 +94,20 @@ struct ConvolutionLayout {
   static constexpr int kPitch1 = 8 * kSteps1 + 4, kPitch2 = 8 * kSteps2 + 4;
   static constexpr int kMatrix1Words = kPatchColumns * kPitch1, kMatrix2Words = Conv2::kOut * kPitch2;
   static_assert(kPitch1 % 8 == 4 && kPitch2 % 8 == 4);
+
+  // Which of the different matrices of weights a product of conv1 takes; -1: they are all zeros. In TF32, where a step
+  // is one row of pixels, it meets row `step` of the taps for the positions at dy = 0, the row above for dy = 1.
+  static constexpr int kTiles1 = kPatchColumns / 8;
+  static constexpr int kMatrices1 = kPerWord == 2 ? kSteps1 * kTiles1 : kTap * kTiles1 / 2;
+  static LX_DEVICE constexpr int matrix1(int step, int tile) {
+    if (kPerWord == 2) return step * kTiles1 + tile;
+    const int row = step - tile / (kTiles1 / 2);
+    return row < 0 || row >= kTap ? -1 : row * (kTiles1 / 2) + tile % (kTiles1 / 2);
+  }
   static_assert(kImages * kPatches < 1 << 16);  // for small_quotient
 
-  // conv2's input: [vector][image][row][split_column(column)], a pixel's channels together.
-  static LX_DEVICE constexpr int maps_words(int images) { return images * Conv1::kWindows * kVectors * 4; }
+  // conv2's input: [vector][image, pixel as MapPixels says].
+  static LX_DEVICE constexpr int maps_words(int images) { return images * MapPixels::kImage * kVectors * 4; }
 
   // Steps of conv2 in the 16-bit types take two taps, in TF32 one. Two taps are a row apart, then the last row's two
   // columns apart: constant distances in shared memory.
@@ -101,16 +124,6 @@ struct ConvolutionLayout {
     return row < kTap && column < kTap ? row * kTap + column : -1;
   }
 };
-
-// Where conv2's input keeps a column of an image's row: even columns first, so that the windows, two columns apart, are
-// neighbours.
-LX_DEVICE constexpr int split_column(int x) { return x % 2 * (Conv1::kPool / 2) + x / 2; }
-
-// The pixel of the left (0) or right (1) of two columns by the number of their pair, 7 of which are a row.
-LX_DEVICE int split_pixel(int pair, int right) {
-  constexpr int kPairs = Conv1::kPool / 2;
-  return pair + lx::small_quotient<kPairs>(pair) * kPairs + right * kPairs;
-}
 
 template <typename T>
 LX_DEVICE T* elements(uint32_t* words) {
@@ -153,96 +166,96 @@ __device__ __forceinline__ void prepare_conv2(uint32_t* matrix, float* biases, c
   copy_biases<kBiases2, 2>(biases, bias);
 }
 
-// The block reads `images` images and notes in `irregular` which have pixels that are not finite: the zeros of the
-// banded matrix would spread them.
-//
-// thread -> the same 4 pixels of each image, which is as many as there are threads for.
+// The block makes operands of the pixels of `images` images, once copy_vectors_async has them there for each thread,
+// and notes in `irregular` which have pixels that are not finite: the zeros of the banded matrix would spread them.
 template <typename T>
-__device__ __forceinline__ void load_pixels(uint32_t* pixels, const T* from, int images, int* irregular) {
-  static_assert(Conv1::kImage == 4 * kTensorCoreThreads);
-  auto load = [&](auto aligned) {
-    constexpr bool kPacks = decltype(aligned)::value;
-    const T* at = from + threadIdx.x * 4;
-    T* to = elements<T>(pixels) + threadIdx.x * 4;
-    for (int image = 0; image < images; ++image, at += Conv1::kImage, to += Conv1::kImage) {
-      lx::Pack<T, 4> pack = kPacks ? lx::load_pack<4>(at) : lx::Pack<T, 4>{{at[0], at[1], at[2], at[3]}};
-      bool finite = true;
+__device__ __forceinline__ void look_at_pixels(uint32_t* pixels, int images, int* irregular) {
+  constexpr int kImageWords = ConvolutionLayout<T>::kImageWords;
+  for (int at = threadIdx.x * 4; at < images * kImageWords; at += kTensorCoreThreads * 4) {
+    lx::Pack<uint32_t, 4>* const vector = reinterpret_cast<lx::Pack<uint32_t, 4>*>(pixels + at);
+    lx::Pack<uint32_t, 4> words = *vector;
+    uint32_t found = 0;
 #pragma unroll
-      for (T& pixel : pack.values) {
-        pixel = lx::to_operand(pixel);
-        finite = finite && lx::is_finite(pixel);
-      }
-      *reinterpret_cast<lx::Pack<T, 4>*>(to) = pack;
-      if (!finite) irregular[image] = 1;
+    for (uint32_t& word : words.values) {
+      word = lx::operand_word<T>(word);
+      found |= lx::not_finite<T>(word);
     }
-  };
-  if (lx::aligned_for_packs(from)) {
-    load(std::true_type());
-  } else {
-    load(std::false_type());
+    if constexpr (std::is_same_v<T, float>) *vector = words;
+    if (found != 0) irregular[at / kImageWords] = 1;
   }
 }
 
-// The block reads `images` images of conv2's input, as maps_words says; channels 6 and 7 are zero.
+// The block writes what has arrived of `images` images of conv2's input, [image][channel][row][column], as maps_words
+// says; channels 6 and 7 are zero.
 //
-// thread -> 4 neighbouring pixels in all channels. Neighbouring threads store two pixels apart, which is two accesses
-// to the same banks: 49 clocks an image where 25 would do, in TF32 98. And the block waits for what it loads.
+// thread -> 2 neighbouring pixels in all channels. Neighbouring threads read neighbouring words, and store neighbouring
+// pixels but where a pair of rows ends.
 template <typename T>
-__device__ __forceinline__ void load_maps(uint32_t* maps, int planes, const T* from, int images) {
+__device__ __forceinline__ void spread_maps(uint32_t* maps, int planes, const T* arrived, int images) {
   using L = ConvolutionLayout<T>;
-  constexpr int kMap = Conv2::kSize * Conv2::kSize, kInVector = 4 * L::kPerWord;
-  static_assert(kMap % 4 == 0 && Conv2::kSize % 2 == 0);
-  const bool aligned = lx::aligned_for_packs(from);
-  for (int item = threadIdx.x; item < images * (kMap / 4); item += blockDim.x) {
-    const int image = lx::small_quotient<kMap / 4>(item);
-    const T* const first = from + item * 4 + image * (Conv2::kImage - kMap);
-    lx::Pack<T, 4> pixels[Conv2::kIn];
+  constexpr int kMap = Conv2::kSize * Conv2::kSize, kPairs = kMap / 2, kInVector = 4 * L::kPerWord;
+  for (int item = threadIdx.x; item < images * kPairs; item += blockDim.x) {
+    const int image = lx::small_quotient<kPairs>(item);
+    const T* const first = arrived + item * 2 + image * (Conv2::kImage - kMap);
+    uint32_t* const to = maps + pair_of_pixels(item, image) * 4;
+    lx::Pack<T, 2> pairs[Conv2::kIn];
 #pragma unroll
-    for (int c = 0; c < Conv2::kIn; ++c) {
-      const T* at = first + c * kMap;
-      pixels[c] = aligned ? lx::load_pack<4>(at) : lx::Pack<T, 4>{{at[0], at[1], at[2], at[3]}};
-    }
+    for (int c = 0; c < Conv2::kIn; ++c) pairs[c] = lx::load_pack<2>(first + c * kMap);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int pixel = split_pixel(2 * item + k / 2, k % 2);
+    for (int right = 0; right < 2; ++right) {
 #pragma unroll
       for (int vector = 0; vector < L::kVectors; ++vector) {
         lx::Pack<T, kInVector> values;
 #pragma unroll
         for (int c = 0; c < kInVector; ++c) {
           const int channel = vector * kInVector + c;
-          values.values[c] = channel < Conv2::kIn ? lx::to_operand(pixels[channel][k]) : lx::narrow<T>(0.0f);
+          values.values[c] = channel < Conv2::kIn ? lx::to_operand(pairs[channel][right]) : lx::narrow<T>(0.0f);
         }
-        *reinterpret_cast<lx::Pack<T, kInVector>*>(maps + (vector * planes + pixel) * 4) = values;
+        *reinterpret_cast<lx::Pack<T, kInVector>*>(to + (vector * planes + right * MapPixels::kOddColumn) * 4) = values;
       }
     }
   }
 }
 
+// What a lane of conv1 keeps for all patches: the matrices of weights and its biases.
+template <typename T>
+struct Conv1Weights {
+  using L = ConvolutionLayout<T>;
+  static constexpr int kPairs = Conv1::kOut / 2;
+
+  uint32_t matrices[L::kMatrices1][2];
+  lx::Pack<float, 4> biases[kPairs];  // of a tile: what its sums begin with
+
+  LX_DEVICE Conv1Weights(const uint32_t* matrix, const float* all_biases) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    constexpr int kOfStep = L::kMatrices1 / (L::kPerWord == 2 ? L::kSteps1 : kTap);
+#pragma unroll
+    for (int i = 0; i < L::kMatrices1; ++i) {
+      const uint32_t* from = matrix + (8 * (i % kOfStep) + g) * L::kPitch1 + 8 * (i / kOfStep) + t;
+      matrices[i][0] = from[0];
+      matrices[i][1] = from[4];
+    }
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) biases[pair] = lx::load_pack<4>(all_biases + 4 * (2 * pair + t / 2));
+  }
+};
+
 // conv1 of `images` images: store(patch, channel, right, winner) for each pooled output, the left or right window of a
 // patch; a winner as pool_window makes it, without a code if none is wanted. Outputs of irregular images are stored
-// twice: to look for such images in each trip of the loop takes more instructions.
+// twice: to look for such images in each trip of the loop takes more instructions. matrix, biases: what `weights` are
+// made of.
 //
-// warp -> 16 patches at a time, all channels; the matrix stays in registers.
+// warp -> 16 patches at a time, all channels.
 template <typename T, bool kCodes, typename Store>
-__device__ __forceinline__ void convolve1(const uint32_t* pixels, const uint32_t* matrix, const float* biases,
-                                          int images, const int* irregular, Store store) {
+__device__ __forceinline__ void convolve1(const uint32_t* pixels, const Conv1Weights<T>& weights,
+                                          const uint32_t* matrix, const float* biases, int images, const int* irregular,
+                                          Store store) {
   using L = ConvolutionLayout<T>;
-  constexpr int kPairs = Conv1::kOut / 2, kTiles = 2 * kPairs, kRow = kPatchRow / L::kPerWord;  // words of a patch row
+  constexpr int kPairs = Conv1::kOut / 2, kRow = kPatchRow / L::kPerWord;  // words of a patch row
   // Patches are four columns apart. In TF32 these are 16 bytes, a row of a matrix: a lane names the row of one patch,
   // and needs no other corner. In 16 bits they are 8, and every other patch would have its rows where none may begin.
   constexpr bool kNamed = L::kPerWord == 1;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  uint32_t b[L::kSteps1][kTiles][2];
-#pragma unroll
-  for (int step = 0; step < L::kSteps1; ++step) {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const uint32_t* from = matrix + (8 * tile + g) * L::kPitch1 + 8 * step + t;
-      b[step][tile][0] = from[0];
-      b[step][tile][1] = from[4];
-    }
-  }
   // What a lane loads first of a patch at the first corner.
   const unsigned char* const lane_pixels =
       reinterpret_cast<const unsigned char*>(pixels + (kNamed ? lane / 16 * 4 : t));
@@ -259,10 +272,7 @@ __device__ __forceinline__ void convolve1(const uint32_t* pixels, const uint32_t
       const Patch patch = kNamed ? patch_of(lane % 16) : rows[half];
       corners[half] = reinterpret_cast<const uint32_t*>(lane_pixels + patch.corner(sizeof(T)));
     }
-    lx::Pack<float, 4> begin[kPairs];
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) begin[pair] = lx::load_pack<4>(biases + 4 * (2 * pair + t / 2));
-    float sums[kTiles][4];
+    float sums[L::kTiles1][4];
 #pragma unroll
     for (int step = 0; step < L::kSteps1; ++step) {
       uint32_t a[4];
@@ -276,11 +286,14 @@ __device__ __forceinline__ void convolve1(const uint32_t* pixels, const uint32_t
         }
       }
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        if (step == 0) {
-          lx::multiply_add<T>(sums[tile], a, b[step][tile][0], b[step][tile][1], begin[tile % kPairs].values);
+      for (int tile = 0; tile < L::kTiles1; ++tile) {
+        const int at = L::matrix1(step, tile);
+        if (at < 0) continue;
+        const uint32_t (&b)[2] = weights.matrices[at];
+        if (step == 0 || L::matrix1(step - 1, tile) < 0) {
+          lx::multiply_add<T>(sums[tile], a, b[0], b[1], weights.biases[tile % kPairs].values);
         } else {
-          lx::multiply_accumulate<T>(sums[tile], a, b[step][tile][0], b[step][tile][1]);
+          lx::multiply_accumulate<T>(sums[tile], a, b[0], b[1]);
         }
       }
     }
@@ -304,7 +317,7 @@ __device__ __forceinline__ void convolve1(const uint32_t* pixels, const uint32_t
     for (int item = threadIdx.x; item < Conv1::kPooled; item += kTensorCoreThreads) {
       const int channel = item / Conv1::kWindows, y = item % Conv1::kWindows / Conv1::kPool, x = item % Conv1::kPool;
       const int row = channel / 2 * 8 + channel % 2 * 4;  // of position 0
-      const T* weights = reinterpret_cast<const T*>(matrix + row * L::kPitch1);
+      const T* taps = reinterpret_cast<const T*>(matrix + row * L::kPitch1);
       Winner<float> winner;
 #pragma unroll 1
       for (int position = 0; position < 4; ++position) {
@@ -313,7 +326,7 @@ __device__ __forceinline__ void convolve1(const uint32_t* pixels, const uint32_t
 #pragma unroll 1
         for (int tap = 0; tap < kTaps; ++tap) {
           sum += lx::widen(at[tap / kTap * Conv1::kSize + tap % kTap]) *
-                 lx::widen(weights[tap / kTap * kPatchRow + tap % kTap]);
+                 lx::widen(taps[tap / kTap * kPatchRow + tap % kTap]);
         }
         winner.consider(sum, position);
       }
@@ -322,36 +335,57 @@ __device__ __forceinline__ void convolve1(const uint32_t* pixels, const uint32_t
   }
 }
 
+// What a lane of conv2 keeps for all windows: its biases and, as far as there are registers for them, its weights. In
+// 16 bits these are all; in TF32 they would take 100 registers, and those of the other steps are loaded for each trip.
+template <typename T>
+struct Conv2Weights {
+  using L = ConvolutionLayout<T>;
+  static constexpr int kResident = L::kPerWord == 2 ? L::kSteps2 : 8;
+
+  const uint32_t* row;           // of `matrix`, as lanes load matrices
+  uint32_t steps[kResident][4];  // of a step: two tiles of 8 channels
+  lx::Pack<float, 4> biases[2];  // of a tile: what its sums begin with
+
+  LX_DEVICE Conv2Weights(const uint32_t* matrix, const float* all_biases) {
+    const int lane = threadIdx.x % 32;
+    row = matrix + (lane % 8 + lane / 16 * 8) * L::kPitch2 + lane / 8 % 2 * 4;
+#pragma unroll
+    for (int step = 0; step < kResident; ++step) lx::load_matrices(steps[step], row + 8 * step);
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) biases[tile] = lx::load_pack<4>(all_biases + 4 * (4 * tile + lane % 4));
+  }
+  LX_DEVICE void get(uint32_t (&words)[4], int step) const {
+    if (step >= kResident) {
+      lx::load_matrices(words, row + 8 * step);
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) words[k] = steps[step][k];
+    }
+  }
+};
+
 // conv2 of `images` images in `maps`, whose vectors are `planes` pixels apart: store(window, channel, winner) for each
 // pooled output, as conv1 has it.
 //
 // warp -> 8 windows at a time, all channels. Rows g and g + 8 of a product are window g at dy = 0 and 1; there is one
-// product for dx = 0 and one for dx = 1, so that the four values of a window are one thread's.
-//
-// Of 8 windows some are in the next row of windows, 28 pixels on, where one has the banks of another: the maps are
-// loaded in twice the clocks, 650 an image, in TF32 1,250, beside 262 and 504 of products. An H100 took 730 in bfloat16
-// (214 us for 65,536 images, at commit e811d08). Large batches of the network have the layout of lenet_pixels.cuh and
-// asynchronous copies (lenet_lean_forward.cu); here small ones wait for other things, and the layer alone pays.
+// product for dx = 0 and one for dx = 1, so that the four values of a window are one thread's. What the products of a
+// column take for dx = 1 is what the next column's take for dx = 0, and loaded once.
 template <typename T, bool kCodes, typename Store>
-__device__ __forceinline__ void convolve2(const uint32_t* maps, int planes, const uint32_t* matrix, const float* biases,
-                                          int images, Store store) {
+__device__ __forceinline__ void convolve2(const uint32_t* maps, int planes, const Conv2Weights<T>& weights, int images,
+                                          Store store) {
   using L = ConvolutionLayout<T>;
-  constexpr int kRow = Conv2::kSize * 4;        // words of a row
-  constexpr bool kResident = L::kPerWord == 2;  // the matrix fits the registers
+  constexpr bool k16Bits = L::kPerWord == 2;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  // As lanes load matrices: rows lane % 8 of the first or second half of a product's rows, and of its depth.
-  const bool second_rows = lane / 8 % 2 == 1, second_words = lane / 16 == 1;
-  const uint32_t* const matrix_row = matrix + (lane % 8 + lane / 16 * 8) * L::kPitch2 + lane / 8 % 2 * 4;
-  // What a lane loads first of a window at the first corner: a tap's second half are the pixels a row below, those two
-  // columns further, or, in the last step, any; in TF32 they are the same pixel's in another plane.
-  const unsigned char* const pixel = reinterpret_cast<const unsigned char*>(maps + (second_rows ? kRow : 0));
-  const unsigned char* const lane_pixels[3] = {pixel + (second_words ? (kResident ? kRow : planes * 4) * 4 : 0),
-                                               pixel + (second_words ? kPixelBytes : 0), pixel};
-  uint32_t b[kResident ? L::kSteps2 : 1][4];  // of a step: two tiles of 8 channels
-  if constexpr (kResident) {
-#pragma unroll
-    for (int step = 0; step < L::kSteps2; ++step) lx::load_matrices(b[step], matrix_row + 8 * step);
-  }
+  // A lane names a row of one of the operand's four matrices: dy = 0 and 1 of a step's first half, then of the second
+  // one. In 16 bits this is the tap a row below, in the last row the one two columns further; in TF32 the same pixel's
+  // other channels, where an odd row of taps is not as far from the next one as an even row is.
+  const int dy = lane / 8 % 2, second = lane / 16;
+  const unsigned char* const pixel = reinterpret_cast<const unsigned char*>(maps);
+  const unsigned char* const lane_pixels[2] = {
+      pixel + (k16Bits ? MapPixels::at(dy + second, 0) : MapPixels::at(dy, 0) + second * planes) * kVectorBytes,
+      pixel +
+          (k16Bits ? MapPixels::at(dy, 2 * second) : MapPixels::at(1 + dy, 0) - MapPixels::kOddRow + second * planes) *
+              kVectorBytes};
   const int windows = images * Conv2::kWindows;
 #pragma unroll 1
   for (int first = threadIdx.x / 32 * 8; first < windows; first += kTensorCoreWarps * 8) {
@@ -359,27 +393,30 @@ __device__ __forceinline__ void convolve2(const uint32_t* maps, int planes, cons
     // Rows behind the last window as in conv1.
     auto window_of = [&](int row) { return Window(first + row < windows - 1 ? first + row : windows - 1); };
     const int corner = lx::computed_here(window_of(lane % 8).corner());
-    lx::Pack<float, 4> begin[2];
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) begin[tile] = lx::load_pack<4>(biases + 4 * (4 * tile + t));
     float sums[2][2][4];  // [dx][tile]
 #pragma unroll
     for (int step = 0; step < L::kSteps2; ++step) {
-      if constexpr (!kResident) lx::load_matrices(b[0], matrix_row + 8 * step);
-      const uint32_t (&weights)[4] = b[kResident ? step : 0];
-      const unsigned char* const from = lane_pixels[!kResident || step < 10 ? 0 : step < 12 ? 1 : 2] + corner;
+      uint32_t b[4];
+      weights.get(b, step);
+      const bool other = k16Bits ? step >= 10 : L::tap_row(step) % 2 == 1;
 #pragma unroll
       for (int dx = 0; dx < 2; ++dx) {
-        uint32_t a[4];
-        const int tap = L::tap_row(step) * kRow + split_column(L::tap_column(step) + dx) * 4;
-        lx::load_matrices(a, reinterpret_cast<const uint32_t*>(from) + tap);
-        if (L::kPerWord == 2 && step == 12) a[2] = a[3] = 0;  // there is no 26th tap
+        const int tap = MapPixels::at(L::tap_row(step), L::tap_column(step) + dx) * kVectorBytes;
+        const uint32_t* const from = reinterpret_cast<const uint32_t*>(lane_pixels[other ? 1 : 0] + corner + tap);
+        uint32_t a[4] = {};
+        if (k16Bits && step == 12) {  // there is no 26th tap
+          uint32_t half[2];
+          lx::load_matrices(half, from);
+          a[0] = half[0], a[1] = half[1];
+        } else {
+          lx::load_matrices(a, from);
+        }
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) {
           if (step == 0) {
-            lx::multiply_add<T>(sums[dx][tile], a, weights[2 * tile], weights[2 * tile + 1], begin[tile].values);
+            lx::multiply_add<T>(sums[dx][tile], a, b[2 * tile], b[2 * tile + 1], weights.biases[tile].values);
           } else {
-            lx::multiply_accumulate<T>(sums[dx][tile], a, weights[2 * tile], weights[2 * tile + 1]);
+            lx::multiply_accumulate<T>(sums[dx][tile], a, b[2 * tile], b[2 * tile + 1]);
           }
         }
       }

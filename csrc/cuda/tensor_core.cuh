@@ -39,9 +39,15 @@ LX_DEVICE float to_operand(float x) { return to_tf32(x); }
 LX_DEVICE bf16 to_operand(bf16 x) { return x; }
 LX_DEVICE f16 to_operand(f16 x) { return x; }
 
-LX_DEVICE bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
-LX_DEVICE bool is_finite(bf16 x) { return (x.bits & 0x7f80u) != 0x7f80u; }
-LX_DEVICE bool is_finite(f16 x) { return (x.bits & 0x7c00u) != 0x7c00u; }
+// The sign bits, set, of those values in a word that are infinite or NaN.
+template <typename T>
+LX_DEVICE uint32_t not_finite(uint32_t word) {
+  constexpr bool kFloat = std::is_same_v<T, float>;
+  constexpr uint32_t kExponent = kFloat ? 0x7f800000u : std::is_same_v<T, bf16> ? 0x7f807f80u : 0x7c007c00u;
+  constexpr uint32_t kSign = kFloat ? 0x80000000u : 0x80008000u;
+  // An exponent of ones carries into the sign when its lowest bit is added.
+  return ((word & kExponent) + (kExponent & ~(kExponent << 1))) & kSign;
+}
 
 template <typename T>
 __device__ __forceinline__ void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -191,22 +197,32 @@ LX_DEVICE Operands<T, N> rounded(const float (&sums)[N]) {
   return words;
 }
 
-// Four matrices of 8 rows of 4 words from shared memory: lane l says where row l % 8 of matrix l / 8 begins, a multiple
-// of 16 bytes, and gets word l % 4 of row l / 4 of each.
-__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const uint32_t* row) {
+// Four matrices, or two, of 8 rows of 4 words from shared memory: lane l says where row l % 8 of matrix l / 8 begins, a
+// multiple of 16 bytes, and gets word l % 4 of row l / 4 of each.
+template <int kMatrices>
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[kMatrices], const uint32_t* row) {
+  static_assert(kMatrices == 4 || kMatrices == 2);
 #ifdef LX_HOST_SHIM
   const lx_shim::Lanes<const uint32_t*> rows = lx_shim::exchange_all(row, __FILE__, __LINE__);
   const int lane = threadIdx.x % 32;
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kMatrices; ++i) {
     const uint32_t* from = rows[8 * i + lane / 4];
     lx_shim::require(reinterpret_cast<uintptr_t>(from) % 16 == 0, "a matrix row in shared memory is misaligned");
     words[i] = from[lane % 4];
   }
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
-               : "memory");
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kMatrices == 4) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(words[0]), "=r"(words[1])
+                 : "r"(address)
+                 : "memory");
+  }
 #elif defined(__CUDA_ARCH__)
   __trap();
 #endif
