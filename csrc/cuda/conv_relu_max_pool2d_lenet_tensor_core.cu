@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kTensorCoreThreads, 2) lenet_tensor_core_conv1
     const int present = layer.present(images);
     uint32_t* const in = pixels + now * L::kImageWords;
     lx::wait_for_copies<0>();
-    look_at_pixels<T>(in, present, irregular + now);
+    round_pixels<T>(in, present);
     __syncthreads();  // all pixels are there, and the last pass is done with its own
     layer.template fetch<Conv1>(elements<T>(pixels + other * L::kImageWords), images, stride);
     lx::fill_shared(irregular + other, images, 0);

@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 2) lenet_tensor_core_kernel(LenetFor
   for (; first < call.batch; first += stride) {
     const int present = present_at(first);
     lx::wait_for_copies<0>();
-    look_at_pixels<T>(pixels, present, irregular);
+    round_pixels<T>(pixels, present);
     __syncthreads();
     convolve1<T, kKeep>(pixels, Conv1Weights<T>(matrix1, biases1), matrix1, biases1, present, irregular,
                         [&](const Patch& patch, int channel, int right, const auto& winner) {

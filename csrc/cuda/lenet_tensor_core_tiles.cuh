@@ -166,22 +166,17 @@ __device__ __forceinline__ void prepare_conv2(uint32_t* matrix, float* biases, c
   copy_biases<kBiases2, 2>(biases, bias);
 }
 
-// The block makes operands of the pixels of `images` images, once copy_vectors_async has them there for each thread,
-// and notes in `irregular` which have pixels that are not finite: the zeros of the banded matrix would spread them.
+// Makes operands of the pixels of `images` images that copy_vectors_async has brought this thread.
 template <typename T>
-__device__ __forceinline__ void look_at_pixels(uint32_t* pixels, int images, int* irregular) {
-  constexpr int kImageWords = ConvolutionLayout<T>::kImageWords;
-  for (int at = threadIdx.x * 4; at < images * kImageWords; at += kTensorCoreThreads * 4) {
-    lx::Pack<uint32_t, 4>* const vector = reinterpret_cast<lx::Pack<uint32_t, 4>*>(pixels + at);
-    lx::Pack<uint32_t, 4> words = *vector;
-    uint32_t found = 0;
+__device__ __forceinline__ void round_pixels(uint32_t* pixels, int images) {
+  if constexpr (std::is_same_v<T, float>) {
+    for (int at = threadIdx.x * 4; at < images * Conv1::kImage; at += kTensorCoreThreads * 4) {
+      lx::Pack<uint32_t, 4>* const vector = reinterpret_cast<lx::Pack<uint32_t, 4>*>(pixels + at);
+      lx::Pack<uint32_t, 4> words = *vector;
 #pragma unroll
-    for (uint32_t& word : words.values) {
-      word = lx::operand_word<T>(word);
-      found |= lx::not_finite<T>(word);
+      for (uint32_t& word : words.values) word = lx::operand_word<T>(word);
+      *vector = words;
     }
-    if constexpr (std::is_same_v<T, float>) *vector = words;
-    if (found != 0) irregular[at / kImageWords] = 1;
   }
 }
 
@@ -241,14 +236,17 @@ struct Conv1Weights {
 };
 
 // conv1 of `images` images: store(patch, channel, right, winner) for each pooled output, the left or right window of a
-// patch; a winner as pool_window makes it, without a code if none is wanted. Outputs of irregular images are stored
-// twice: to look for such images in each trip of the loop takes more instructions. matrix, biases: what `weights` are
-// made of.
+// patch; a winner as pool_window makes it, without a code if none is wanted. matrix, biases: what `weights` are made
+// of. irregular: a flag for each image, zero at first.
+//
+// The band's zeros make NaN of values that do not see an infinite or NaN pixel of their patch: an image with NaN among
+// its largest values is computed anew, without the zeros, and stored twice. No sum of finite values is NaN, unless
+// infinities meet in it, so that an image without NaN is right.
 //
 // warp -> 16 patches at a time, all channels.
 template <typename T, bool kCodes, typename Store>
 __device__ __forceinline__ void convolve1(const uint32_t* pixels, const Conv1Weights<T>& weights,
-                                          const uint32_t* matrix, const float* biases, int images, const int* irregular,
+                                          const uint32_t* matrix, const float* biases, int images, int* irregular,
                                           Store store) {
   using L = ConvolutionLayout<T>;
   constexpr int kPairs = Conv1::kOut / 2, kRow = kPatchRow / L::kPerWord;  // words of a patch row
@@ -299,16 +297,19 @@ __device__ __forceinline__ void convolve1(const uint32_t* pixels, const Conv1Wei
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      float sum = 0;  // NaN if one of them is, or if infinities meet
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair) {
         const float (&above)[4] = sums[pair], (&below)[4] = sums[pair + kPairs];
-        store(rows[half], 2 * pair + t / 2, t % 2,
-              pool_window<kCodes>(above[2 * half], above[2 * half + 1], below[2 * half], below[2 * half + 1]));
+        const auto winner =
+            pool_window<kCodes, false>(above[2 * half], above[2 * half + 1], below[2 * half], below[2 * half + 1]);
+        sum += winner.best;
+        store(rows[half], 2 * pair + t / 2, t % 2, winner);
       }
+      if (lx::is_nan(sum)) irregular[rows[half].image] = 1;
     }
   }
   __syncthreads();
-  // The images whose pixels are not all finite anew, without the zeros.
 #pragma unroll 1
   for (int image = 0; image < images; ++image) {
     if (!irregular[image]) continue;

@@ -112,11 +112,11 @@ struct LargestAt : Largest {
   int position;
   LX_DEVICE uint8_t code() const { return best <= 0 ? kDead : static_cast<uint8_t>(position); }
 };
-template <bool kCode>
+template <bool kCode, bool kNan = true>
 LX_DEVICE auto pool_window(float v0, float v1, float v2, float v3) {
   const float best = largest_of(v0, v1, v2, v3);
   if constexpr (kCode) {
-    return LargestAt{{best}, position_of<true>(best, v0, v1, v2, v3)};
+    return LargestAt{{best}, position_of<kNan>(best, v0, v1, v2, v3)};
   } else {
     return Largest{best};
   }

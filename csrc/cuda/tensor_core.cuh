@@ -39,16 +39,6 @@ LX_DEVICE float to_operand(float x) { return to_tf32(x); }
 LX_DEVICE bf16 to_operand(bf16 x) { return x; }
 LX_DEVICE f16 to_operand(f16 x) { return x; }
 
-// The sign bits, set, of those values in a word that are infinite or NaN.
-template <typename T>
-LX_DEVICE uint32_t not_finite(uint32_t word) {
-  constexpr bool kFloat = std::is_same_v<T, float>;
-  constexpr uint32_t kExponent = kFloat ? 0x7f800000u : std::is_same_v<T, bf16> ? 0x7f807f80u : 0x7c007c00u;
-  constexpr uint32_t kSign = kFloat ? 0x80000000u : 0x80008000u;
-  // An exponent of ones carries into the sign when its lowest bit is added.
-  return ((word & kExponent) + (kExponent & ~(kExponent << 1))) & kSign;
-}
-
 template <typename T>
 __device__ __forceinline__ void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #ifdef LX_HOST_SHIM
