@@ -96,7 +96,7 @@ int64_t conv2_shared_bytes(int images) {
 }
 
 // block -> as in conv1. Shared memory: 96 KB with 16 images in the 16-bit types, 102 KB with 8 in TF32.
-template <typename T, bool kCodes>
+template <typename T, bool kCodes, bool kByPixels>
 __global__ void __launch_bounds__(kTensorCoreThreads, 2) lenet_tensor_core_conv2_kernel(Layer<T> layer, int images) {
   using L = ConvolutionLayout<T>;
   LX_SMEM(shared);
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kTensorCoreThreads, 2) lenet_tensor_core_conv2
   layer.template fetch<Conv2>(arriving, images, 0);
   prepare_conv2(matrix, biases, layer.weight, layer.bias);
   __syncthreads();
-  const Conv2Weights<T> weights(matrix, biases);
+  const std::conditional_t<kByPixels, Conv2Matrix<T>, Conv2Weights<T>> weights(matrix, biases);
 #pragma unroll 1
   for (; layer.batch > 0; layer.template skip<Conv2, kCodes>(stride)) {
     lx::wait_for_copies<0>();
@@ -127,6 +127,17 @@ __global__ void __launch_bounds__(kTensorCoreThreads, 2) lenet_tensor_core_conv2
 }
 
 template <typename T>
+using Kernel = void (*)(Layer<T>, int);
+
+template <typename T, bool kCodes>
+Kernel<T> conv2_kernel(int images) {
+  if constexpr (Operand<T>::kPerWord == 1) {
+    if (images > 1) return lenet_tensor_core_conv2_kernel<T, kCodes, true>;
+  }
+  return lenet_tensor_core_conv2_kernel<T, kCodes, false>;
+}
+
+template <typename T>
 LaunchResult forward(const ConvPoolForward& call, cudaStream_t stream) {
   LaunchResult result;
   if (call.shape.batch == 0) return result;
@@ -134,12 +145,11 @@ LaunchResult forward(const ConvPoolForward& call, cudaStream_t stream) {
   const auto shared_bytes = first ? conv1_shared_bytes<T> : conv2_shared_bytes<T>;
   const int images = images_per_block(call.shape.batch, ConvolutionLayout<T>::kImages, shared_bytes);
   const unsigned grid = blocks_at_once(result, call.shape.batch, images);
+  const Kernel<T> with_codes = first ? lenet_tensor_core_conv1_kernel<T, true> : conv2_kernel<T, true>(images);
+  const Kernel<T> without = first ? lenet_tensor_core_conv1_kernel<T, false> : conv2_kernel<T, false>(images);
   lx::launch(result, first ? "lenet_tensor_core_conv1_kernel" : "lenet_tensor_core_conv2_kernel",
-             call.indices == nullptr
-                 ? first ? lenet_tensor_core_conv1_kernel<T, false> : lenet_tensor_core_conv2_kernel<T, false>
-             : first ? lenet_tensor_core_conv1_kernel<T, true>
-                     : lenet_tensor_core_conv2_kernel<T, true>,
-             grid, kTensorCoreThreads, shared_bytes(images), stream, Layer<T>(call), images);
+             call.indices == nullptr ? without : with_codes, grid, kTensorCoreThreads, shared_bytes(images), stream,
+             Layer<T>(call), images);
   return result;
 }
 

@@ -336,28 +336,43 @@ __device__ __forceinline__ void convolve1(const uint32_t* pixels, const Conv1Wei
   }
 }
 
-// What a lane of conv2 keeps for all windows: its biases and, as far as there are registers for them, its weights. In
-// 16 bits these are all; in TF32 they would take 100 registers, and those of the other steps are loaded for each trip.
+// Where a lane of conv2 finds its weights, as it loads matrices, and its biases.
+template <typename T>
+struct Conv2Matrix {
+  const uint32_t* row;
+  const float* biases;
+
+  LX_DEVICE Conv2Matrix(const uint32_t* matrix, const float* all_biases) {
+    const int lane = threadIdx.x % 32;
+    row = matrix + (lane % 8 + lane / 16 * 8) * ConvolutionLayout<T>::kPitch2 + lane / 8 % 2 * 4;
+    biases = all_biases + 4 * (lane % 4);
+  }
+  // Of a step: two tiles of 8 channels.
+  LX_DEVICE void load(uint32_t (&words)[4], int step) const { lx::load_matrices(words, row + 8 * step); }
+  // Of a tile: what its sums begin with.
+  LX_DEVICE lx::Pack<float, 4> load_biases(int tile) const { return lx::load_pack<4>(biases + 16 * tile); }
+};
+
+// What it keeps of them for all windows: the biases and, as far as there are registers for them, the weights. In 16
+// bits these are all; in TF32 they would take 100 registers, and those of the other steps are loaded for each trip.
 template <typename T>
 struct Conv2Weights {
   using L = ConvolutionLayout<T>;
   static constexpr int kResident = L::kPerWord == 2 ? L::kSteps2 : 8;
 
-  const uint32_t* row;           // of `matrix`, as lanes load matrices
-  uint32_t steps[kResident][4];  // of a step: two tiles of 8 channels
-  lx::Pack<float, 4> biases[2];  // of a tile: what its sums begin with
+  Conv2Matrix<T> matrix;
+  uint32_t steps[kResident][4];
+  lx::Pack<float, 4> biases[2];
 
-  LX_DEVICE Conv2Weights(const uint32_t* matrix, const float* all_biases) {
-    const int lane = threadIdx.x % 32;
-    row = matrix + (lane % 8 + lane / 16 * 8) * L::kPitch2 + lane / 8 % 2 * 4;
+  LX_DEVICE Conv2Weights(const uint32_t* all_words, const float* all_biases) : matrix(all_words, all_biases) {
 #pragma unroll
-    for (int step = 0; step < kResident; ++step) lx::load_matrices(steps[step], row + 8 * step);
+    for (int step = 0; step < kResident; ++step) matrix.load(steps[step], step);
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) biases[tile] = lx::load_pack<4>(all_biases + 4 * (4 * tile + lane % 4));
+    for (int tile = 0; tile < 2; ++tile) biases[tile] = matrix.load_biases(tile);
   }
   LX_DEVICE void get(uint32_t (&words)[4], int step) const {
     if (step >= kResident) {
-      lx::load_matrices(words, row + 8 * step);
+      matrix.load(words, step);
     } else {
 #pragma unroll
       for (int k = 0; k < 4; ++k) words[k] = steps[step][k];
@@ -429,6 +444,66 @@ __device__ __forceinline__ void convolve2(const uint32_t* maps, int planes, cons
       for (int c = 0; c < 2; ++c) {
         store(window, 8 * tile + 2 * t + c,
               pool_window<kCodes>(sums[0][tile][c], sums[1][tile][c], sums[0][tile][2 + c], sums[1][tile][2 + c]));
+      }
+    }
+  }
+}
+
+// The same in TF32, in a block with several images: warp -> 16 windows at a time. Rows g and g + 8 of a product are two
+// windows; each of their 6 x 6 pixels is loaded once, for all four positions that see it, and so are a tap's weights,
+// of which a row stays for dy = 1. The sums are the same. With one image, only two warps would have windows.
+template <typename T, bool kCodes, typename Store>
+__device__ __forceinline__ void convolve2(const uint32_t* maps, int planes, const Conv2Matrix<T>& matrix, int images,
+                                          Store store) {
+  static_assert(ConvolutionLayout<T>::kPerWord == 1);
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  // A lane names a row of the first or second 8 windows, and of a pixel's first or last channels.
+  const unsigned char* const pixel = reinterpret_cast<const unsigned char*>(maps + lane / 16 * planes * 4);
+  const int windows = images * Conv2::kWindows;
+#pragma unroll 1
+  for (int first = threadIdx.x / 32 * 16; first < windows; first += kTensorCoreWarps * 16) {
+    __syncwarp();
+    auto window_of = [&](int row) { return Window(first + row < windows - 1 ? first + row : windows - 1); };
+    const unsigned char* const corner = pixel + lx::computed_here(window_of(lane % 16).corner());
+    lx::Pack<float, 4> begin[2];
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) begin[tile] = matrix.load_biases(tile);
+    float sums[2][2][2][4];  // [dy][dx][tile]
+    uint32_t b[2][kTap][4];  // of an even row of taps, of an odd one
+#pragma unroll
+    for (int place = 0; place < (kTap + 1) * (kTap + 1); ++place) {
+      const int row = place / (kTap + 1), column = place % (kTap + 1);
+      if (row < kTap && column < kTap) matrix.load(b[row % 2][column], row * kTap + column);
+      uint32_t a[4];
+      lx::load_matrices(a, reinterpret_cast<const uint32_t*>(corner + MapPixels::at(row, column) * kVectorBytes));
+#pragma unroll
+      for (int position = 0; position < 4; ++position) {
+        const int dy = position / 2, dx = position % 2, tap_row = row - dy, tap_column = column - dx;
+        if (tap_row < 0 || tap_row >= kTap || tap_column < 0 || tap_column >= kTap) continue;
+        const uint32_t (&weights)[4] = b[tap_row % 2][tap_column];
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) {
+          float (&sum)[4] = sums[dy][dx][tile];
+          if (tap_row == 0 && tap_column == 0) {
+            lx::multiply_add<T>(sum, a, weights[2 * tile], weights[2 * tile + 1], begin[tile].values);
+          } else {
+            lx::multiply_accumulate<T>(sum, a, weights[2 * tile], weights[2 * tile + 1]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Window window = window_of(g + 8 * half);
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const int k = 2 * half + c;
+          store(
+              window, 8 * tile + 2 * t + c,
+              pool_window<kCodes>(sums[0][0][tile][k], sums[0][1][tile][k], sums[1][0][tile][k], sums[1][1][tile][k]));
+        }
       }
     }
   }
