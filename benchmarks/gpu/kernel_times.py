@@ -124,15 +124,24 @@ def _tensor_core_network(arguments: list[str]) -> Work:
 
 
 def _tensor_core_conv1(arguments: list[str]) -> Work:
-    stored = STORED[arguments[0]]
-    of_memory = 1024 * stored + 1176 * (stored + 1)
-    return Work(f"{MANY} images", MANY, (6.125,), bytes=of_memory, waiting=WAITING_ON_TENSOR_CORES)
+    # 16 patches a trip; in TF32 the pixels are rounded, four times 32 packs of them a trip.
+    stored, codes = STORED[arguments[0]], arguments[1] == "true"
+    shared, rounding = (391, 2.0) if arguments[0] == "float" else (163, 0.0)
+    of_memory = 1024 * stored + 1176 * (stored + codes)
+    waits = {"waiting": WAITING_FOR_NO_LOAD}
+    return Work(f"{MANY} images", MANY, (6.15, 0, rounding), shared=shared, bytes=of_memory, **waits)
 
 
 def _tensor_core_conv2(arguments: list[str]) -> Work:
-    stored = STORED[arguments[0]]
-    of_memory = 1176 * stored + 400 * (stored + 1)
-    return Work(f"{MANY} images", MANY, (3.1,), bytes=of_memory, waiting=WAITING_ON_TENSOR_CORES)
+    # 8 windows a trip, 16 by pixels; 32 pairs of pixels that are spread, in 16 bits behind the weights' preparation.
+    stored, codes = STORED[arguments[0]], arguments[1] == "true"
+    of_memory = 1176 * stored + 400 * (stored + codes)
+    waits = {"bytes": of_memory, "waiting": WAITING_FOR_NO_LOAD}
+    if arguments[0] != "float":
+        return Work(f"{MANY} images", MANY, (3.2, 0, 3.06), shared=282, **waits)
+    if arguments[2] == "true":
+        return Work(f"{MANY} images", MANY, (1.6, 3.06), shared=552, **waits)
+    return _alone(FEW, trips=(3.125, 3.06), shared=736)
 
 
 def _lean_convolutions(arguments: list[str]) -> Work:

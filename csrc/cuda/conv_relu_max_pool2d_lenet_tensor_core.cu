@@ -1,5 +1,20 @@
 // conv_relu_max_pool2d for LeNet's two layers on the tensor cores: float16, bfloat16, and float32 by way of TF32. As in
-// the whole network, bit by bit.
+// the whole network, bit by bit. What the next images need is copied asynchronously while these are computed.
+//
+// Clocks of a multiprocessor for an image, counted in the machine code for sm_90 and by the addresses (one access of
+// 128 bytes to shared memory a clock, 0.62 products, four instructions, 2.99 TB/s as an H100 copies), with codes in
+// brackets:
+//
+//                    products   shared memory   instructions   global memory
+//   conv1, 16 bits        180             163      156 (258)       330 (418)
+//   conv1, TF32           300             391      196 (287)       660 (749)
+//   conv2, 16 bits        268             282      117 (182)       237 (267)
+//   conv2, TF32           516             552      178 (244)       473 (503)
+//
+// conv1 waits for global memory: to part the banks of the rows of patches, 73 accesses an image in 16 bits, would gain
+// nothing. In conv2 the operands are 200 and 400 of the accesses to shared memory; the others are what arrives and is
+// spread. No GPU has run these kernels yet; with windows in the same banks, and without asynchronous copies, an H100 took
+// 730 clocks for conv2 in bfloat16 (at commit e811d08).
 #include "lenet_tensor_core_tiles.cuh"
 
 namespace lenet_ext::cuda {
@@ -45,6 +60,13 @@ struct Layer {
   }
 };
 
+// Images of a pass: so many that 8 warps have full rounds, of 16 patches or 8 windows each, in TF32 16. Two blocks
+// share a multiprocessor that has 164 KB.
+template <typename T>
+constexpr int kConv1Images = Operand<T>::kPerWord == 2 ? 13 : 5;
+template <typename T>
+constexpr int kConv2Images = 5 * Operand<T>::kPerWord;
+
 template <typename T>
 int64_t conv1_shared_bytes(int images) {
   using L = ConvolutionLayout<T>;
@@ -53,7 +75,7 @@ int64_t conv1_shared_bytes(int images) {
 }
 
 // block -> `images` images at a time, until the batch is done, while the next ones arrive. Lanes of a warp store 16
-// neighbouring values of a channel. Shared memory: 70 KB with 16 images in the 16-bit types, 74 KB with 8 in TF32.
+// neighbouring values of a channel. Shared memory: 59 KB with 13 images in the 16-bit types, 51 KB with 5 in TF32.
 template <typename T, bool kCodes>
 __global__ void __launch_bounds__(kTensorCoreThreads, 2) lenet_tensor_core_conv1_kernel(Layer<T> layer, int images) {
   using L = ConvolutionLayout<T>;
@@ -95,7 +117,7 @@ int64_t conv2_shared_bytes(int images) {
          lx::taken<uint32_t>(L::kMatrix2Words) + lx::taken<float>(kBiases2);
 }
 
-// block -> as in conv1. Shared memory: 96 KB with 16 images in the 16-bit types, 102 KB with 8 in TF32.
+// block -> as in conv1. Shared memory: 64 KB with 10 images in the 16-bit types, 70 KB with 5 in TF32.
 template <typename T, bool kCodes, bool kByPixels>
 __global__ void __launch_bounds__(kTensorCoreThreads, 2) lenet_tensor_core_conv2_kernel(Layer<T> layer, int images) {
   using L = ConvolutionLayout<T>;
@@ -143,7 +165,7 @@ LaunchResult forward(const ConvPoolForward& call, cudaStream_t stream) {
   if (call.shape.batch == 0) return result;
   const bool first = is_layer<Conv1>(call.shape);
   const auto shared_bytes = first ? conv1_shared_bytes<T> : conv2_shared_bytes<T>;
-  const int images = images_per_block(call.shape.batch, ConvolutionLayout<T>::kImages, shared_bytes);
+  const int images = images_per_block(call.shape.batch, first ? kConv1Images<T> : kConv2Images<T>, shared_bytes);
   const unsigned grid = blocks_at_once(result, call.shape.batch, images);
   const Kernel<T> with_codes = first ? lenet_tensor_core_conv1_kernel<T, true> : conv2_kernel<T, true>(images);
   const Kernel<T> without = first ? lenet_tensor_core_conv1_kernel<T, false> : conv2_kernel<T, false>(images);

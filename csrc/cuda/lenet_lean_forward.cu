@@ -11,11 +11,11 @@
 //     channels, and the linear layers store nothing but the logits;
 //   - patches and windows are walked so that their addresses differ by constants.
 // Counted in the machine code for sm_90 (benchmarks/gpu/machine_code_sm_90.json): 73 instructions for 16 patches of
-// conv1 where the other kernel has 92, 117 for 8 windows of conv2 in place of 112; 156 and 217 with what is kept, there
-// 243 and 220. The products are what then limits: 318 an image, 510 clocks of a multiprocessor if it begins 0.62 of
-// them a clock, as others have measured on an H100. In TF32, 107 and 211 (188 and 297), and an image's convolutions are
-// 523 products of half the depth, 840 clocks so, and 1,010 loads and stores of 128 bytes of shared memory. No GPU has
-// run these kernels yet.
+// conv1 where the other kernel has 103, 117 for 8 windows of conv2 in place of 120; 156 and 217 with what is kept,
+// there 186 and 224. The products are what then limits: 318 an image, 510 clocks of a multiprocessor if it begins 0.62
+// of them a clock, as others have measured on an H100. In TF32, 107 and 211 (188 and 297), and an image's convolutions
+// are 523 products of half the depth, 840 clocks so, and 1,010 loads and stores of 128 bytes of shared memory. No GPU
+// has run these kernels yet.
 //
 // In both loops an operand's four words are loaded for each product, even those that an earlier one had: a product
 // takes them from four registers in a row, and to compose them of words that another operand has as well takes four

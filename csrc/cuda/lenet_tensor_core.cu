@@ -99,7 +99,7 @@ __device__ __forceinline__ void linear_images(const uint32_t* in, int pitch, int
 }
 
 // block -> `images` images at a time, until the batch is done; activations in the place of those that are no longer
-// needed. Shared memory: 96 KB with 16 images in the 16-bit types, 106 KB with 8 in TF32, two blocks per
+// needed. Shared memory: 99 KB with 16 images in the 16-bit types, 110 KB with 8 in TF32, two blocks per
 // multiprocessor. With kKeep what a backward pass needs goes to global memory.
 template <typename T, bool kKeep>
 __global__ void __launch_bounds__(kThreads, 2) lenet_tensor_core_kernel(LenetForwardOf<T> call, int images) {

@@ -187,7 +187,7 @@ LX_DEVICE void convolve_images(const float* pixels, const float* weights, const 
   }
 }
 
-// Images of a block: one, or an even number up to `most`, but no more than leave work for every multiprocessor of a
+// Images of a block: one, an even number below `most`, or `most`, but no more than leave work for every multiprocessor of a
 // large GPU, and no more than fit the shared memory, of which they take shared_bytes(images). Results of a forward pass
 // do not depend on it.
 template <typename SharedBytes>
