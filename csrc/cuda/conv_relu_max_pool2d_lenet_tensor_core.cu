@@ -13,8 +13,8 @@
 //
 // conv1 waits for global memory: to part the banks of the rows of patches, 73 accesses an image in 16 bits, would gain
 // nothing. In conv2 the operands are 200 and 400 of the accesses to shared memory; the others are what arrives and is
-// spread. No GPU has run these kernels yet; with windows in the same banks, and without asynchronous copies, an H100 took
-// 730 clocks for conv2 in bfloat16 (at commit e811d08).
+// spread. No GPU has run these kernels yet; with windows in the same banks, and without asynchronous copies, an H100
+// took 730 clocks for conv2 in bfloat16 (at commit e811d08).
 #include "lenet_tensor_core_tiles.cuh"
 
 namespace lenet_ext::cuda {

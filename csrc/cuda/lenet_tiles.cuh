@@ -104,6 +104,7 @@ LX_DEVICE int position_of(float largest, float v0, float v1, float v2, float v3)
 }
 
 // The pooled value of a window and, as a Winner, its code; or the value alone, which is all that inference asks for.
+// kNan: as position_of has it.
 struct Largest {
   float best;
   LX_DEVICE float pooled() const { return lx::max_or_nan(best, 0.0f); }
@@ -187,9 +188,9 @@ LX_DEVICE void convolve_images(const float* pixels, const float* weights, const 
   }
 }
 
-// Images of a block: one, an even number below `most`, or `most`, but no more than leave work for every multiprocessor of a
-// large GPU, and no more than fit the shared memory, of which they take shared_bytes(images). Results of a forward pass
-// do not depend on it.
+// Images of a block: one, an even number below `most`, or `most`, but no more than leave work for every multiprocessor
+// of a large GPU, and no more than fit the shared memory, of which they take shared_bytes(images). Results of a forward
+// pass do not depend on it.
 template <typename SharedBytes>
 int images_per_block(int64_t batch, int most, SharedBytes shared_bytes) {
   const int64_t share = lx::divide_up<int64_t>(batch, 128);
