@@ -60,6 +60,12 @@ inline const void* data_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
+// The same tensor, contiguous, at an address of a multiple of 16 bytes, as kernels read it that many at a time.
+inline at::Tensor contiguous_at_16_bytes(const at::Tensor& tensor) {
+  const at::Tensor contiguous = tensor.contiguous();
+  return reinterpret_cast<uintptr_t>(contiguous.const_data_ptr()) % 16 == 0 ? contiguous : contiguous.clone();
+}
+
 // Behind every launcher. `input` is there for the message.
 inline void check_launch(const char* op, const cuda::LaunchResult& result, const at::Tensor& input) {
   if (result.error == cudaSuccess) return;

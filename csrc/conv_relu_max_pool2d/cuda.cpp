@@ -39,6 +39,16 @@ bool tf32_is_faster(const ConvPoolShape& s) {
   return choose_algorithm(faster ? Algorithm::Direct : Algorithm::Vendor) == Algorithm::Direct;
 }
 
+// The same of the gradients, in 16 bits as well; predicted from counts, not measured (conv_relu_max_pool2d_lenet.cu,
+// conv_relu_max_pool2d_lenet_gradients.cu, benchmarks/gpu/kernel_times.py). For 65536 images the second layer's take
+// 300 us in 16 bits and 870 in TF32, strict 1,940; the first layer's 120 and 320, strict 520. From so many images on
+// each block has two, and both of a multiprocessor's something to do: 12 and 21 us for the second layer, strict 29.
+// What fewer would save is in doubt until somebody measures.
+bool gradients_are_faster_on_tensor_cores(const ConvPoolShape& s) {
+  constexpr int64_t kFewestImages = 512;
+  return choose_algorithm(s.batch >= kFewestImages ? Algorithm::Direct : Algorithm::Vendor) == Algorithm::Direct;
+}
+
 struct ConvPoolCuda {
   // The kernels count positions inside a plane in 32 bits.
   static void check(const char* op, const ConvPoolShape& s) {
@@ -108,9 +118,15 @@ struct ConvPoolCuda {
       if (wanted[0]) gradients.input = at::empty(input_size, like, format);
       if (wanted[1]) gradients.weight = at::empty(weight_size, like);
       const bool lenet = cuda::has_lenet_kernels(dtype, s) && format == at::MemoryFormat::Contiguous;
-      auto laid_out = [lenet](const Tensor& tensor) { return lenet ? tensor.contiguous() : tensor; };
+      // As in the forward pass.
+      const bool tensor_cores = lenet && (dtype != cuda::DType::kFloat32 || allows_tf32_convolutions()) &&
+                                gradients_are_faster_on_tensor_cores(s) &&
+                                cuda::has_lenet_tensor_core_gradients(dtype, s);
+      auto laid_out = [&](const Tensor& tensor) {
+        return tensor_cores ? contiguous_at_16_bytes(tensor) : lenet ? tensor.contiguous() : tensor;
+      };
       launch_backward(scope, s, op, laid_out(grad_output), laid_out(indices), wanted[1] ? laid_out(input) : Tensor(),
-                      wanted[0] ? weight.contiguous() : Tensor(), gradients);
+                      wanted[0] ? weight.contiguous() : Tensor(), gradients, tensor_cores);
       return gradients;
     }
 
@@ -157,7 +173,7 @@ struct ConvPoolCuda {
   // What `gradients` has not got is not wanted.
   static void launch_backward(const CudaScope& scope, const ConvPoolShape& s, const char* op, const Tensor& grad_output,
                               const Tensor& indices, const Tensor& input, const Tensor& weight,
-                              const LayerGradients& gradients) {
+                              const LayerGradients& gradients, bool tensor_cores = false) {
     const cuda::DType dtype = cuda_dtype(op, grad_output);
     Tensor workspace;
     if (gradients.weight.defined() || gradients.bias.defined()) {
@@ -178,7 +194,8 @@ struct ConvPoolCuda {
                                       gradients.input.defined() ? cuda_strides(gradients.input) : cuda::Strides4{},
                                       writable(gradients.weight),
                                       writable(gradients.bias),
-                                      writable(workspace)};
+                                      writable(workspace),
+                                      tensor_cores ? cuda::lenet_tensor_core_backward_slice_images(s.batch) : 0};
     check_launch(op, cuda::launch_conv_pool_backward(dtype, call, scope.stream), grad_output);
   }
 };

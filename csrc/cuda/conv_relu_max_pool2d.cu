@@ -396,7 +396,11 @@ LaunchResult backward(DType dtype, const ConvPoolBackward& c, cudaStream_t strea
   const ConvPoolDims dims(s);
   const T* grad_output = static_cast<const T*>(c.grad_output);
   const int64_t pixels = s.batch * s.in_channels * s.height * s.width;
-  if (c.grad_input != nullptr && pixels > 0) {
+  // Of what is wanted.
+  const bool input_on_tensor_cores = c.slice_images != 0 && c.grad_input != nullptr && has_lenet_grad_input(s);
+  const bool weight_on_tensor_cores = c.slice_images != 0 && c.grad_weight != nullptr;
+  if (input_on_tensor_cores || weight_on_tensor_cores) result = launch_lenet_tensor_core_gradients(dtype, c, stream);
+  if (result.error == cudaSuccess && c.grad_input != nullptr && pixels > 0 && !input_on_tensor_cores) {
     if (for_lenet(dtype, c) && has_lenet_grad_input(s) &&
         is_contiguous(c.grad_input_strides, s.in_channels, s.height, s.width)) {
       result = launch_lenet_grad_input(dtype, c, stream);
@@ -411,7 +415,9 @@ LaunchResult backward(DType dtype, const ConvPoolBackward& c, cudaStream_t strea
   const WeightGradientPlan plan(s, c.grad_weight != nullptr);
   A* partials = static_cast<A*>(c.workspace);
   int64_t slices = plan.slices;
-  if (c.grad_weight != nullptr && for_lenet(dtype, c)) {
+  if (weight_on_tensor_cores) {
+    slices = lx::divide_up(s.batch, c.slice_images);
+  } else if (c.grad_weight != nullptr && for_lenet(dtype, c)) {
     slices = lenet_grad_weight_slices(s);
     result = launch_lenet_grad_weight_partials(dtype, c, stream);
   } else if (c.grad_weight == nullptr) {

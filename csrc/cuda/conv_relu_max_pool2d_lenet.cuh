@@ -16,4 +16,8 @@ LaunchResult launch_lenet_grad_input(DType dtype, const ConvPoolBackward& call, 
 int64_t lenet_grad_weight_slices(const ConvPoolShape& shape);
 LaunchResult launch_lenet_grad_weight_partials(DType dtype, const ConvPoolBackward& call, cudaStream_t stream);
 
+// Both on the tensor cores, where a call has slice_images: of the second layer what is wanted of the gradients of input
+// and weight, of the first that of weight, which must be wanted. A slice is so many images.
+LaunchResult launch_lenet_tensor_core_gradients(DType dtype, const ConvPoolBackward& call, cudaStream_t stream);
+
 }  // namespace lenet_ext::cuda

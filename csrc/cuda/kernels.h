@@ -57,6 +57,11 @@ struct ConvPoolBackward {
   void* grad_weight;  // null: not wanted
   void* grad_bias;    // null: not wanted
   void* workspace;    // of conv_pool_backward_workspace() bytes; its contents are overwritten
+  // Not 0: where has_lenet_tensor_core_gradients(), on the tensor cores, so many images to a block, an even number
+  // (lenet_tensor_core_backward_slice_images(batch), the tests use others). All tensors of images are contiguous and
+  // 16-byte aligned then. What there is no kernel for is computed as without: the gradient of the bias alone, and that
+  // of the first layer's input.
+  int64_t slice_images;
 };
 int64_t conv_pool_backward_workspace(DType dtype, const ConvPoolShape& shape, bool grad_weight);
 LaunchResult launch_conv_pool_backward(DType dtype, const ConvPoolBackward& call, cudaStream_t stream);
@@ -253,6 +258,7 @@ bool has_lenet_tensor_core_forward(DType dtype, int64_t channels, int64_t classe
 LaunchResult launch_lenet_tensor_core_forward(DType dtype, const LenetForwardOf<void>& call, cudaStream_t stream);
 bool has_lenet_tensor_core_layer(DType dtype, const ConvPoolShape& shape);
 LaunchResult launch_lenet_tensor_core_layer(DType dtype, const ConvPoolForward& call, cudaStream_t stream);
+bool has_lenet_tensor_core_gradients(DType dtype, const ConvPoolShape& shape);  // by launch_conv_pool_backward
 
 // The whole network in float16 and bfloat16 for large batches, in two launches. The images are 16-byte aligned;
 // `features`, [batch, 400] of the storage type and 16-byte aligned too, is overwritten, unless what a backward pass

@@ -21,40 +21,36 @@ template <typename T>
 __global__ void __launch_bounds__(kGradientThreads, 2)
     lenet_tensor_core_backward_kernel(LenetConvolutionsBackwardOf<T> call, float* __restrict__ partials1,
                                       float* __restrict__ partials2) {
-  using Pass = GradientPass<T>;
+  using Pass = GradientPass<T, GradientsOf::kBoth>;
   LX_SMEM(shared);
   const Pass pass(shared);
   pass.prepare();
-  const PooledGradient<T> pooled_gradient(pass, call.weight2);
-  Conv2WeightSums<T> sums2;
-  Conv1WeightSums<T> sums1;
-  const int64_t slice_begin = blockIdx.x * call.slice_images;
-  const int64_t slice_end = slice_begin + call.slice_images < call.batch ? slice_begin + call.slice_images : call.batch;
-  auto present_at = [slice_end](int64_t first) { return slice_end - first < Pass::kImages ? 1 : Pass::kImages; };
-  auto fetch = [&](int64_t first) {
-    const GradientImages<const T, const uint8_t> images{
-        call.input + first * Conv1::kImage, call.pooled1 + first * Conv1::kPooled,
-        call.grad_pooled2 + first * Conv2::kPooled, call.indices1 + first * Conv1::kPooled,
-        call.indices2 + first * Conv2::kPooled};
-    pass.fetch(images, present_at(first));
-  };
-  fetch(slice_begin);
-#pragma unroll 1
-  for (int64_t first = slice_begin; first < slice_end; first += Pass::kImages) {
-    const int present = present_at(first);
-    lx::wait_for_copies<0>();
-    __syncthreads();  // all copies are there, and the last pass is done with the shared memory
-    load_pixels(pass, present);
-    load_pooled(pass, present);
-    load_gradients(pass, present);
-    __syncthreads();
-    if (first + Pass::kImages < slice_end) fetch(first + Pass::kImages);
-    sums2.add(pass);
-    pooled_gradient.compute(pass);
-    __syncthreads();
-    sums1.add(pass);
-  }
-  static_assert(Conv1WeightSums<T>::kBandFloats * 4 <= Pass::kGridBytes);
+  const PooledGradient<Pass> pooled_gradient(pass, call.weight2);
+  Conv2WeightSums<Pass> sums2;
+  Conv1WeightSums<Pass> sums1;
+  each_pass<Pass>(
+      call.batch, call.slice_images,
+      [&](int64_t first, int present) {
+        const GradientImages<const T, const uint8_t> images{call.input + first * Conv1::kImage,
+                                                            call.pooled1 + first * Conv1::kPooled,
+                                                            nullptr,
+                                                            call.grad_pooled2 + first * Conv2::kPooled,
+                                                            call.indices1 + first * Conv1::kPooled,
+                                                            call.indices2 + first * Conv2::kPooled};
+        pass.fetch(images, present);
+      },
+      [&](int present) {
+        load_pixels(pass, present);
+        load_pooled(pass, present);
+        load_gradients(pass, present);
+      },
+      [&](int64_t, int) {
+        sums2.add(pass);
+        pooled_gradient.compute(pass, ToWinners<Pass>{pass});
+        __syncthreads();
+        sums1.add(pass);
+      });
+  static_assert(Conv1WeightSums<Pass>::kBandFloats * 4 <= Pass::kGridBytes);
   float* const partial1 = partials1 + int64_t{blockIdx.x} * kSums1<Conv1>;
   float* const partial2 = partials2 + int64_t{blockIdx.x} * kSums2;
   sums2.finish([&](int at, float sum) { partial2[at] = sum; });
@@ -107,8 +103,8 @@ LaunchResult backward(const LenetConvolutionsBackwardOf<void>& call, cudaStream_
   ConvolutionGradients<T> gradients;
   for (int i = 0; i < 4; ++i) gradients.of[i] = static_cast<T*>(call.gradients[i]);
   lx::launch(result, "lenet_tensor_core_backward_kernel", lenet_tensor_core_backward_kernel<T>,
-             static_cast<unsigned>(slices), kGradientThreads, GradientPass<T>::shared_bytes(), stream, of,
-             partials.conv1, partials.conv2);
+             static_cast<unsigned>(slices), kGradientThreads, GradientPass<T, GradientsOf::kBoth>::shared_bytes(),
+             stream, of, partials.conv1, partials.conv2);
   const ConvolutionSums conv2{partials.conv2, kSums2, Conv2::kWeights, 2};
   const ConvolutionSums conv1{partials.conv1, kSums1<Conv1>, Conv1::kWeights, 0};
   lx::launch(result, "lenet_convolution_sums_kernel", lenet_convolution_sums_kernel<T>,
@@ -120,7 +116,7 @@ LaunchResult backward(const LenetConvolutionsBackwardOf<void>& call, cudaStream_
 template <typename T>
 bool supported() {
   return lx::has_tensor_cores(lenet_tensor_core_backward_kernel<T>) &&
-         lx::fits_shared_memory(GradientPass<T>::shared_bytes());
+         lx::fits_shared_memory(GradientPass<T, GradientsOf::kBoth>::shared_bytes());
 }
 
 }  // namespace

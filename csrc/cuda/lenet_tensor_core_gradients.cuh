@@ -1,5 +1,5 @@
 // The gradients of LeNet's convolutions on the tensor cores, in float16, bfloat16 and TF32, cut into what a block of
-// four warps does with two images in shared memory, or one in TF32.
+// four warps does with two images in shared memory, or one in TF32: of both layers, or of one on its own.
 //
 // Dense products, although three quarters of what they multiply by are zeros: for the gradient of conv2's input in
 // 16384 images 7.9 GFLOP, 20 us at the rate of the product of large matrices on an H100 in 16 bits, where the kernel on
@@ -10,7 +10,7 @@
 //     every operand, and a tap's weights serve all four: in 16 bits they stay in registers; in TF32, where they would
 //     take twice as many, each tap's are loaded once a tile.
 //   - A lane that has the gradient of a pooled value writes it at once, with three zeros, to where it is an operand of
-//     conv1's gradient: nothing passes through global memory between the layers.
+//     conv1's gradient: between both layers nothing passes through global memory.
 //   - A one in an empty slot beside conv1's output makes the bias's gradient a tap's column; a row of ones does for
 //     conv1.
 //   - What is stored with the channels together is loaded transposed where the depth of a product is positions.
@@ -35,17 +35,27 @@ constexpr int kPatchRows = 6, kPatchPixels = 8, kPatchPlaces = 8 * Conv1::kOut;
 constexpr int kTapsOfWarp = 7;  // of conv2's weight gradient: 7, 6, 6, 6
 static_assert(kTapsOfWarp + (kGradientWarps - 1) * (kTapsOfWarp - 1) == kTaps);
 
+// What a block computes gradients of: of both layers' weights and biases, by way of that of conv2's input; of conv1's
+// weights and biases; of conv2's input and of its weights and biases, or of one of these.
+enum class GradientsOf { kBoth, kConv1, kConv2, kConv2Input, kConv2Weights };
+
 // What the gradients of some images need, as it is in global memory; or where in shared memory it arrives.
 template <typename T, typename Code>
 struct GradientImages {
-  T *input, *pooled1, *grad_pooled2;
+  T *input, *pooled1, *grad_pooled1, *grad_pooled2;
   Code *indices1, *indices2;
 };
 
-// What a pass has in shared memory, and tables of where things lie in it, in bytes.
-template <typename T>
+// What a pass has in shared memory, and tables of where things lie in it, in bytes. What its gradients do not need
+// takes no memory.
+template <typename T, GradientsOf kOf>
 struct GradientPass {
+  using Stored = T;
   using Pixels = PixelLayout<T>;
+  static constexpr bool kBoth = kOf == GradientsOf::kBoth;
+  static constexpr bool kOfConv1 = kBoth || kOf == GradientsOf::kConv1, kOfConv2 = kOf != GradientsOf::kConv1;
+  static constexpr bool kOfInput = kOfConv2 && kOf != GradientsOf::kConv2Weights;  // of conv2
+  static constexpr bool kOfWeights = kOfConv2 && kOf != GradientsOf::kConv2Input;
   static constexpr int kPerWord = lx::Operand<T>::kPerWord, kInVector = 4 * kPerWord, kStep = 8 * kPerWord;
   static constexpr int kImages = kPerWord;  // two blocks share a multiprocessor
   static constexpr int kWindows = kImages * Conv2::kWindows;
@@ -98,75 +108,102 @@ struct GradientPass {
   static constexpr bool kResident = kPerWord == 2;
   static constexpr int kWeightWords = kResident ? 0 : kTaps * 32 * 4;
 
+  static constexpr int needed(bool by_these, int count) { return by_these ? count : 0; }
+  static constexpr int kPixelsTaken = needed(kOfConv1, kImages* kPixelImage),
+                       kPooledTaken = needed(kOfWeights, kPooledBytes), kGridTaken = needed(kOfConv2, kGridBytes),
+                       kPatchesTaken = needed(kOfConv1, (kNoPatch + 1) * kPatchBytes),
+                       kWinnersTaken = needed(kBoth, Conv1::kOut / 2 * kWinnerPair);
+  static constexpr int kPooledPlaces = needed(kOfWeights, kImages* Conv1::kWindows),
+                       kWindowWords = needed(kOfConv2, kWindowRows * 2),
+                       kInputPatchWords = needed(kOfInput, kInputTiles * 16),
+                       kDepths = needed(kOfConv1, kDepthSteps* kStep),
+                       kWeightWordsTaken = needed(kOfInput, kWeightWords),
+                       kFlags = needed(kOfInput && !kBoth, kGradientWarps);
+  // Of the next images.
+  static constexpr int kNextInput = needed(kOfConv1, kImages* Conv1::kImage),
+                       kNextPooled1 = needed(kOfWeights, kImages* Conv1::kPooled),
+                       kNextGrad1 = needed(kOfConv1 && !kBoth, kImages* Conv1::kPooled),
+                       kNextGrad2 = needed(kOfConv2, kImages* Conv2::kPooled),
+                       kNextIndices1 = needed(kOfConv1, kImages* Conv1::kPooled),
+                       kNextIndices2 = needed(kOfConv2, kImages* Conv2::kPooled);
+
   unsigned char *pixels, *pooled, *grid, *patches, *winners;
   uint32_t* pooled_places;  // [image, window of conv1]: in `pooled`
   uint32_t* windows;        // [image, window of conv2][2]: in `pooled`, in `grid`; behind the last: zeros in both
   uint32_t* input_patches;  // [image, patch]: its first window of conv1; conv1's patch there in the upper half
   uint32_t* depths;         // [step][kStep]: in `patches`; in `pixels` in the upper half
   uint32_t* weights;        // [tap][lane][4]
+  uint32_t* finite;         // [warp]: whether those of conv2's weights are that this warp has looked at
   GradientImages<T, uint8_t> next;
 
   LX_DEVICE explicit GradientPass(unsigned char* shared) {
-    pixels = lx::take<unsigned char>(shared, kImages * kPixelImage);
-    pooled = lx::take<unsigned char>(shared, kPooledBytes);
-    grid = lx::take<unsigned char>(shared, kGridBytes);
-    patches = lx::take<unsigned char>(shared, (kNoPatch + 1) * kPatchBytes);
-    winners = lx::take<unsigned char>(shared, Conv1::kOut / 2 * kWinnerPair);
-    pooled_places = lx::take<uint32_t>(shared, kImages * Conv1::kWindows);
-    windows = lx::take<uint32_t>(shared, kWindowRows * 2);
-    input_patches = lx::take<uint32_t>(shared, kInputTiles * 16);
-    depths = lx::take<uint32_t>(shared, kDepthSteps * kStep);
-    weights = lx::take<uint32_t>(shared, kWeightWords);
-    next.input = lx::take<T>(shared, kImages * Conv1::kImage);
-    next.pooled1 = lx::take<T>(shared, kImages * Conv1::kPooled);
-    next.grad_pooled2 = lx::take<T>(shared, kImages * Conv2::kPooled);
-    next.indices1 = lx::take<uint8_t>(shared, kImages * Conv1::kPooled);
-    next.indices2 = lx::take<uint8_t>(shared, kImages * Conv2::kPooled);
+    pixels = lx::take<unsigned char>(shared, kPixelsTaken);
+    pooled = lx::take<unsigned char>(shared, kPooledTaken);
+    grid = lx::take<unsigned char>(shared, kGridTaken);
+    patches = lx::take<unsigned char>(shared, kPatchesTaken);
+    winners = lx::take<unsigned char>(shared, kWinnersTaken);
+    pooled_places = lx::take<uint32_t>(shared, kPooledPlaces);
+    windows = lx::take<uint32_t>(shared, kWindowWords);
+    input_patches = lx::take<uint32_t>(shared, kInputPatchWords);
+    depths = lx::take<uint32_t>(shared, kDepths);
+    weights = lx::take<uint32_t>(shared, kWeightWordsTaken);
+    finite = lx::take<uint32_t>(shared, kFlags);
+    next.input = lx::take<T>(shared, kNextInput);
+    next.pooled1 = lx::take<T>(shared, kNextPooled1);
+    next.grad_pooled1 = lx::take<T>(shared, kNextGrad1);
+    next.grad_pooled2 = lx::take<T>(shared, kNextGrad2);
+    next.indices1 = lx::take<uint8_t>(shared, kNextIndices1);
+    next.indices2 = lx::take<uint8_t>(shared, kNextIndices2);
   }
   static constexpr int64_t shared_bytes() {
-    return lx::taken<unsigned char>(kImages * kPixelImage) + lx::taken<unsigned char>(kPooledBytes) +
-           lx::taken<unsigned char>(kGridBytes) + lx::taken<unsigned char>((kNoPatch + 1) * kPatchBytes) +
-           lx::taken<unsigned char>(Conv1::kOut / 2 * kWinnerPair) + lx::taken<uint32_t>(kImages * Conv1::kWindows) +
-           lx::taken<uint32_t>(kWindowRows * 2) + lx::taken<uint32_t>(kInputTiles * 16) +
-           lx::taken<uint32_t>(kDepthSteps * kStep) + lx::taken<uint32_t>(kWeightWords) +
-           lx::taken<T>(kImages * Conv1::kImage) + lx::taken<T>(kImages * Conv1::kPooled) +
-           lx::taken<T>(kImages * Conv2::kPooled) + lx::taken<uint8_t>(kImages * Conv1::kPooled) +
-           lx::taken<uint8_t>(kImages * Conv2::kPooled);
+    return lx::taken<unsigned char>(kPixelsTaken) + lx::taken<unsigned char>(kPooledTaken) +
+           lx::taken<unsigned char>(kGridTaken) + lx::taken<unsigned char>(kPatchesTaken) +
+           lx::taken<unsigned char>(kWinnersTaken) + lx::taken<uint32_t>(kPooledPlaces) +
+           lx::taken<uint32_t>(kWindowWords) + lx::taken<uint32_t>(kInputPatchWords) + lx::taken<uint32_t>(kDepths) +
+           lx::taken<uint32_t>(kWeightWordsTaken) + lx::taken<uint32_t>(kFlags) + lx::taken<T>(kNextInput) +
+           lx::taken<T>(kNextPooled1) + lx::taken<T>(kNextGrad1) + lx::taken<T>(kNextGrad2) +
+           lx::taken<uint8_t>(kNextIndices1) + lx::taken<uint8_t>(kNextIndices2);
   }
 
-  // The block begins to copy what `present` images need. An image's first indices are 8 modulo 16 bytes.
+  // The block begins to copy what `present` images need. conv1's images of indices begin at multiples of 8 bytes, all
+  // others at multiples of 16. What is not needed may be null.
   LX_DEVICE void fetch(const GradientImages<const T, const uint8_t>& from, int present) const {
-    lx::copy_block_async<16>(next.input, from.input, present * Conv1::kImage);
-    lx::copy_block_async<16>(next.pooled1, from.pooled1, present * Conv1::kPooled);
-    lx::copy_block_async<16>(next.grad_pooled2, from.grad_pooled2, present * Conv2::kPooled);
-    lx::copy_block_async<8>(next.indices1, from.indices1, present * Conv1::kPooled);
-    lx::copy_block_async<16>(next.indices2, from.indices2, present * Conv2::kPooled);
+    if constexpr (kNextInput > 0) lx::copy_block_async<16>(next.input, from.input, present * Conv1::kImage);
+    if constexpr (kNextPooled1 > 0) lx::copy_block_async<16>(next.pooled1, from.pooled1, present * Conv1::kPooled);
+    if constexpr (kNextGrad1 > 0) {
+      lx::copy_block_async<16>(next.grad_pooled1, from.grad_pooled1, present * Conv1::kPooled);
+    }
+    if constexpr (kNextGrad2 > 0) {
+      lx::copy_block_async<16>(next.grad_pooled2, from.grad_pooled2, present * Conv2::kPooled);
+    }
+    if constexpr (kNextIndices1 > 0) lx::copy_block_async<8>(next.indices1, from.indices1, present * Conv1::kPooled);
+    if constexpr (kNextIndices2 > 0) lx::copy_block_async<16>(next.indices2, from.indices2, present * Conv2::kPooled);
     lx::end_copy_group();
   }
 
   // The block writes the tables, and zeros everywhere else.
   LX_DEVICE void prepare() const {
-    const int bytes = static_cast<int>(winners + Conv1::kOut / 2 * kWinnerPair - pixels);
+    const int bytes = static_cast<int>(winners + kWinnersTaken - pixels);
     for (int i = threadIdx.x; i < bytes / 4; i += kGradientThreads) reinterpret_cast<uint32_t*>(pixels)[i] = 0;
-    for (int i = threadIdx.x; i < kImages * Conv1::kWindows; i += kGradientThreads) {
+    for (int i = threadIdx.x; i < kPooledPlaces; i += kGradientThreads) {
       const int image = i / Conv1::kWindows, y = i % Conv1::kWindows / Conv1::kPool, x = i % Conv1::kPool;
       pooled_places[i] = (image * Pixels::kImage + Pixels::at(y, x)) * kVectorBytes;
     }
-    for (int i = threadIdx.x; i < kWindowRows; i += kGradientThreads) {
+    for (int i = threadIdx.x; i < kWindowWords / 2; i += kGradientThreads) {
       const int image = i / Conv2::kWindows, y = i % Conv2::kWindows / Conv2::kPool, x = i % Conv2::kPool;
       const bool none = i >= kWindows;
       const int pixel = none ? kImages * Pixels::kImage : image * Pixels::kImage + Pixels::at(2 * y, 2 * x);
       windows[2 * i] = pixel * kVectorBytes;
       windows[2 * i + 1] = none ? 0 : (image * kGridImage + (y + kGridRim) * kGridRow + x + kGridRim) * kVectorBytes;
     }
-    for (int i = threadIdx.x; i < kInputTiles * 16; i += kGradientThreads) {
+    for (int i = threadIdx.x; i < kInputPatchWords; i += kGradientThreads) {
       constexpr int kRow = Conv2::kSize / 2, kOfImage = kRow * kRow;
       const int p = i < kInputPatches ? i : kInputPatches - 1, image = p / kOfImage, y = p % kOfImage / kRow,
                 x = p % kRow;
       input_patches[i] = (image * Conv1::kWindows + y * 2 * Conv1::kPool + x * 2) |
                          static_cast<uint32_t>(image * kPatchesOfImage + y * 2 * kRow + x) << 16;
     }
-    for (int i = threadIdx.x; i < kDepthSteps * kStep; i += kGradientThreads) {
+    for (int i = threadIdx.x; i < kDepths; i += kGradientThreads) {
       const bool even = i < kEvenDepth;
       const int k = even ? i : i - kEvenDepth, in_row = even ? 4 : 3, of_image = Conv1::kPool * in_row;
       const int image = k / of_image, y = k % of_image / in_row, x = k % in_row;
@@ -179,6 +216,28 @@ struct GradientPass {
     }
   }
 };
+
+// The block's slice of the batch, pass by pass: fetch(first image, how many are present) begins to copy what a pass
+// needs, load(present) makes operands of it, compute(first, present) multiplies them, while what the next pass needs
+// arrives.
+template <typename Pass, typename Fetch, typename Load, typename Compute>
+__device__ __forceinline__ void each_pass(int64_t batch, int64_t slice_images, const Fetch& fetch, const Load& load,
+                                          const Compute& compute) {
+  const int64_t slice_begin = blockIdx.x * slice_images;
+  const int64_t slice_end = slice_begin + slice_images < batch ? slice_begin + slice_images : batch;
+  auto present_at = [slice_end](int64_t first) { return slice_end - first < Pass::kImages ? 1 : Pass::kImages; };
+  fetch(slice_begin, present_at(slice_begin));
+#pragma unroll 1
+  for (int64_t first = slice_begin; first < slice_end; first += Pass::kImages) {
+    const int present = present_at(first);
+    lx::wait_for_copies<0>();
+    __syncthreads();  // all copies are there, and the last pass is done with the shared memory
+    load(present);
+    __syncthreads();
+    if (first + Pass::kImages < slice_end) fetch(first + Pass::kImages, present_at(first + Pass::kImages));
+    compute(first, present);
+  }
+}
 
 // Of two neighbouring values those that won `position`, the others zero. winners: the `which`-th two bytes of a word.
 template <typename T>
@@ -195,9 +254,9 @@ LX_DEVICE lx::Operands<T, 2> won(const lx::Operands<T, 2>& values, uint32_t winn
 // ----------------------------------------------------------------------------------------------------------- loading
 
 // From where the copies arrived to where operands are: the pixels of the `present` first images; of the others zeros.
-template <typename T>
-__device__ __forceinline__ void load_pixels(const GradientPass<T>& pass, int present) {
-  using Pass = GradientPass<T>;
+template <typename Pass>
+__device__ __forceinline__ void load_pixels(const Pass& pass, int present) {
+  using T = typename Pass::Stored;
   constexpr int kVectors = Conv1::kImage / Pass::kInVector, kOfRow = Conv1::kSize / Pass::kInVector;
   for (int i = threadIdx.x; i < Pass::kImages * kVectors; i += kGradientThreads) {
     const int image = i / kVectors, row = i % kVectors / kOfRow, column = i % kOfRow;
@@ -221,22 +280,25 @@ LX_DEVICE uint32_t winner_bits(uint32_t codes) {
   return lx::permute_bytes(0x08040201u, 0, digits);
 }
 
-// conv1's pooled output, with a one in slot 3, and its winners. thread -> 4 neighbouring pixels in all channels.
-template <typename T>
-__device__ __forceinline__ void load_pooled(const GradientPass<T>& pass, int present) {
-  using Pass = GradientPass<T>;
+// conv1's pooled output, with a one in slot 3, and its winners where they are needed. thread -> 4 neighbouring pixels
+// in all channels.
+template <typename Pass>
+__device__ __forceinline__ void load_pooled(const Pass& pass, int present) {
+  using T = typename Pass::Stored;
   constexpr int kPacks = Conv1::kWindows / 4;
   const T one = lx::narrow<T>(1.0f);
   for (int i = threadIdx.x; i < Pass::kImages * kPacks; i += kGradientThreads) {
     const int image = i / kPacks, first = i % kPacks * 4;
     Pack<T, 4> values[Conv1::kOut] = {};
-    uint32_t winners[Conv1::kOut] = {};
+    [[maybe_unused]] uint32_t winners[Conv1::kOut] = {};
     if (image < present) {
 #pragma unroll
       for (int c = 0; c < Conv1::kOut; ++c) {
         const int from = image * Conv1::kPooled + c * Conv1::kWindows + first;
         values[c] = lx::load_pack<4>(pass.next.pooled1 + from);
-        winners[c] = winner_bits(*reinterpret_cast<const uint32_t*>(pass.next.indices1 + from));
+        if constexpr (Pass::kBoth) {
+          winners[c] = winner_bits(*reinterpret_cast<const uint32_t*>(pass.next.indices1 + from));
+        }
       }
     }
     const Pack<uint32_t, 4> places = lx::load_pack<4>(pass.pooled_places + i * 4);
@@ -254,19 +316,65 @@ __device__ __forceinline__ void load_pooled(const GradientPass<T>& pass, int pre
             {words[4 * v], words[4 * v + 1], words[4 * v + 2], words[4 * v + 3]}};
       }
     }
+    if constexpr (Pass::kBoth) {
 #pragma unroll
-    for (int pair = 0; pair < Conv1::kOut / 2; ++pair) {
-      const uint32_t a = winners[2 * pair], b = winners[2 * pair + 1];
-      *reinterpret_cast<Pack<uint32_t, 2>*>(pass.winners + pair * Pass::kWinnerPair + i * 8) = {
-          {lx::permute_bytes(a, b, 0x5140u), lx::permute_bytes(a, b, 0x7362u)}};
+      for (int pair = 0; pair < Conv1::kOut / 2; ++pair) {
+        const uint32_t a = winners[2 * pair], b = winners[2 * pair + 1];
+        *reinterpret_cast<Pack<uint32_t, 2>*>(pass.winners + pair * Pass::kWinnerPair + i * 8) = {
+            {lx::permute_bytes(a, b, 0x5140u), lx::permute_bytes(a, b, 0x7362u)}};
+      }
+    }
+  }
+}
+
+// The gradient of conv1's output, from that of its pooled output, where that is not computed here. thread -> a patch,
+// all channels: 16 bytes at a time, which 8 neighbouring patches have in different banks, in TF32 every two in the
+// same.
+template <typename Pass>
+__device__ __forceinline__ void load_patches(const Pass& pass, int present) {
+  using T = typename Pass::Stored;
+  constexpr int kPairs = Conv1::kOut / 2, kWords = 4 * Conv1::kOut / Pass::kPerWord, kOfPair = 2 / Pass::kPerWord;
+  static_assert(Conv1::kPool % 2 == 0);  // a patch is two windows in a row
+  for (int i = threadIdx.x; i < Pass::kImages * kPatchesOfImage; i += kGradientThreads) {
+    const int image = i / kPatchesOfImage;
+    lx::Operands<T, 2> values[2][kPairs] = {};
+    uint32_t winners[kPairs] = {};
+    if (image < present) {
+      const int from = image * Conv1::kPooled + i % kPatchesOfImage * 2;
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const int low = from + 2 * pair * Conv1::kWindows, high = low + Conv1::kWindows;
+        const Pack<T, 2> a = lx::load_pack<2>(pass.next.grad_pooled1 + low),
+                         b = lx::load_pack<2>(pass.next.grad_pooled1 + high);
+        auto codes = [&](int at) {
+          return uint32_t{*reinterpret_cast<const uint16_t*>(pass.next.indices1 + at)};  // of both windows
+        };
+        winners[pair] = lx::permute_bytes(winner_bits(codes(low) | codes(high) << 16), 0, 0x3120u);
+#pragma unroll
+        for (int window = 0; window < 2; ++window) values[window][pair] = lx::operands<T>(a[window], b[window]);
+      }
+    }
+#pragma unroll
+    for (int window = 0; window < 2; ++window) {
+      uint32_t words[kWords];  // [position][channel]
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const int pair = w / kOfPair % kPairs, position = w / (kOfPair * kPairs);
+        words[w] = won<T>(values[window][pair], winners[pair], window, position)[w % kOfPair];
+      }
+      unsigned char* const to = pass.patches + i * Pass::kPatchBytes + window * Pass::kPatchWindowBytes;
+#pragma unroll
+      for (int w = 0; w < kWords; w += 4) {
+        *reinterpret_cast<Pack<uint32_t, 4>*>(to + w * 4) = {{words[w], words[w + 1], words[w + 2], words[w + 3]}};
+      }
     }
   }
 }
 
 // The gradient of conv2's output, from that of its pooled output. thread -> a window in the channels of a vector.
-template <typename T>
-__device__ __forceinline__ void load_gradients(const GradientPass<T>& pass, int present) {
-  using Pass = GradientPass<T>;
+template <typename Pass>
+__device__ __forceinline__ void load_gradients(const Pass& pass, int present) {
+  using T = typename Pass::Stored;
   constexpr int kPairs = Pass::kInVector / 2;
   for (int i = threadIdx.x; i < Pass::kGridVectors * Pass::kWindows; i += kGradientThreads) {
     const int vector = i / Pass::kWindows, window = i % Pass::kWindows;
@@ -304,9 +412,9 @@ __device__ __forceinline__ void load_gradients(const GradientPass<T>& pass, int 
 
 // The sums of conv2's weights and biases over all images of a block: rows are the output channels, columns the slots of
 // the input, one tap at a time, of which this warp has some; the depth is some windows at dy = 0, then at dy = 1.
-template <typename T>
+template <typename Pass>
 struct Conv2WeightSums {
-  using Pass = GradientPass<T>;
+  using T = typename Pass::Stored;
   using Rows = lx::Transposed<T>;
 
   float sums[kTapsOfWarp][4] = {};
@@ -376,12 +484,12 @@ struct Conv2WeightSums {
   }
 };
 
-// The gradient of conv2's input, rounded, and from there to the winners of conv1: a row of the product is a patch of 2
-// x 2 positions, a column an input channel, one tile for each position; the depth is the 16 output channels, tap by
-// tap, in TF32 in two products.
-template <typename T>
+// The gradient of conv2's input: a row of the product is a patch of 2 x 2 positions, a column an input channel, one
+// tile for each position; the depth is the 16 output channels, tap by tap, in TF32 in two products. Around the windows
+// the weights are multiplied by zeros, which makes no difference as long as the weights are finite.
+template <typename Pass>
 struct PooledGradient {
-  using Pass = GradientPass<T>;
+  using T = typename Pass::Stored;
   static constexpr int kProducts = Conv2::kOut / Pass::kStep;
 
   uint32_t weights[Pass::kResident ? kTaps : 1][kProducts][2] = {};
@@ -410,7 +518,23 @@ struct PooledGradient {
     }
   }
 
-  __device__ __forceinline__ void compute(const Pass& pass) const {
+  // Where `finite` is asked for, the caller puts a barrier before all_finite().
+  static LX_DEVICE void look_at(const Pass& pass, const T* __restrict__ weight2) {
+    bool finite = true;
+    for (int i = threadIdx.x; i < Conv2::kOut * Conv2::kWeights; i += kGradientThreads) {
+      finite = finite && 0 * lx::widen(lx::to_operand(weight2[i])) == 0;
+    }
+    pass.finite[threadIdx.x / 32] = __ballot_sync(0xffffffffu, finite) == 0xffffffffu;
+  }
+  static LX_DEVICE bool all_finite(const Pass& pass) {
+    const Pack<uint32_t, kGradientWarps> finite = lx::load_pack<kGradientWarps>(pass.finite);
+    return (finite[0] & finite[1] & finite[2] & finite[3]) != 0;
+  }
+
+  // Hands the gradients of a patch's positions in channels 2 t and 2 t + 1, t < 3, to
+  // store(places in input_patches, t, sums of the position at (dy, dx)).
+  template <typename Store>
+  __device__ __forceinline__ void compute(const Pass& pass, const Store& store) const {
     constexpr int kReach = kTap + 1;  // rows of positions that a patch's two are connected with
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
 #pragma unroll 1
@@ -466,22 +590,66 @@ struct PooledGradient {
       for (int half = 0; half < 2; ++half) {
         const int row = tile * 16 + half * 8 + g;
         if (row >= Pass::kInputPatches) break;
-        const uint32_t places = pass.input_patches[row];
-        const unsigned char* const winners = pass.winners + t * Pass::kWinnerPair + (places & 0xffffu) * 2;
-        unsigned char* const to = pass.patches + (places >> 16) * Pass::kPatchBytes + t * 2 * sizeof(T);
+        store(pass.input_patches[row], t,
+              [&](int dy, int dx) { return Pack<float, 2>{{sums[dy][dx][2 * half], sums[dy][dx][2 * half + 1]}}; });
+      }
+    }
+  }
+};
+
+// The same where a weight is not finite: of a position those products alone that it has, zeros of windows included, as
+// PyTorch has them. Slow. thread -> a position in a channel, to store(position in its images, sum).
+template <typename Pass, typename Store>
+__device__ __forceinline__ void compute_without_rim(const Pass& pass, const typename Pass::Stored* __restrict__ weight2,
+                                                    int present, const Store& store) {
+  using T = typename Pass::Stored;
+  constexpr int kMap = Conv2::kSize * Conv2::kSize;
+#pragma unroll 1
+  for (int at = threadIdx.x; at < present * Conv2::kImage; at += kGradientThreads) {
+    const int image = at / Conv2::kImage, channel = at % Conv2::kImage / kMap, y = at % kMap / Conv2::kSize,
+              x = at % Conv2::kSize;
+    float sum = 0;
+#pragma unroll 1
+    for (int tap = 0; tap < kTaps; ++tap) {
+      const int row = y - tap / kTap, column = x - tap % kTap;
+      if (row < 0 || row >= Conv2::kConv || column < 0 || column >= Conv2::kConv) continue;
+      const int window =
+          image * Pass::kGridImage + (row / 2 + Pass::kGridRim) * Pass::kGridRow + column / 2 + Pass::kGridRim;
+      const unsigned char* const from = pass.grid + Pass::grid_plane(row % 2, column % 2) + window * kVectorBytes;
+#pragma unroll 1
+      for (int out = 0; out < Conv2::kOut; ++out) {
+        const T gradient =
+            reinterpret_cast<const T*>(from + out / Pass::kInVector * Pass::kGridVector)[out % Pass::kInVector];
+        const T weight = weight2[(out * Conv2::kIn + channel) * kTaps + tap];
+        sum += lx::widen(gradient) * lx::widen(lx::to_operand(weight));
+      }
+    }
+    store(at, sum);
+  }
+}
+
+// Rounded, and to the winners of conv1.
+template <typename Pass>
+struct ToWinners {
+  const Pass& pass;
+
+  template <typename Sums>
+  __device__ __forceinline__ void operator()(uint32_t places, int t, const Sums& sums) const {
+    using T = typename Pass::Stored;
+    const unsigned char* const winners = pass.winners + t * Pass::kWinnerPair + (places & 0xffffu) * 2;
+    unsigned char* const to = pass.patches + (places >> 16) * Pass::kPatchBytes + t * 2 * sizeof(T);
 #pragma unroll
-        for (int dy = 0; dy < 2; ++dy) {
-          const uint32_t bytes = *reinterpret_cast<const uint32_t*>(winners + dy * Conv1::kPool * 2);
+    for (int dy = 0; dy < 2; ++dy) {
+      const uint32_t bytes = *reinterpret_cast<const uint32_t*>(winners + dy * Conv1::kPool * 2);
 #pragma unroll
-          for (int dx = 0; dx < 2; ++dx) {
-            const lx::Operands<T, 2> values = lx::rounded<T>({sums[dy][dx][2 * half], sums[dy][dx][2 * half + 1]});
+      for (int dx = 0; dx < 2; ++dx) {
+        const Pack<float, 2> both = sums(dy, dx);
+        const lx::Operands<T, 2> values = lx::rounded<T>(both.values);
 #pragma unroll
-            for (int position = 0; position < 4; ++position) {
-              *reinterpret_cast<lx::Operands<T, 2>*>(
-                  to + dy * Conv1::kPool / 2 * Pass::kPatchBytes + dx * Pass::kPatchWindowBytes +
-                  position * Conv1::kOut * sizeof(T)) = won<T>(values, bytes, dx, position);
-            }
-          }
+        for (int position = 0; position < 4; ++position) {
+          *reinterpret_cast<lx::Operands<T, 2>*>(to + dy * Conv1::kPool / 2 * Pass::kPatchBytes +
+                                                 dx * Pass::kPatchWindowBytes + position * Conv1::kOut * sizeof(T)) =
+              won<T>(values, bytes, dx, position);
         }
       }
     }
@@ -491,9 +659,9 @@ struct PooledGradient {
 // The sums of conv1's weights and biases over all images of a block: rows are a patch's 48 gradients, columns its 6 x 8
 // pixels, the depth the patches. What lies on the band of rows and columns that belong together is, added up, the
 // gradient of the weights.
-template <typename T>
+template <typename Pass>
 struct Conv1WeightSums {
-  using Pass = GradientPass<T>;
+  using T = typename Pass::Stored;
   using Rows = lx::Transposed<T>;
   static constexpr int kTiles = kPatchPlaces / 16;
   static constexpr int kColumns = kPatchRows * kPatchPixels + 1;  // and ones, for the bias

@@ -223,7 +223,8 @@ void test_convolution(const std::string& name, DType dtype, const ConvPoolShape&
                                 in_strides,
                                 got_weight.data(),
                                 got_bias.data(),
-                                workspace.data()};
+                                workspace.data(),
+                                0};
           if (bias_only) call.grad_input = call.grad_weight = nullptr;
           return launch_conv_pool_backward(dtype, call, {});
         },

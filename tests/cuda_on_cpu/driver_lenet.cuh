@@ -312,6 +312,47 @@ void test_lenet_tensor_core_backward(DType dtype, int64_t batch, int64_t slice_i
       });
 }
 
+// The gradients of a layer on its own, whatever of them is wanted. Those of the weights are sums of slices.
+void test_tensor_core_gradients(DType dtype, const ConvPoolShape& s, int64_t slice_images) {
+  const DType rounding = dtype == DType::kFloat32 ? DType::kFloat16 : dtype;
+  const std::string name = "tensor core gradients of " + std::to_string(s.in_channels) + " channels dtype " +
+                           std::to_string(static_cast<int>(dtype)) + " batch " + std::to_string(s.batch) +
+                           " in slices of " + std::to_string(slice_images);
+  Conv c{s, {}, {}, {}};
+  c.input = random_values(rounding, c.inputs()), c.weight = random_values(rounding, c.weights(), 0.1);
+  const std::vector<double> gradient = random_values(rounding, c.outputs());
+  const std::vector<uint8_t> codes = random_codes(c.outputs());
+  const ConvGradients expected(c, codes, gradient);
+  Buffer input(dtype, c.inputs()), weight(dtype, c.weights()), grad_output(dtype, c.outputs());
+  Bytes indices(c.outputs());
+  input.set(c.input), weight.set(c.weight), grad_output.set(gradient), indices.set(codes);
+  const Strides4 in_strides = contiguous(s.in_channels, s.height, s.width);
+  const Strides4 out_strides = contiguous(s.out_channels, s.out_h, s.out_w);
+  const double scale = 2 * std::sqrt(static_cast<double>(s.batch));
+  for (int mask = 1; mask < 8; ++mask) {
+    const bool of_input = mask & 1, of_weight = mask & 2, of_bias = mask & 4;
+    Buffer got_input(dtype, c.inputs()), got_weight(dtype, c.weights()), got_bias(dtype, s.out_channels);
+    Buffer workspace(DType::kFloat32, conv_pool_backward_workspace(dtype, s, of_weight) / 4);
+    run(
+        name,
+        [&] {
+          got_input.reset(), got_weight.reset(), got_bias.reset(), workspace.reset();
+          return launch_conv_pool_backward(
+              dtype,
+              {s, grad_output.data(), out_strides, indices.data, out_strides, of_weight ? input.data() : nullptr,
+               in_strides, of_input ? weight.data() : nullptr, of_input ? got_input.data() : nullptr, in_strides,
+               of_weight ? got_weight.data() : nullptr, of_bias ? got_bias.data() : nullptr, workspace.data(),
+               slice_images},
+              {});
+        },
+        [&] {
+          if (of_input) compare(name + " grad_input", rounding, got_input.get(), expected.grad_input, 1);
+          if (of_weight) compare(name + " grad_weight", rounding, got_weight.get(), expected.grad_weight, scale);
+          if (of_bias) compare(name + " grad_bias", rounding, got_bias.get(), expected.grad_bias, scale);
+        });
+  }
+}
+
 struct StepCase {
   int64_t batch, in_channels, classes, slice_images;
   Loss loss;

@@ -108,6 +108,21 @@ def without_tensor_cores(control):
     return capability(control, 75)
 
 
+@contextlib.contextmanager
+def shared_memory(control, kilobytes):
+    """What a block can have: on real GPUs 64 KB (7.5), 99 KB (8.6, 8.9, 12.0), 163 KB (8.0) or 227 KB (9.0, 10.0)."""
+    control.cuda_on_cpu_set_shared_memory(kilobytes * 1024)
+    try:
+        yield
+    finally:
+        control.cuda_on_cpu_set_shared_memory(227 * 1024)
+
+
+def moved(tensor):
+    """The same values at an address that is a multiple of nothing but their size."""
+    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
+
+
 def dtype_of(precision):
     return torch.float32 if precision == "tf32" else getattr(torch, precision)
 

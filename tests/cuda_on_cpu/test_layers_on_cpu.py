@@ -18,6 +18,9 @@ from cuda_on_cpu.stand_in import (
     VENDOR,
     dtype_of,
     extended,
+    gradients,
+    moved,
+    shared_memory,
     stock,
     tf32_allowed,
     under_schedules,
@@ -312,6 +315,156 @@ def test_a_layer_on_the_tensor_cores_with_non_finite_operands(ops, control, prec
     expected = stock(*[t.double() for t in operands], PLAIN)
     scale = 1 + float(expected[expected.isfinite()].abs().max())
     torch.testing.assert_close(output, expected, rtol=0, atol=2**-8 * scale, equal_nan=True)
+
+
+MASKS = [mask for mask in itertools.product([False, True], repeat=3) if any(mask)]
+
+
+def gradient_operands(name, dtype, batch):
+    """Gradient of the output, winners (one in five of them none), input and weight; and what the operator takes too."""
+    (x, w, _), options = layer_operands(name, dtype, batch)
+    size = (x.size(-1) - 4) // 2
+    g = torch.randn(batch, w.size(0), size, size).to(dtype)
+    codes = torch.tensor([0, 1, 2, 3, 255])[torch.randint(5, g.shape)].byte()
+    return [g, codes, x, w], [x.shape, w.shape, *options]
+
+
+def dense_gradients(g, codes, x, w):
+    """As stock computes them, in float64: from the gradient of the convolution's output, zeros and all."""
+    windows = torch.stack([g.double().where(codes == position, 0) for position in range(4)], -1)
+    maps = windows.unflatten(-1, (2, 2)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    of_input = torch.nn.grad.conv2d_input(x.shape, w.double(), maps)
+    return of_input, torch.nn.grad.conv2d_weight(x.double(), w.shape, maps), maps.sum((0, 2, 3))
+
+
+def off(got, expected):
+    return float((got.double() - expected).norm()) / float(expected.norm())
+
+
+# What a sum of products may be away from, relative to all of them together: operands and, in 16 bits, results rounded.
+OF_GRADIENTS = {"tf32": 2e-3, "float16": 1e-3, "bfloat16": 8e-3}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, extended(5), extended(9), 17, extended(513)])
+@pytest.mark.parametrize("name", ["conv1", "conv2"])
+@pytest.mark.parametrize("precision", ON_TENSOR_CORES)
+def test_a_layers_gradients_on_the_tensor_cores(ops, control, precision, name, batch):
+    """One launch for both gradients of the second layer, then that of the sums; operands may lie at any address."""
+    (g, codes, x, w), rest = gradient_operands(name, dtype_of(precision), batch)
+
+    def backward(mask, of=lambda tensor: tensor):
+        return ops.conv_relu_max_pool2d_backward(of(g), of(codes), of(x), of(w), *rest, list(mask))
+
+    expected = dense_gradients(g, codes, x, w)
+    with tf32_allowed(precision == "tf32", False):
+        before = control.cuda_on_cpu_launches()
+        every = under_schedules(control, DIRECT, lambda: backward([True] * 3))
+        assert control.cuda_on_cpu_launches() - before == len(SCHEDULES) * (3 if name == "conv1" else 2)
+        for one, other in zip(backward([True] * 3, moved), every, strict=True):
+            assert torch.equal(one, other)
+        for mask in MASKS:
+            some = backward(mask)
+            for wanted, one, other in zip(mask, some, every, strict=True):
+                assert torch.equal(one, other) or one is some[2] if wanted else one.shape == (0,)
+            if mask[2]:  # without that of the weight it is the strict kernel's
+                assert torch.equal(some[2], every[2]) or not mask[1]
+                assert off(some[2], expected[2]) <= OF_GRADIENTS[precision]
+    assert max(off(*pair) for pair in zip(every, expected, strict=True)) <= OF_GRADIENTS[precision]
+
+
+@pytest.mark.parametrize("name", ["conv1", "conv2"])
+@pytest.mark.parametrize("precision", ON_TENSOR_CORES)
+def test_a_layers_gradients_on_the_tensor_cores_are_exact_where_sums_are(ops, control, precision, name):
+    """Small integers; and what is not finite reaches what it reaches in stock."""
+    control.cuda_on_cpu_configure(DIRECT, 0, 0)
+    operands, rest = gradient_operands(name, dtype_of(precision), 5)
+
+    def check(g, codes, x, w):
+        with tf32_allowed(precision == "tf32", False):
+            got = ops.conv_relu_max_pool2d_backward(g, codes, x, w, *rest, [True] * 3)
+        for one, other in zip(got, dense_gradients(g, codes, x, w), strict=True):
+            torch.testing.assert_close(one, other.to(one.dtype), rtol=0, atol=0, equal_nan=True)
+
+    g, codes, x, w = (t if t.dtype == torch.uint8 else integers(*t.shape, dtype=t.dtype) for t in operands)
+    check(g, codes, x, w)
+    # The corners have taps that no other position shares. In the second image of a pass, and in one that is alone.
+    size, pooled = x.size(-1) - 1, g.size(-1) - 1
+    for value in (float("nan"), float("inf"), float("-inf")):
+        for image in (1, 4):
+            for channel, y, xx in [(0, 0, 0), (-1, size, size), (-1, 0, size), (0, 9, 6)]:
+                pixels = x.clone()
+                pixels[image, channel, y, xx] = value
+                check(g, codes, pixels, w)
+            for channel, y, xx in [(0, 0, 0), (-1, pooled, pooled), (3, 2, 1)]:
+                of_output, winners = g.clone(), codes.clone()
+                of_output[image, channel, y, xx], winners[image, channel, y, xx] = value, 3
+                check(of_output, winners, x, w)
+        for place in [(0, 0, 0, 0), (-1, -1, 4, 4), (3, 0, 2, 1)]:
+            weight = w.clone()
+            weight[place] = value
+            check(g, codes, x, weight)
+
+
+@pytest.mark.parametrize("batch", [3, 17])
+@pytest.mark.parametrize("precision", ON_TENSOR_CORES)
+def test_the_layers_gradients_are_those_of_the_whole_network(ops, control, precision, batch):
+    """Bit by bit, on the tensor cores: what lies between the layers is rounded to what it is multiplied as."""
+    dtype = dtype_of(precision)
+    shapes = [(6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 400), (120,), (84, 120), (84,), (10, 84), (10,)]
+    parameters = [(torch.randn(s) * (0.1 if len(s) > 1 else 1)).to(dtype) for s in shapes]
+    x, g = torch.randn(batch, 1, 32, 32, dtype=dtype), torch.randn(batch, 10, dtype=dtype)
+    control.cuda_on_cpu_configure(DIRECT, 0, 0)
+    with tf32_allowed(precision == "tf32", precision == "tf32"):
+        activations = ops.lenet_with_activations(x, parameters)[1:]
+        expected = gradients(ops, g, x, parameters, activations)[:4]
+        pooled1, indices1, pooled2, indices2, hidden1, hidden2 = activations
+        grad = ops.linear_backward(g, hidden2, parameters[8], [True] * 3)[0]
+        grad = ops.linear_relu_backward(grad, hidden2, hidden1, parameters[6], [True] * 3)[0]
+        grad = ops.linear_relu_backward(grad, hidden1, pooled2.flatten(1), parameters[4], [True] * 3)[0]
+        got = []
+        for of, winners, weight in [(pooled1, indices2, parameters[2]), (x, indices1, parameters[0])]:
+            rest = [of.shape, weight.shape, *PLAIN.values(), [of is pooled1, True, True]]
+            grad, *both = ops.conv_relu_max_pool2d_backward(grad.view(winners.shape), winners, of, weight, *rest)
+            got = [*both, *got]
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["conv1", "conv2"])
+def test_a_layers_gradients_are_tf32_only_where_convolutions_may_be(ops, control, name):
+    """Otherwise, without tensor cores, and where shared memory does not suffice, bit by bit what they always were."""
+    (g, codes, x, w), rest = gradient_operands(name, torch.float32, 3)
+
+    def rounds():
+        results = []
+        for algorithm in (-1, DIRECT):  # by the rule few images are strict
+            control.cuda_on_cpu_configure(algorithm, 0, 0)
+            results.append(ops.conv_relu_max_pool2d_backward(g, codes, x, w, *rest, [False, True, True])[1])
+        return not torch.equal(*results)
+
+    with tf32_allowed(False, True):
+        assert not rounds()
+    with tf32_allowed(True, False):
+        assert rounds()
+        with without_tensor_cores(control):
+            assert not rounds()
+        with shared_memory(control, 64):
+            assert not rounds()
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "faster"), [("conv1", 511, False), ("conv1", 512, True), extended("conv2", 512, True)]
+)
+def test_a_layers_gradients_are_strict_where_that_is_faster(ops, name, batch, faster):
+    (g, codes, x, w), rest = gradient_operands(name, torch.float32, batch)
+
+    def backward():
+        return ops.conv_relu_max_pool2d_backward(g, codes, x, w, *rest, [False, True, False])[1]
+
+    with tf32_allowed(False, False):
+        strict = backward()
+    with tf32_allowed(True, False):
+        assert torch.equal(backward(), strict) == (not faster)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
 import json
@@ -23,6 +22,8 @@ from cuda_on_cpu.stand_in import (
     dtype_of,
     extended,
     gradients,
+    moved,
+    shared_memory,
     tf32_allowed,
     under_schedules,
     without_tensor_cores,
@@ -58,16 +59,6 @@ def exact_gradients(g, x, parameters, activations):
     return torch.ops.lenet_ext.lenet_backward(g.double(), x.double(), [p.double() for p in parameters], *exact, False)[
         1
     ]
-
-
-@contextlib.contextmanager
-def shared_memory(control, kilobytes):
-    """What a block can have: on real GPUs 64 KB (7.5), 99 KB (8.6, 8.9, 12.0), 163 KB (8.0) or 227 KB (9.0, 10.0)."""
-    control.cuda_on_cpu_set_shared_memory(kilobytes * 1024)
-    try:
-        yield
-    finally:
-        control.cuda_on_cpu_set_shared_memory(227 * 1024)
 
 
 def network(precision):
@@ -363,11 +354,6 @@ def test_small_batches_are_strict_where_tf32_is_slower(control, ops):
 
 
 SIXTEEN_BITS = ["float16", "bfloat16"]
-
-
-def moved(tensor):
-    """The same values at an address that is a multiple of nothing but their size."""
-    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
 
 
 @pytest.mark.parametrize(("batch", "classes"), [(1, 10), (3, 1), (17, 7), (35, 128)])
