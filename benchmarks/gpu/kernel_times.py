@@ -168,7 +168,27 @@ def _gradients(arguments: list[str]) -> Work:
     # The products of conv2's input and of conv1's weights are in two of the loops; those of conv2's weights are not.
     if arguments[0] == "float":
         return Work(f"{MANY} images", MANY, products=1423, shared=3440, bytes=12000, waiting=WAITING_FOR_BARRIERS)
-    return Work(f"{MANY} images", MANY, products=662, shared=700, bytes=6800, waiting=WAITING_FOR_BARRIERS)
+    return Work(f"{MANY} images", MANY, products=662, shared=1530, bytes=6800, waiting=WAITING_FOR_BARRIERS)
+
+
+def _conv1_gradients(arguments: list[str]) -> Work:
+    # In TF32 the stores of what conv1's gradient is multiplied as are two accesses to the same banks.
+    stored = STORED[arguments[0]]
+    products, shared = (273, 800) if stored == 4 else (137, 350)
+    of_memory = 1024 * stored + 1176 * (stored + 1)
+    waits = {"waiting": WAITING_FOR_BARRIERS}
+    return Work(f"{MANY} images", MANY, products=products, shared=shared, bytes=of_memory, **waits)
+
+
+def _conv2_gradients(arguments: list[str]) -> Work:
+    # Of its input and of its weights, or of one of them.
+    stored, of_input, of_weights = STORED[arguments[0]], arguments[1][-1] in "23", arguments[1][-1] in "24"
+    of_each = ((800, 1560), (350, 1080), 80) if stored == 4 else ((350, 510), (175, 540), 50)
+    products = of_input * of_each[0][0] + of_weights * of_each[1][0]
+    shared = of_input * of_each[0][1] + of_weights * of_each[1][1] + of_each[2]
+    of_memory = 1176 * stored * (of_input + of_weights) + 400 * (stored + 1)
+    waits = {"waiting": WAITING_FOR_BARRIERS}
+    return Work(f"{MANY} images", MANY, products=products, shared=shared, bytes=of_memory, **waits)
 
 
 # Trips through the loop over the windows of the gradient of conv2's input: 25, of whose instructions a warp runs 0.56,
@@ -236,6 +256,8 @@ WORK: list[tuple[str, Callable[[list[str]], Work]]] = [
     ("lenet_tf32_linears_kernel", _tf32_linears),
     ("lenet_tensor_core_backward_kernel", _gradients),
     ("lenet_convolution_sums_kernel", lambda a: Work("256 slices", 256, bytes=2572 * 4)),
+    ("lenet_tensor_core_conv1_gradients_kernel", _conv1_gradients),
+    ("lenet_tensor_core_conv2_gradients_kernel", _conv2_gradients),
     ("lenet_grad_input_kernel", _grad_input),
     ("lenet_conv1_grad_weight_kernel", lambda a: Work(f"{MANY} images", MANY, (12.25,))),
     ("lenet_conv2_grad_weight_kernel", lambda a: Work(f"{MANY} images", MANY, (40,))),

@@ -1,8 +1,9 @@
 // conv_relu_max_pool2d for LeNet's layers (1 -> 6 channels at 32 x 32, 6 -> 16 at 14 x 14, kernel 5, pool 2), in
-// float32 arithmetic on the ordinary units; the forward pass has a second way, through the tensor cores, in
-// conv_relu_max_pool2d_lenet_tensor_core.cu. Sizes are compile-time constants, the convolution's output and its
-// gradient stay in registers or shared memory. The header comment of each kernel says what a thread computes and what
-// it costs; register counts are from ptxas 13.0, tests/build/test_cuda_build.py watches that nothing spills.
+// float32 arithmetic on the ordinary units; there is a second way, through the tensor cores: forward in
+// conv_relu_max_pool2d_lenet_tensor_core.cu, backward in conv_relu_max_pool2d_lenet_gradients.cu. Sizes are
+// compile-time constants, the convolution's output and its gradient stay in registers or shared memory. The header
+// comment of each kernel says what a thread computes and what it costs; register counts are from ptxas 13.0,
+// tests/build/test_cuda_build.py watches that nothing spills.
 #include <algorithm>
 
 #include "conv_relu_max_pool2d_lenet.cuh"

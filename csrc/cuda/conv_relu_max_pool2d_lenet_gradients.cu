@@ -6,9 +6,9 @@
 // What is not finite reaches what it reaches in PyTorch, whose products are dense, too: zeros of windows times a weight
 // or a pixel that is not finite are NaN.
 //
-// Counted as in lenet_tensor_core_backward.cu, clocks of a multiprocessor for an image: conv2 525 products, 847 clocks,
-// in TF32 1,150 products and 2,850 accesses to shared memory; conv1 137 products, 220 clocks, behind 330 accesses, in
-// TF32 273 and 1,040. No GPU has run these kernels yet.
+// Counted as in lenet_tensor_core_backward.cu, for an image: conv2 525 products, 850 clocks of a multiprocessor, and
+// 1,100 accesses to shared memory, in TF32 1,150 products, 1,860 clocks, and 2,720; conv1 137 products, 220 clocks, and
+// 350, in TF32 273, 440 clocks, and 800. No GPU has run these kernels yet.
 #include "conv_relu_max_pool2d_lenet.cuh"
 #include "lenet_tensor_core_gradients.cuh"
 
@@ -35,7 +35,7 @@ struct Layer {
 };
 
 // block -> one slice of the batch, two images at a time, in TF32 one, while what the next ones need arrives. Shared
-// memory: 47 KB, in TF32 44 KB.
+// memory: 46 KB, in TF32 38 KB.
 template <typename T>
 __global__ void __launch_bounds__(kGradientThreads, 2) lenet_tensor_core_conv1_gradients_kernel(Layer<T> layer) {
   using Pass = GradientPass<T, GradientsOf::kConv1>;
@@ -89,7 +89,7 @@ struct ToInput {
   }
 };
 
-// block -> as above. Shared memory: 58 KB, in TF32 71 KB; less for one of the gradients alone.
+// block -> as above. Shared memory: 54 KB, in TF32 65 KB; less for one of the gradients alone.
 template <typename T, GradientsOf kOf>
 __global__ void __launch_bounds__(kGradientThreads, 2) lenet_tensor_core_conv2_gradients_kernel(Layer<T> layer) {
   using Pass = GradientPass<T, kOf>;

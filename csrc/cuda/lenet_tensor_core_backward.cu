@@ -5,10 +5,11 @@
 // through memory, too.
 //
 // Counted in the machine code for sm_90 (benchmarks/gpu/machine_code_sm_90.json): in 16 bits an image is 662 products,
-// 1,070 clocks of a multiprocessor if it begins 0.62 of them a clock, as others have measured on an H100, and fewer
-// clocks of other instructions; the layers' kernels take 12,600 (measured, in float32 as well). In TF32 it is 1,423
-// products of half the depth, 2,300 clocks so, and 3,440 loads and stores of 128 bytes of shared memory, one a clock,
-// of which nearly a half are the operands of the gradient of conv2's input. No GPU has run these kernels yet.
+// 1,070 clocks of a multiprocessor if it begins 0.62 of them a clock, as others have measured on an H100, and 1,530
+// loads and stores of 128 bytes of shared memory, one a clock: four for each load of four matrices. The strict kernels
+// of the layers took 12,600 (measured, in float32 as well). In TF32 it is 1,423 products of half the depth, 2,300
+// clocks so, and 3,440 accesses, of which nearly a half are the operands of the gradient of conv2's input. No GPU has
+// run these kernels yet.
 #include "lenet_tensor_core_gradients.cuh"
 #include "lenet_weight_sums.cuh"
 

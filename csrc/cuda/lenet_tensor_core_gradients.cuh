@@ -518,7 +518,7 @@ struct PooledGradient {
     }
   }
 
-  // Where `finite` is asked for, the caller puts a barrier before all_finite().
+  // The block looks whether all weights are finite, as operands; behind a barrier all_finite() says it.
   static LX_DEVICE void look_at(const Pass& pass, const T* __restrict__ weight2) {
     bool finite = true;
     for (int i = threadIdx.x; i < Conv2::kOut * Conv2::kWeights; i += kGradientThreads) {

@@ -28,6 +28,8 @@ HOT = {
     "lenet_tensor_core_conv1_kernel": 128,
     "lenet_tensor_core_conv2_kernel": 128,
     "lenet_tensor_core_backward_kernel": 255,  # of 128 threads
+    "lenet_tensor_core_conv1_gradients_kernel": 255,  # likewise
+    "lenet_tensor_core_conv2_gradients_kernel": 255,
     "lenet_convolution_sums_kernel": 128,
     "lenet_lean_convolutions_kernel": 128,
     "lenet_lean_linears_kernel": 128,

@@ -364,11 +364,13 @@ def test_a_layers_gradients_on_the_tensor_cores(ops, control, precision, name, b
             assert torch.equal(one, other)
         for mask in MASKS:
             some = backward(mask)
-            for wanted, one, other in zip(mask, some, every, strict=True):
-                assert torch.equal(one, other) or one is some[2] if wanted else one.shape == (0,)
-            if mask[2]:  # without that of the weight it is the strict kernel's
-                assert torch.equal(some[2], every[2]) or not mask[1]
-                assert off(some[2], expected[2]) <= OF_GRADIENTS[precision]
+            for i in range(3):
+                if not mask[i]:
+                    assert some[i].shape == (0,)
+                elif i < 2 or mask[1]:
+                    assert torch.equal(some[i], every[i])
+                else:  # a strict kernel's
+                    assert off(some[i], expected[i]) <= OF_GRADIENTS[precision]
     assert max(off(*pair) for pair in zip(every, expected, strict=True)) <= OF_GRADIENTS[precision]
 
 
@@ -448,7 +450,7 @@ def test_a_layers_gradients_are_tf32_only_where_convolutions_may_be(ops, control
         assert rounds()
         with without_tensor_cores(control):
             assert not rounds()
-        with shared_memory(control, 64):
+        with shared_memory(control, 60):
             assert not rounds()
 
 

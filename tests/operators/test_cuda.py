@@ -239,6 +239,35 @@ def test_training_with_many_images(batch, precision):
         assert float((one - other).norm()) <= 2 * tolerance * float(other.norm())
 
 
+@pytest.mark.parametrize("mask", [[True, True, True], [True, False, False], [False, True, True]], ids=str)
+@pytest.mark.parametrize("precision", MANY_IMAGES)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layers_gradients_of_many_images(layer, precision, mask):
+    """By the cost rule on the tensor cores, against float64; the same every time, an image's whatever its batch."""
+    torch.manual_seed(0)
+    dtype, tolerance = MANY_IMAGES[precision]
+    weight = list(Net(device="cuda", dtype=dtype).parameters())[2 * layer].detach()
+    x = torch.randn(1301, *[(1, 32, 32), (6, 14, 14)][layer], device="cuda", dtype=dtype)
+    options = [[1, 1], [0, 0, 0, 0], [1, 1], 1, [2, 2], [2, 2], [0, 0], [1, 1]]
+    output, indices = torch.ops.lenet_ext.conv_relu_max_pool2d_with_indices(x, weight, None, *options, False)
+    g = torch.randn_like(output)
+
+    def backward(convert, images=slice(None)):
+        tensors = convert(g[images]), indices[images], convert(x[images]), convert(weight)
+        sizes = x[images].shape, weight.shape
+        return torch.ops.lenet_ext.conv_relu_max_pool2d_backward(*tensors, *sizes, *options, mask)
+
+    with tf32_allowed(precision == "tf32", False):
+        got, again = backward(torch.clone), backward(torch.clone)
+        part = backward(torch.clone, slice(3, 900))
+    for wanted, one, other, exact in zip(mask, got, again, backward(torch.Tensor.double), strict=True):
+        assert torch.equal(one, other)
+        if wanted:
+            assert float((one - exact).norm()) <= tolerance * float(exact.norm())
+    if mask[0]:
+        assert torch.equal(part[0], got[0][3:900])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast(dtype):
     torch.manual_seed(0)
