@@ -94,9 +94,8 @@ int main(int argc, char** argv) {
     test_lenet_tensor_core_backward(dtype, 7, 8);  // in 16 bits, four passes, the last with one image
   }
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
-    if (!has_lenet_tensor_core_gradients(dtype, plain(1, 6, 14, 16, 5))) continue;  // on this GPU
-    // As above; a workspace has room for as many slices as there are images.
-    for (const auto [batch, slice_images] : {std::array<int64_t, 2>{1, 2}, {2, 2}, {5, 4}, {7, 8}}) {
+    if (!has_lenet_tensor_core_gradients(dtype, plain(1, 6, 14, 16, 5))) continue;             // on this GPU
+    for (const auto [batch, slice_images] : {std::array<int64_t, 2>{1, 2}, {5, 4}, {7, 8}}) {  // as above
       test_tensor_core_gradients(dtype, plain(batch, 1, 32, 6, 5), slice_images);
       test_tensor_core_gradients(dtype, plain(batch, 6, 14, 16, 5), slice_images);
     }

@@ -312,7 +312,7 @@ void test_lenet_tensor_core_backward(DType dtype, int64_t batch, int64_t slice_i
       });
 }
 
-// The gradients of a layer on its own, whatever of them is wanted. Those of the weights are sums of slices.
+// The gradients of a layer on its own, of its input, of its weight, and all. Those of the weight are sums of slices.
 void test_tensor_core_gradients(DType dtype, const ConvPoolShape& s, int64_t slice_images) {
   const DType rounding = dtype == DType::kFloat32 ? DType::kFloat16 : dtype;
   const std::string name = "tensor core gradients of " + std::to_string(s.in_channels) + " channels dtype " +
@@ -329,7 +329,7 @@ void test_tensor_core_gradients(DType dtype, const ConvPoolShape& s, int64_t sli
   const Strides4 in_strides = contiguous(s.in_channels, s.height, s.width);
   const Strides4 out_strides = contiguous(s.out_channels, s.out_h, s.out_w);
   const double scale = 2 * std::sqrt(static_cast<double>(s.batch));
-  for (int mask = 1; mask < 8; ++mask) {
+  for (const int mask : {1, 2, 7}) {
     const bool of_input = mask & 1, of_weight = mask & 2, of_bias = mask & 4;
     Buffer got_input(dtype, c.inputs()), got_weight(dtype, c.weights()), got_bias(dtype, s.out_channels);
     Buffer workspace(DType::kFloat32, conv_pool_backward_workspace(dtype, s, of_weight) / 4);
