@@ -410,11 +410,13 @@ def test_a_layers_gradients_on_the_tensor_cores_are_exact_where_sums_are(ops, co
 @pytest.mark.parametrize("batch", [3, 17])
 @pytest.mark.parametrize("precision", ON_TENSOR_CORES)
 def test_the_layers_gradients_are_those_of_the_whole_network(ops, control, precision, batch):
-    """Bit by bit, on the tensor cores: what lies between the layers is rounded to what it is multiplied as."""
+    """Bit by bit, on the tensor cores: what lies between the layers is rounded to what it is multiplied as. With more
+    than 128 classes the linear layers are one operator after the other in both.
+    """
     dtype = dtype_of(precision)
-    shapes = [(6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 400), (120,), (84, 120), (84,), (10, 84), (10,)]
+    shapes = [(6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 400), (120,), (84, 120), (84,), (129, 84), (129,)]
     parameters = [(torch.randn(s) * (0.1 if len(s) > 1 else 1)).to(dtype) for s in shapes]
-    x, g = torch.randn(batch, 1, 32, 32, dtype=dtype), torch.randn(batch, 10, dtype=dtype)
+    x, g = torch.randn(batch, 1, 32, 32, dtype=dtype), torch.randn(batch, 129, dtype=dtype)
     control.cuda_on_cpu_configure(DIRECT, 0, 0)
     with tf32_allowed(precision == "tf32", precision == "tf32"):
         activations = ops.lenet_with_activations(x, parameters)[1:]
