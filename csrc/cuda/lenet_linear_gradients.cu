@@ -4,14 +4,14 @@
 // and their order depends on the batch alone. What the layers pass on to each other is rounded as they round it.
 //
 // As matrix products of a library, with a mask behind two of them and three column sums, they took 350 us for 65536
-// images in bfloat16 and 500 in TF32 on an H100. Counted for an image: the first launch is 32 products with 10 classes,
-// and reads 428 values and writes 1,036; the second is 34 products, and reads 1,660 values, 1,020 of them for the first
-// time; 62 and 67 products and the same values in TF32. So in both of them the rate of the memory is what limits: 37
-// and 37 us in 16 bits, 73 and 74 in TF32, where the products are 15 and 16, or 29 and 32, if a multiprocessor begins
-// 0.62 of them a clock, and the accesses of 128 bytes to shared memory, one a clock, 12 and 20, or 24 and 40. The
-// partial sums of 44 slices are 10 MB, which are written and read once. One launch would be spared 600 values an image;
-// but the sums of the largest weight gradient alone are all registers of a multiprocessor, but a quarter, and what its
-// weights and tiles need of shared memory is more than there is. No GPU has run these kernels yet.
+// images in bfloat16 and 500 in TF32 on an H100. Counted here for an image, with 10 classes: the first launch reads 214
+// values and writes 624, the second reads 828 and 360 of them again, by its parts, from L2. So the rate of the memory
+// is what limits: 37 and 36 us in 16 bits, 73 and 73 in TF32. The products are 31 and 34, in TF32 59 and 67, which is
+// 15 and 16 us, or 28 and 32, if a multiprocessor begins 0.62 of them a clock; the accesses of 128 bytes to shared
+// memory, one a clock, 31 and 73, or 56 and 145, which is 9 and 21 us, or 16 and 42. The partial sums of 44 slices are
+// 10 MB, written and read once, 7 us. One launch for both would be spared 650 values an image; but the sums of the
+// first layer's weight gradient alone are three quarters of a multiprocessor's registers. No GPU has run these kernels
+// yet.
 #include "async_copy.cuh"
 #include "lenet_tiles.cuh"
 #include "slice_sums.cuh"

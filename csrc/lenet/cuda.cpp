@@ -233,8 +233,8 @@ BackwardPath backward_path(const BackwardProblem& p) {
 }
 
 // The linear layers' gradients in three launches, where there are kernels for them. Their cost rule is that of the
-// convolutions': predicted, not measured, are 25 us in 16 bits for 4096 images and 90 for 65536, where the vendor's
-// products with what lies between took 103 and 350 on an H100, and in TF32 30 and 165 in place of 105 and 500
+// convolutions': predicted, not measured, are 27 us in 16 bits for 4096 images and 96 for 65536, where the vendor's
+// products with what lies between took 103 and 350 on an H100, and in TF32 33 and 170 in place of 105 and 500
 // (lenet_linear_gradients.cu). `a` is aligned as lenet_backward makes it.
 LinearGradients linear_backward_on_tensor_cores(const CudaScope& scope, const char* op, const Tensor& grad_output,
                                                 TensorList parameters, const LenetLayers& a) {

@@ -862,16 +862,16 @@ def test_the_gradients_on_the_tensor_cores(ops, control, batch, precision):
     exact = exact_gradients(g, x, parameters, activations)
     for one, other in zip(got[:-1], exact, strict=True):
         assert float((one.double() - other).norm()) <= 2 * TOLERANCES[precision] * float(other.norm())
-    if precision == "tf32":  # and that of one rounding, not of several
+    if precision == "tf32":  # and that of one rounding a layer, not of several
         for i in range(4):
             assert not torch.equal(got[i], strict[i])
-            assert float((got[i].double() - exact[i]).norm()) <= 1e-3 * float(exact[i].norm())
+            assert float((got[i].double() - exact[i]).norm()) <= 2e-3 * float(exact[i].norm())
 
 
 # Warps of 32 images, of which a product has 16; slices of 64; one step of the last layer's operands, or several.
 @pytest.mark.parametrize(
     ("batch", "classes"),
-    [(1, 1), (2, 20), (33, 128), (65, 10), *[extended(*case) for case in ((3, 7), (17, 33), (64, 1), (200, 128))]],
+    [(1, 1), (2, 20), (17, 128), *[extended(*case) for case in ((3, 7), (33, 33), (64, 1), (65, 10), (200, 128))]],
 )
 @pytest.mark.parametrize("precision", ON_TENSOR_CORES)
 def test_the_linear_layers_gradients_on_the_tensor_cores(ops, control, batch, classes, precision):
