@@ -45,9 +45,9 @@ PREDICTED_US = {
     ("float32", "step batch 64"): 41,
     ("float32", "step batch 1024"): 117,
     ("float32", "step batch 65536"): 5290,
-    # Predicted by the counts of instructions and bytes (csrc/lenet/cuda.cpp): the convolutions at 1,300 clocks an image,
-    # and 4,100 in TF32; the linear layers at 27 and 96 us, in TF32 33 and 170, where an H100 took 103 and 350, or 105 and
-    # 500, for them as layers.
+    # Predicted by the counts of instructions and bytes (csrc/lenet/cuda.cpp): the convolutions at 1,300 clocks an
+    # image, and 4,100 in TF32; the linear layers at 27 and 96 us, in TF32 33 and 170, where an H100 took 103 and 350,
+    # or 105 and 500, for them as layers.
     ("bfloat16", "backward batch 4096"): 54,
     ("bfloat16", "backward batch 65536"): 480,
     ("tf32", "backward batch 4096"): 110,

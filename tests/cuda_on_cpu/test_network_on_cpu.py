@@ -887,29 +887,30 @@ def test_the_linear_layers_gradients_on_the_tensor_cores(ops, control, batch, cl
 
 @pytest.mark.parametrize("precision", ["float16", "tf32"])
 def test_the_linear_layers_gradients_keep_non_finite_values_where_they_belong(ops, control, precision):
-    """As the layers do: what ReLU holds back is zero, what a product is filled up with zero times zero."""
+    """As in the layers: ReLU lets pass where it is NaN; what fills up a product is zero times zero."""
     dtype = dtype_of(precision)
     _, parameters = reference_net(1, 10, dtype)
-    x, g = torch.randn(35, 1, 32, 32, dtype=dtype), torch.randn(35, 10, dtype=dtype)
+    x, g = torch.randn(18, 1, 32, 32, dtype=dtype), torch.randn(18, 10, dtype=dtype)
     clean = ops.lenet_with_activations(x, parameters)[1:]
     features, hidden1, hidden2 = 2, 4, 5  # among the activations
     nan, inf = float("nan"), float("inf")
 
-    def kinds(algorithm, at, image, place, value):
+    def results(algorithm, at, image, place, value):
         control.cuda_on_cpu_configure(algorithm, 2, 5)
         grad, kept = g.clone(), [tensor.clone() for tensor in clean]
-        (grad if at is None else kept[at].view(35, -1))[image, place] = value
+        (grad if at is None else kept[at].view(18, -1))[image, place] = value
         with tf32_allowed(precision == "tf32", precision == "tf32"):
-            return [torch.nan_to_num(t, 1, 2, 3) * ~t.isfinite() for t in gradients(ops, grad, x, parameters, kept)]
+            return gradients(ops, grad, x, parameters, kept)[4:-1]
 
-    some = False
+    tolerance = 4 * TOLERANCES[precision]
     for at, width in ((None, 10), (features, 400), (hidden1, 120), (hidden2, 84)):
-        for image, place, value in ((0, 0, nan), (34, width - 1, inf), (20, width // 2, -inf)):
-            direct, layers = (kinds(algorithm, at, image, place, value) for algorithm in (DIRECT, VENDOR))
-            for i, (one, other) in enumerate(zip(direct[4:], layers[4:], strict=True)):
-                assert torch.equal(one, other), (at, image, place, value, i)
-                some = some or bool(other.any())
-    assert some
+        for image, place, value in ((0, 0, nan), (17, width - 1, inf), (9, width // 2, -inf)):
+            direct, layers = (results(algorithm, at, image, place, value) for algorithm in (DIRECT, VENDOR))
+            assert not all(bool(t.isfinite().all()) for t in layers)
+            for one, other in zip(direct, layers, strict=True):
+                finite = other[other.isfinite()]
+                scale = float(finite.abs().max()) if finite.numel() else 0.0
+                torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
 def test_where_the_linear_layers_gradients_are_no_kernels(ops, control):
