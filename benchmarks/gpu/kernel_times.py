@@ -164,6 +164,25 @@ def _tf32_linears(arguments: list[str]) -> Work:
     return Work(f"{MANY} images", MANY, (25 / 32,), 1 / 32, 187 / 16, shared=65, bytes=of_memory, **waits)
 
 
+# What each slice of the batch leaves of the linear layers' gradients, with 10 classes.
+LINEAR_SLICES, LINEAR_SUMS = 44, 59134
+
+
+def _linear_grad_inputs(arguments: list[str]) -> Work:
+    # 25 pairs of tiles of fc1's inputs and a step or two of fc3's depth in 32 images; fc2 is outside of these loops.
+    float32, of_memory = arguments[0] == "float", 838 * STORED[arguments[0]]
+    steps, products, shared = (2, 330 / 32, 56) if float32 else (1, 180 / 32, 31)
+    trips, passes = (25 / 32, steps / 32), 1 / 32
+    return Work(f"{MANY} images", MANY, trips, passes, products, shared, bytes=of_memory, before_us=10.0)
+
+
+def _linear_grad_weights(arguments: list[str]) -> Work:
+    # A trip of a warp is 64 products; then the sums are stored.
+    float32, of_memory = arguments[0] == "float", 828 * STORED[arguments[0]] + 4 * LINEAR_SLICES * LINEAR_SUMS / MANY
+    trips, shared = (67 / 64, 145) if float32 else (33.5 / 64, 73)
+    return Work(f"{MANY} images", MANY, (trips,), shared=shared, bytes=of_memory, waiting=WAITING_FOR_BARRIERS)
+
+
 def _gradients(arguments: list[str]) -> Work:
     # The products of conv2's input and of conv1's weights are in two of the loops; those of conv2's weights are not.
     if arguments[0] == "float":
@@ -254,6 +273,9 @@ WORK: list[tuple[str, Callable[[list[str]], Work]]] = [
     ("lenet_lean_convolutions_kernel", _lean_convolutions),
     ("lenet_lean_linears_kernel", _lean_linears),
     ("lenet_tf32_linears_kernel", _tf32_linears),
+    ("lenet_linear_grad_inputs_kernel", _linear_grad_inputs),
+    ("lenet_linear_grad_weights_kernel", _linear_grad_weights),
+    ("lenet_linear_sums_kernel", lambda a: Work(f"{LINEAR_SLICES} slices", LINEAR_SLICES, bytes=LINEAR_SUMS * 4)),
     ("lenet_tensor_core_backward_kernel", _gradients),
     ("lenet_convolution_sums_kernel", lambda a: Work("256 slices", 256, bytes=2572 * 4)),
     ("lenet_tensor_core_conv1_gradients_kernel", _conv1_gradients),

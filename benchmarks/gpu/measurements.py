@@ -240,8 +240,8 @@ def measure_sweep(save: Callable[[Any], Any], algorithm: str) -> None:
 
 def measure_backward(save: Callable[[Any], Any], algorithm: str) -> None:
     """The whole network's backward pass on tensor cores, for its cost rule (csrc/lenet/cuda.cpp), a process for each
-    algorithm (LENET_EXT_ALGORITHM). By the rule, 2048 and 2050 images go two ways. Forced to be direct the linear
-    layers are, too, which they are by the rule up to 64 images.
+    algorithm (LENET_EXT_ALGORITHM). By the rule, 2048 and 2050 images go two ways. Forced to be the vendor's they go
+    layer by layer, and forced to be direct all of them go to the tensor cores.
     """
     rows: list[dict[str, Any]] = []
     for precision, batch in itertools.product(("bfloat16", "tf32"), BACKWARD_BATCHES):

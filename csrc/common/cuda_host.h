@@ -61,7 +61,7 @@ inline const void* data_or_null(const at::Tensor& tensor) {
 }
 
 // The same tensor, contiguous, at an address of a multiple of 16 bytes, as kernels read it that many at a time.
-inline at::Tensor contiguous_at_16_bytes(const at::Tensor& tensor) {
+inline at::Tensor contiguous_and_aligned(const at::Tensor& tensor) {
   const at::Tensor contiguous = tensor.contiguous();
   return reinterpret_cast<uintptr_t>(contiguous.const_data_ptr()) % 16 == 0 ? contiguous : contiguous.clone();
 }

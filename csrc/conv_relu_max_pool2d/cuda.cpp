@@ -123,7 +123,7 @@ struct ConvPoolCuda {
                                 gradients_are_faster_on_tensor_cores(s) &&
                                 cuda::has_lenet_tensor_core_gradients(dtype, s);
       auto laid_out = [&](const Tensor& tensor) {
-        return tensor_cores ? contiguous_at_16_bytes(tensor) : lenet ? tensor.contiguous() : tensor;
+        return tensor_cores ? contiguous_and_aligned(tensor) : lenet ? tensor.contiguous() : tensor;
       };
       launch_backward(scope, s, op, laid_out(grad_output), laid_out(indices), wanted[1] ? laid_out(input) : Tensor(),
                       wanted[0] ? weight.contiguous() : Tensor(), gradients, tensor_cores);
@@ -149,7 +149,7 @@ struct ConvPoolCuda {
           at::convolution_backward(grad_conv, v.input, kernel, std::nullopt, o.stride, v.padding, o.dilation, false,
                                    {0, 0}, o.groups, {wanted[0], wanted[1], false});
       if (wanted[0]) gradients.input = crop_vendor_grad_input(grad_input, s, o).contiguous(format);
-      if (wanted[1]) gradients.weight = grad_weight.contiguous();
+      if (wanted[1]) gradients.weight = grad_weight;
     }
     return gradients;
   }

@@ -211,6 +211,26 @@ int64_t lenet_tensor_core_backward_workspace(int64_t batch, int64_t slice_images
 LaunchResult launch_lenet_tensor_core_backward(DType dtype, const LenetConvolutionsBackwardOf<void>& call,
                                                cudaStream_t stream);
 
+// And those of the three linear layers, likewise in three launches. All tensors are contiguous, the weights, what the
+// forward pass kept and grad_features 16-byte aligned.
+template <typename T>
+struct LenetLinearGradientsOf {
+  int64_t batch, classes;
+  int64_t slice_images;  // of a block: as the function below says, the tests use others
+  const T* grad_output;  // [batch, classes]
+  const T* weights[3];   // of fc1, fc2, fc3
+  const T* features;     // [batch, 400]
+  const T* hidden1;      // [batch, 120]
+  const T* hidden2;      // [batch, 84]
+  T* grad_features;      // [batch, 400]
+  T* gradients[6];       // of weight and bias of fc1, fc2, fc3
+  void* workspace;       // of lenet_linear_gradients_workspace() bytes, 16-byte aligned; its contents are overwritten
+};
+bool has_lenet_linear_gradients(DType dtype, int64_t classes);
+int64_t lenet_linear_gradients_slice_images(int64_t batch);
+int64_t lenet_linear_gradients_workspace(DType dtype, int64_t batch, int64_t classes, int64_t slice_images);
+LaunchResult launch_lenet_linear_gradients(DType dtype, const LenetLinearGradientsOf<void>& call, cudaStream_t stream);
+
 // A training step in two launches, in float32: forward pass, loss and what of the backward pass goes image by image;
 // then the sums over the batch and the optimizer's update.
 enum class Loss { kCrossEntropy, kMeanSquaredError };

@@ -1,9 +1,9 @@
 // The whole network on CUDA. Compiled only where nvcc is found. For up to 128 classes there are kernels for the forward
 // pass as a whole, in float32 for one channel and for three and, where the GPU has tensor cores for them, in float16
 // and bfloat16 for one; the backward pass of all but large batches is two launches in each of them, for one channel and
-// for three. Of large batches of one channel, both convolutions have a kernel, the linear layers another, and the
-// convolutions' gradients two launches, in float16, bfloat16 and TF32. Otherwise the layers go one after the other,
-// without the cost of five operators and five Functions.
+// for three. Of large batches of one channel, both convolutions have a kernel, the linear layers another, and of the
+// gradients those of the convolutions two launches and those of the linear layers three, in float16, bfloat16 and TF32.
+// Otherwise the layers go one after the other, without the cost of five operators and five Functions.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -27,12 +27,6 @@ bool takes_direct(bool cheaper) {
 
 constexpr LayerOperators kLayers{conv_relu_max_pool2d_cuda, conv_relu_max_pool2d_backward_cuda, linear_cuda,
                                  linear_backward_cuda};
-
-// Kernels read the linear layers' weights 16 bytes at a time, some of them the images too.
-Tensor contiguous_and_aligned(const Tensor& tensor) {
-  const Tensor contiguous = tensor.contiguous();
-  return reinterpret_cast<uintptr_t>(contiguous.const_data_ptr()) % 16 == 0 ? contiguous : contiguous.clone();
-}
 
 // What `a` has not got is not wanted.
 template <typename T>
@@ -203,7 +197,7 @@ constexpr int64_t kMostImagesOfTwoLaunches = 2048;
 enum class BackwardPath {
   kLayers,       // one after the other
   kTwoLaunches,  // the whole network, in float32 arithmetic
-  kTensorCores,  // the linear layers one after the other, both convolutions in two launches on the tensor cores
+  kTensorCores,  // on the tensor cores, both convolutions in two launches and the linear layers in three
 };
 
 struct BackwardProblem {
@@ -213,12 +207,12 @@ struct BackwardProblem {
   bool tf32_convolutions, tf32_products;  // as in ForwardProblem
 };
 
-// The cost rule for large batches on the tensor cores, predicted and not yet measured: by their counts of instructions
-// the convolutions take some 1,070 clocks of a multiprocessor an image in 16 bits, 1,300 with a fifth of waiting, and
-// in TF32, which is taken where both kinds of layers may be rounded to it, 3,440 and 4,100, where the layers' kernels
-// took 12,600 on an H100. For 4096 images that is 24 us, or 75, in place of 230, for which no other bound is needed
-// than that of the two launches: below it, what is saved is in doubt, and they stay until somebody measures. Training
-// has no use for the gradient of the images; who wants it has the other ways.
+// The cost rule for large batches on the tensor cores, predicted and not yet measured: by their counts of accesses to
+// shared memory the convolutions take some 1,530 clocks of a multiprocessor an image in 16 bits, 1,800 with a fifth of
+// waiting, and in TF32, which is taken where both kinds of layers may be rounded to it, 3,440 and 4,100, where the
+// layers' kernels took 12,600 on an H100. For 4096 images that is 34 us, or 75, in place of 230, for which no other
+// bound is needed than that of the two launches: below it, what is saved is in doubt, and they stay until somebody
+// measures. Training has no use for the gradient of the images; who wants it has the other ways.
 BackwardPath backward_path(const BackwardProblem& p) {
   if (p.batch == 0) return BackwardPath::kLayers;
   const bool permitted = p.dtype != cuda::DType::kFloat32 || (p.tf32_convolutions && p.tf32_products);
@@ -232,9 +226,47 @@ BackwardPath backward_path(const BackwardProblem& p) {
   return BackwardPath::kLayers;
 }
 
+// The linear layers' gradients in three launches, where there are kernels for them. Their cost rule is that of the
+// convolutions': predicted, not measured, are 27 us in 16 bits for 4096 images and 96 for 65536, where the vendor's
+// products with what lies between took 103 and 350 on an H100, and in TF32 33 and 170 in place of 105 and 500
+// (lenet_linear_gradients.cu). `a` is aligned as lenet_backward makes it.
+LinearGradients linear_backward_on_tensor_cores(const CudaScope& scope, const char* op, const Tensor& grad_output,
+                                                TensorList parameters, const LenetLayers& a) {
+  const int64_t batch = grad_output.size(0), classes = grad_output.size(1);
+  const cuda::DType dtype = cuda_dtype(op, grad_output);
+  if (!cuda::has_lenet_linear_gradients(dtype, classes)) {
+    return lenet_linear_backward_by_layers(kLayers, op, grad_output, parameters, a);
+  }
+  const Tensor grad = grad_output.contiguous();
+  const auto options = grad.options();
+  cuda::LenetLinearGradientsOf<void> call{};
+  LinearGradients gradients;
+  LayerGradients* const layers[] = {&gradients.fc1, &gradients.fc2, &gradients.fc3};
+  std::vector<Tensor> weights;
+  for (int i = 0; i < 3; ++i) {
+    weights.push_back(contiguous_and_aligned(parameters[4 + 2 * i]));
+    layers[i]->weight = at::empty(parameters[4 + 2 * i].sizes(), options);
+    layers[i]->bias = at::empty(parameters[5 + 2 * i].sizes(), options);
+    call.weights[i] = weights[i].const_data_ptr();
+    call.gradients[2 * i] = layers[i]->weight.mutable_data_ptr();
+    call.gradients[2 * i + 1] = layers[i]->bias.mutable_data_ptr();
+  }
+  gradients.fc1.input = at::empty({batch, kLenetFeatures}, options);
+  call.batch = batch, call.classes = classes;
+  call.slice_images = cuda::lenet_linear_gradients_slice_images(batch);
+  call.grad_output = grad.const_data_ptr(), call.features = a.pooled2.const_data_ptr();
+  call.hidden1 = a.hidden1.const_data_ptr(), call.hidden2 = a.hidden2.const_data_ptr();
+  call.grad_features = gradients.fc1.input.mutable_data_ptr();
+  const int64_t bytes = cuda::lenet_linear_gradients_workspace(dtype, batch, classes, call.slice_images);
+  const Tensor workspace = at::empty({bytes}, options.dtype(at::kByte));
+  call.workspace = workspace.mutable_data_ptr();
+  check_launch(op, cuda::launch_lenet_linear_gradients(dtype, call, scope.stream), grad);
+  return gradients;
+}
+
 LenetGradients backward_on_tensor_cores(const CudaScope& scope, const char* op, const Tensor& grad_output,
                                         const Tensor& input, TensorList parameters, const LenetLayers& a) {
-  auto [fc1, fc2, fc3] = lenet_linear_backward_by_layers(kLayers, op, grad_output, parameters, a);
+  auto [fc1, fc2, fc3] = linear_backward_on_tensor_cores(scope, op, grad_output, parameters, a);
   const Tensor images = contiguous_and_aligned(input), weight2 = parameters[2].contiguous();
   const Tensor pooled1 = contiguous_and_aligned(a.pooled1), indices1 = contiguous_and_aligned(a.indices1);
   const Tensor grad_pooled2 = contiguous_and_aligned(fc1.input), indices2 = contiguous_and_aligned(a.indices2);

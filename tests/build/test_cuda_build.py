@@ -34,6 +34,9 @@ HOT = {
     "lenet_lean_convolutions_kernel": 128,
     "lenet_lean_linears_kernel": 128,
     "lenet_tf32_linears_kernel": 255,  # one block of 256 threads a multiprocessor
+    "lenet_linear_grad_inputs_kernel": 255,  # the same
+    "lenet_linear_grad_weights_kernel": 128,
+    "lenet_linear_sums_kernel": 128,
     "lenet_conv_forward_kernel": 128,
     "lenet_grad_input_kernel": 128,
     "lenet_conv1_grad_weight_kernel": 128,

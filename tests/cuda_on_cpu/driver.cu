@@ -100,6 +100,14 @@ int main(int argc, char** argv) {
       test_tensor_core_gradients(dtype, plain(batch, 6, 14, 16, 5), slice_images);
     }
   }
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    if (!has_lenet_linear_gradients(dtype, 128)) continue;  // on this GPU
+    expect(launch_lenet_linear_gradients(dtype, {}, {}).error == cudaSuccess, "no image");
+    test_lenet_linear_gradients(dtype, 1, 1, 64);
+    test_lenet_linear_gradients(dtype, 3, 128, 2);    // the operands of the third layer take several steps
+    test_lenet_linear_gradients(dtype, 65, 10, 64);   // a slice of one image
+    test_lenet_linear_gradients(dtype, 140, 7, 140);  // several stages, the last not full
+  }
   test_lenet_step({1, 1, 10, 1, Loss::kCrossEntropy, Optimizer::kSgd, false});
   test_lenet_step({5, 1, 128, 2, Loss::kCrossEntropy, Optimizer::kSgd, true});
   test_lenet_step({7, 3, 33, 2, Loss::kCrossEntropy, Optimizer::kAdam, true});

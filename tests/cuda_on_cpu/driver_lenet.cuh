@@ -353,6 +353,75 @@ void test_tensor_core_gradients(DType dtype, const ConvPoolShape& s, int64_t sli
   }
 }
 
+// And of the linear layers. What goes from one to the next is rounded, as an operand and, in 16 bits, where it is
+// stored.
+void test_lenet_linear_gradients(DType dtype, int64_t batch, int64_t classes, int64_t slice_images) {
+  const DType rounding = dtype == DType::kFloat32 ? DType::kFloat16 : dtype;
+  const std::string name = "lenet linear gradients dtype " + std::to_string(static_cast<int>(dtype)) + " batch " +
+                           std::to_string(batch) + " classes " + std::to_string(classes) + " in slices of " +
+                           std::to_string(slice_images);
+  std::vector<std::unique_ptr<Buffer>> buffers, gradients;
+  auto buffer = [&](const std::vector<double>& values) {
+    buffers.push_back(std::make_unique<Buffer>(dtype, values.size()));
+    buffers.back()->set(values);
+    return buffers.back()->data();
+  };
+  const int64_t widths[] = {400, 120, 84, classes};
+  std::vector<std::vector<double>> inputs, weights, expected(6);
+  LenetLinearGradientsOf<void> call{};
+  for (int layer = 0; layer < 3; ++layer) {
+    inputs.push_back(random_values(rounding, batch * widths[layer]));
+    weights.push_back(random_values(rounding, widths[layer] * widths[layer + 1], 0.1));
+    call.weights[layer] = buffer(weights[layer]);
+    expected[2 * layer].resize(widths[layer] * widths[layer + 1]), expected[2 * layer + 1].resize(widths[layer + 1]);
+  }
+  for (int i = 0; i < 6; ++i) {
+    gradients.push_back(std::make_unique<Buffer>(dtype, expected[i].size()));
+    call.gradients[i] = gradients[i]->data();
+  }
+  std::vector<double> gradient = random_values(rounding, batch * classes);
+  Buffer grad_features(dtype, batch * 400);
+  call.batch = batch, call.classes = classes, call.slice_images = slice_images;
+  call.grad_output = buffer(gradient), call.features = buffer(inputs[0]);
+  call.hidden1 = buffer(inputs[1]), call.hidden2 = buffer(inputs[2]), call.grad_features = grad_features.data();
+  for (int layer = 2; layer >= 0; --layer) {
+    const int64_t depth = widths[layer], width = widths[layer + 1];
+    std::vector<double> grad_input(batch * depth), operand = gradient;
+    if (dtype == DType::kFloat32) {
+      for (double& value : operand) value = lx::to_tf32(static_cast<float>(value));
+    }
+    for (int64_t i = 0; i < batch * width; ++i) {
+      const int64_t n = i / width, j = i % width;
+      expected[2 * layer + 1][j] += gradient[i];
+      for (int64_t k = 0; k < depth; ++k) {
+        expected[2 * layer][j * depth + k] += operand[i] * inputs[layer][n * depth + k];
+        if (layer > 0 && inputs[layer][n * depth + k] <= 0) continue;
+        grad_input[n * depth + k] += operand[i] * weights[layer][j * depth + k];
+      }
+    }
+    Buffer between(dtype, batch * depth);
+    between.set(grad_input);
+    gradient = between.get();
+  }
+
+  Buffer workspace(DType::kFloat32, lenet_linear_gradients_workspace(dtype, batch, classes, slice_images) / 4);
+  call.workspace = workspace.data();
+  run(
+      name,
+      [&] {
+        workspace.reset(), grad_features.reset();
+        for (auto& each : gradients) each->reset();
+        return launch_lenet_linear_gradients(dtype, call, {});
+      },
+      [&] {
+        const double scale = 2 * std::sqrt(static_cast<double>(batch));
+        for (int i = 0; i < 6; ++i) {
+          compare(name + " gradient " + std::to_string(i), rounding, gradients[i]->get(), expected[i], scale);
+        }
+        compare(name + " of the features", rounding, grad_features.get(), gradient, 1);
+      });
+}
+
 struct StepCase {
   int64_t batch, in_channels, classes, slice_images;
   Loss loss;
