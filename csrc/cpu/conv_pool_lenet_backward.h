@@ -2,8 +2,8 @@
 // the slices. What is done with an image depends on the vectors.
 //
 // One list for the winners of several images would load and store each channel's sums once for all of them. But the
-// images laid out for it leave the first-level cache: with AVX-512 the weight gradient of conv2 is as fast with lists of
-// two images and slower with lists of four, and with AVX2 what it gains with two or four is less than what its time
+// images laid out for it leave the first-level cache: with AVX-512 the weight gradient of conv2 is as fast with lists
+// of two images and slower with lists of four, and with AVX2 what it gains with two or four is less than what its time
 // varies.
 #pragma once
 
