@@ -519,7 +519,7 @@ struct PooledGradient {
   }
 
   // The block looks whether all weights are finite, as operands; behind a barrier all_finite() says it.
-  static LX_DEVICE void look_at(const Pass& pass, const T* __restrict__ weight2) {
+  static __device__ __forceinline__ void look_at(const Pass& pass, const T* __restrict__ weight2) {
     bool finite = true;
     for (int i = threadIdx.x; i < Conv2::kOut * Conv2::kWeights; i += kGradientThreads) {
       finite = finite && 0 * lx::widen(lx::to_operand(weight2[i])) == 0;

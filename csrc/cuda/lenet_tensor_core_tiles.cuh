@@ -349,7 +349,9 @@ struct Conv2Matrix {
     biases = all_biases + 4 * (lane % 4);
   }
   // Of a step: two tiles of 8 channels.
-  LX_DEVICE void load(uint32_t (&words)[4], int step) const { lx::load_matrices(words, row + 8 * step); }
+  __device__ __forceinline__ void load(uint32_t (&words)[4], int step) const {
+    lx::load_matrices(words, row + 8 * step);
+  }
   // Of a tile: what its sums begin with.
   LX_DEVICE lx::Pack<float, 4> load_biases(int tile) const { return lx::load_pack<4>(biases + 16 * tile); }
 };
@@ -365,13 +367,14 @@ struct Conv2Weights {
   uint32_t steps[kResident][4];
   lx::Pack<float, 4> biases[2];
 
-  LX_DEVICE Conv2Weights(const uint32_t* all_words, const float* all_biases) : matrix(all_words, all_biases) {
+  __device__ __forceinline__ Conv2Weights(const uint32_t* all_words, const float* all_biases)
+      : matrix(all_words, all_biases) {
 #pragma unroll
     for (int step = 0; step < kResident; ++step) matrix.load(steps[step], step);
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) biases[tile] = matrix.load_biases(tile);
   }
-  LX_DEVICE void get(uint32_t (&words)[4], int step) const {
+  __device__ __forceinline__ void get(uint32_t (&words)[4], int step) const {
     if (step >= kResident) {
       matrix.load(words, step);
     } else {
