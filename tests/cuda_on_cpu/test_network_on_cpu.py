@@ -857,7 +857,7 @@ def test_the_gradients_on_the_tensor_cores(ops, control, batch, precision):
 # Warps of 32 images, of which a product has 16; slices of 64; one step of the last layer's operands, or several.
 @pytest.mark.parametrize(
     ("batch", "classes"),
-    [(1, 1), (2, 20), (17, 128), *[extended(*case) for case in ((3, 7), (33, 33), (64, 1), (65, 10), (200, 128))]],
+    [(1, 1), (2, 20), *[extended(*case) for case in ((3, 7), (17, 128), (65, 10))]],
 )
 @pytest.mark.parametrize("precision", ON_TENSOR_CORES)
 def test_the_linear_layers_gradients_on_the_tensor_cores(ops, control, batch, classes, precision):
