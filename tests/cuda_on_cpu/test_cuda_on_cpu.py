@@ -47,7 +47,7 @@ def test_driver_under_the_sanitizers():
     """Every kernel against plain loops, under AddressSanitizer and UndefinedBehaviorSanitizer."""
     if not build.has_sanitizers():
         pytest.skip("the compiler has no AddressSanitizer or UndefinedBehaviorSanitizer")
-    done = subprocess.run([build.driver(), "1"], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([build.driver(), "1"], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     assert done.stdout.rstrip().endswith(", 0 failed")
 
