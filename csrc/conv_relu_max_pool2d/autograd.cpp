@@ -80,8 +80,8 @@ struct ConvDerivative {
   static variable_list backward(const variable_list& grads, const Saved& saved, const Wanted& wanted) {
     variable_list result = gradients(grads[0], saved.tensors[0], saved.tensors[1], saved.tensors[2], input_size(saved),
                                      weight_size(saved), saved_options(saved), {wanted[0], wanted[1], wanted[2]});
-    // As stock does; an optimizer's step is faster on tensors that are laid out alike. Not by its name, channels_last,
-    // which torch.func.vmap refuses.
+    // As stock does; an optimizer's step is faster on tensors that are laid out alike. Where the operator was given
+    // weight, it has done so. Not by its name, channels_last, which torch.func.vmap refuses.
     if (result[1].defined() && saved.options[kOptions] != 0) {
       result[1] = result[1].permute({0, 2, 3, 1}).contiguous().permute({0, 3, 1, 2});
     }

@@ -16,7 +16,6 @@ namespace {
 constexpr unsigned kThreads = 256;
 constexpr int kParts = 4;     // into which the sum over a linear layer's inputs is cut
 constexpr int kColumns = 64;  // outputs of a linear layer that a block computes at most
-constexpr int kFeatures = Conv2::kPooled, kHidden1 = 120, kHidden2 = 84;
 static_assert(kParts * kColumns == static_cast<int>(kThreads), "a thread for each part of an output");
 constexpr int kMostClasses = 2 * kColumns;  // in the smallest cluster
 

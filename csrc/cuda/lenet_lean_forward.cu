@@ -29,8 +29,6 @@ namespace {
 
 using lx::Pack;
 
-constexpr int kFeatures = Conv2::kPooled, kHidden1 = 120, kHidden2 = 84;
-
 // -------------------------------------------------------------------------------------------------- the convolutions
 
 constexpr unsigned kThreads = kTensorCoreThreads;

@@ -22,7 +22,7 @@ namespace {
 
 using lx::Pack;
 
-constexpr int kFeatures = Conv2::kPooled, kHidden1 = 120, kHidden2 = 84, kMostClasses = 128;
+constexpr int kMostClasses = 128;
 constexpr unsigned kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kColumns = 8;  // of a tile

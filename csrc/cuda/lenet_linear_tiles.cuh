@@ -5,8 +5,6 @@
 
 namespace lenet_ext::cuda {
 
-constexpr int kFeatures = Conv2::kPooled, kHidden1 = 120, kHidden2 = 84;
-
 constexpr unsigned kLinearThreads = 256;
 constexpr int kLinearColumns = 4;  // outputs of a thread
 constexpr int kLinearParts = 4;    // into which the sum over the inputs is cut

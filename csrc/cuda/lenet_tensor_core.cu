@@ -9,7 +9,6 @@ namespace {
 
 constexpr unsigned kThreads = kTensorCoreThreads;
 constexpr int kWarps = kTensorCoreWarps;
-constexpr int kFeatures = Conv2::kPooled, kHidden1 = 120, kHidden2 = 84;
 constexpr int kTilesOfWarp = 2;  // of 8 outputs, in a linear layer
 constexpr int kMostOutputs = kTilesOfWarp * kWarps * 8;
 

@@ -85,8 +85,7 @@ struct Window {
 template <typename T>
 struct ConvolutionLayout {
   static constexpr int kPerWord = Operand<T>::kPerWord, kStep = 8 * kPerWord;  // elements of depth of one product
-  static constexpr int kImages =
-      kPerWord == 2 ? 16 : 8;  // of a pass through the network: two blocks share a multiprocessor
+  static constexpr int kImages = kPerWord == 2 ? 16 : 8;  // through the network at once; two blocks a multiprocessor
   static constexpr int kImageWords = Conv1::kImage / kPerWord;
   // A pixel of conv2's input is one vector of 16 bytes, or two (planes apart) in TF32.
   static constexpr int kVectors = kChannels / 4 / kPerWord;

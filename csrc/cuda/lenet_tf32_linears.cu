@@ -18,7 +18,6 @@ namespace {
 
 using lx::Pack;
 
-constexpr int kFeatures = Conv2::kPooled, kHidden1 = 120, kHidden2 = 84;
 constexpr int kWarps = 8;
 constexpr unsigned kThreads = kWarps * 32;
 constexpr int kHalves = 2, kRows = 16 * kHalves;  // images of a warp: rows of two products

@@ -22,6 +22,9 @@ using Conv1 = LeNetLayer<1, 6, 32>;
 using ColourConv1 = LeNetLayer<3, 6, 32>;  // of images of three channels
 using Conv2 = LeNetLayer<6, 16, 14>;
 
+// What the linear layers behind them take and give.
+constexpr int kFeatures = Conv2::kPooled, kHidden1 = 120, kHidden2 = 84;
+
 template <typename L>
 bool is_layer(const ConvPoolShape& s) {
   return s.in_channels == L::kIn && s.height == L::kSize && s.width == L::kSize && s.out_channels == L::kOut &&

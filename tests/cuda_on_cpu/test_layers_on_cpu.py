@@ -228,7 +228,7 @@ def test_a_layer_on_the_tensor_cores_does_not_see_the_batch(ops, control, precis
     """Bit by bit: results depend on how many images a block has as little as on an image's place, or on addresses."""
     control.cuda_on_cpu_configure(DIRECT, 0, 0)
     (x, w, b), options = layer_operands(name, dtype_of(precision), 131)  # two images in a block; the last has one
-    odd = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+    odd = moved(x)
     with tf32_allowed(precision == "tf32", False):
         whole = ops.conv_relu_max_pool2d_with_indices(x, w, b, *options, False)
         for begin, end in [(0, 131), (0, 1), (117, 131)]:
