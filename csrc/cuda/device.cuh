@@ -229,6 +229,14 @@ LX_DEVICE int thread_read_here() {
   return x;
 }
 
+// x, which the compiler then does not compute anew in each of the branches that use it.
+LX_DEVICE float computed_here(float x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+f"(x));
+#endif
+  return x;
+}
+
 // x / kDivisor, for 0 <= x < 2^16: one instruction, where any number takes three or four.
 template <unsigned kDivisor>
 LX_DEVICE int small_quotient(int x) {

@@ -32,6 +32,9 @@ struct BackwardWorkspace {
 
 constexpr int largest(int a, int b, int c = 0) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
 
+// conv2's weights, from pooled1 as the forward pass writes it.
+using WeightGradOfPass = Conv2GradWeight<kGradThreads, Conv2::kSize * Conv2::kSize>;
+
 // What else a pass keeps in registers leaves none for all of a lane's weights.
 template <int kImages>
 using GradInputOfPass = GradInput<kImages, 12>;
@@ -43,8 +46,8 @@ struct Pass {
   // - the gradients of the linear layers' outputs, and partial sums [parts][images][inputs] of those of their inputs;
   static constexpr int kLinearGradients = kImages * (kMostClasses + kHidden2 + kHidden1);
   static constexpr int kLinearFloats = kLinearGradients + kImages * 4 * static_cast<int>(kGradThreads);
-  // - the gradients of conv2's outputs for its weights;
-  static constexpr int kWeightFloats = kImages * Conv2::kMap + Conv2GradWeight::kOtherFloats;
+  // - the gradients of conv2's outputs, and the sums of its weights' gradients;
+  static constexpr int kWeightFloats = kImages * kRowPairs + WeightGradOfPass::kPartialFloats;
   // - what the gradient of its input needs;
   // - the sums of conv1's weight gradient.
   static constexpr int kRegionFloats = largest(largest(kLinearFloats, kWeightFloats), GradInputOfPass<kImages>::kFloats,
@@ -134,12 +137,14 @@ __device__ __forceinline__ void convolutions_backward(float* region, const float
                                                       bool first_pass, float* partials1, float* partials2,
                                                       StoreGradPooled1 store_grad_pooled1) {
   {  // conv2's weights
-    float *maps = region, *other_lane = region + kImages * Conv2::kMap;
-    expand_maps(maps, grad_features, indices2, present);
-    __syncthreads();
-    Conv2GradWeight gradient;
-    gradient.add(pooled1, maps, present);
-    gradient.finish(other_lane, [&](int at, float sum) { partials2[at] = first_pass ? sum : partials2[at] + sum; });
+    float *rows = region, *partial = region + kImages * kRowPairs;
+    expand_rows(rows, grad_features, indices2, present);
+    const bool finite = all_finite(pooled1, present * Conv2::kImage);
+    const bool zeros_count = __syncthreads_or(!finite) != 0;
+    WeightGradOfPass gradient;
+    gradient.add(pooled1, rows, present);
+    if (zeros_count) gradient.add_zeros(pooled1, rows, present);
+    gradient.finish(partial, [&](int at, float sum) { partials2[at] = first_pass ? sum : partials2[at] + sum; });
   }
   __syncthreads();
 

@@ -368,93 +368,190 @@ struct Conv1GradWeight {
   }
 };
 
-// The block writes the gradients of conv2's outputs [images][out][10][10].
+// conv2. As for the gradient of the input, a warp goes from window to window and branches on the row of the winner,
+// here in some of the output channels; the pixels under the window and the sums stay in registers. lane -> an input
+// channel and a row of the kernel, as there; the 31st sees nothing but ones, and so adds up the biases.
+//
+// Counted for an image with every ReLU open: a window takes a warp 141 instructions, 80 of them multiply-adds, the
+// whole 7,050, which is 1,760 clocks; shared memory 1,400 at most. Without a winner a channel takes 4 instructions for
+// 13 or
+// 14. With 16 channels a warp there are 12% fewer, but only 16 warps by registers, where here are 24, and the sums of
+// eight parts to be added. The dense products in register tiles of four channels by five taps take 2,420.
+
+// The block writes the gradients in the winners' rows, [image][window][out][left, right], and behind those of a window
+// its codes, a byte for each channel.
+constexpr int kWindowPitch = 2 * Conv2::kOut + Conv2::kOut / 4, kRowPairs = Conv2::kWindows * kWindowPitch;
+LX_DEVICE uint8_t* codes_of(float* window) { return reinterpret_cast<uint8_t*>(window + 2 * Conv2::kOut); }
+LX_DEVICE const uint8_t* codes_of(const float* window) {
+  return reinterpret_cast<const uint8_t*>(window + 2 * Conv2::kOut);
+}
 template <typename T>
-LX_DEVICE void expand_maps(float* maps, const T* grad_output, const uint8_t* indices, int present) {
+LX_DEVICE void expand_rows(float* rows, const T* grad_output, const uint8_t* indices, int present) {
   using L = Conv2;
-  for (int i = threadIdx.x; i < present * L::kPooled; i += kGradThreads) {
-    float gradient[4];
-    expand_window(gradient, lx::widen(grad_output[i]), indices[i]);
-    const int window = i % L::kWindows, plane = i / L::kWindows;  // of image and channel
-    float* to = maps + plane * L::kConv * L::kConv + window / L::kPool * 2 * L::kConv + window % L::kPool * 2;
-    *reinterpret_cast<lx::Pack<float, 2>*>(to) = {{gradient[0], gradient[1]}};
-    *reinterpret_cast<lx::Pack<float, 2>*>(to + L::kConv) = {{gradient[2], gradient[3]}};
+  for (int i = threadIdx.x; i < present * L::kPooled; i += blockDim.x) {
+    const int code = indices[i];
+    const float value = lx::widen(grad_output[i]);
+    const int plane = lx::small_quotient<L::kWindows>(i), window = i - plane * L::kWindows;  // of image and channel
+    float* const of_window = rows + (plane / L::kOut * L::kWindows + window) * kWindowPitch;
+    const int channel = plane % L::kOut;
+    *reinterpret_cast<lx::Pack<float, 2>*>(of_window + 2 * channel) = {
+        {code % 2 == 0 ? value : 0.0f, code % 2 != 0 ? value : 0.0f}};
+    codes_of(of_window)[channel] = static_cast<uint8_t>(code);
   }
 }
 
-// conv2. thread -> four output channels and one kernel row of one input channel, in every second row of the maps: 20
-// sums, over rows of 14 pixels and 10 gradients held in registers (27 loads of 8 bytes for 200 multiply-adds). The
-// threads 240 to 255 add up the biases. The sums of even and odd rows are added at the end.
+// Whether those of `count` values, a multiple of 4 in shared memory, are finite that this thread looks at; each of them
+// is some thread's.
+LX_DEVICE bool all_finite(const float* values, int count) {
+  float zero = 0;
+  for (int i = threadIdx.x * 4; i < count; i += blockDim.x * 4) {
+    const lx::Pack<float, 4> pack = lx::load_pack<4>(values + i);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) zero += 0 * pack[k];
+  }
+  return zero == 0;
+}
+
+// In a block of `threads`, whose images have planes of pixels `plane` apart.
+template <unsigned threads, int plane>
 struct Conv2GradWeight {
   using L = Conv2;
-  static constexpr int kLanes = 2;                              // even and odd rows
-  static constexpr int kChannels = 4;                           // output channels of a thread
-  static constexpr int kRows = L::kIn * kTap;                   // (input channel, kernel row)
-  static constexpr int kWorkers = L::kOut / kChannels * kRows;  // 120 of one lane
-  static constexpr int kBiasThreads = kLanes * kWorkers;        // the first of 16
-  static constexpr int kOtherFloats = kWorkers * kChannels * kTap;
-  static_assert(kBiasThreads + L::kOut <= static_cast<int>(kGradThreads), "a thread for each bias");
+  static constexpr int kParts = 4;                            // into which the windows of all images are cut
+  static constexpr int kWarpsOfPart = threads / 32 / kParts;  // which share the output channels
+  static constexpr int kChannels = L::kOut / kWarpsOfPart;    // of a warp
+  static constexpr int kSums = L::kOut * (L::kWeights + 1);
+  static constexpr int kPartialFloats = kParts * kSums;
 
-  float sums[kChannels][kTap] = {}, bias_sum = 0;
+  float sums[kChannels][kTap] = {};
 
-  LX_DEVICE void add(const float* pixels, const float* maps, int present) {
-    const int thread = static_cast<int>(threadIdx.x);
-    const int lane = thread / kWorkers, worker = thread % kWorkers;
-    if (lane >= kLanes) {
-      for (int image = 0; image < present; ++image) {
-        const float* map = maps + image * L::kMap + (thread - kBiasThreads) * L::kConv * L::kConv;
-        for (int i = 0; i < L::kConv * L::kConv; ++i) bias_sum += map[i];
-      }
-      return;
+  // What a thread has.
+  struct Share {
+    static constexpr int kPlaces = L::kIn * kTap;
+    int part, first_channel, in_channel, tap_row;
+    bool bias, own;
+
+    LX_DEVICE Share() {
+      const int thread = lx::thread_read_here(), lane = thread % 32, warp = thread / 32;
+      part = warp % kParts, first_channel = warp / kParts * kChannels;
+      const int place = lane < kPlaces ? lane : kPlaces - 1;
+      // In this order fewest lanes read from the same bank: none with padded planes, otherwise two.
+      constexpr bool kPadded = plane > L::kSize * L::kSize;
+      in_channel = kPadded ? place / kTap : place % L::kIn, tap_row = kPadded ? place % kTap : place / L::kIn;
+      bias = lane == kPlaces, own = lane < kPlaces;
     }
-    const int first_channel = worker / kRows * kChannels, in_channel = worker % kRows / kTap, tap_row = worker % kTap;
-#pragma unroll 1
-    for (int line = lane; line < present * L::kConv; line += kLanes) {
-      const int image = line / L::kConv, y = line % L::kConv;
-      float row[L::kSize];
+    LX_DEVICE int begin(int present) const { return present * L::kWindows * part / kParts; }
+    LX_DEVICE int end(int present) const { return present * L::kWindows * (part + 1) / kParts; }
+  };
+
+  // Where a thread is on its way through the windows: the first of the 12 pixels that it sees.
+  struct Place {
+    const float* pixels;
+    int line, column;
+
+    LX_DEVICE Place(const Share& share, int item, const float* of_images) {
+      const int image = item / L::kWindows, window = item % L::kWindows;
+      line = window / L::kPool, column = window % L::kPool;
+      pixels =
+          of_images + (image * L::kIn + share.in_channel) * plane + (2 * line + share.tap_row) * L::kSize + 2 * column;
+    }
+    LX_DEVICE void advance() {
+      pixels += 2;
+      if (++column < L::kPool) return;
+      pixels += 2 * (L::kSize - L::kPool), column = 0;
+      if (++line < L::kPool) return;
+      pixels += L::kIn * plane - 2 * L::kPool * L::kSize, line = 0;
+    }
+    LX_DEVICE void load(float (&rows)[2][kTap + 1], bool bias) const {
+      load_row(rows[0], pixels);
+      load_row(rows[1], pixels + L::kSize);
 #pragma unroll
-      for (int x = 0; x < L::kSize; x += 2) {
-        const lx::Pack<float, 2> pair =
-            lx::load_pack<2>(pixels + image * L::kImage + (in_channel * L::kSize + y + tap_row) * L::kSize + x);
-        row[x] = pair[0];
-        row[x + 1] = pair[1];
+      for (int i = 0; i < 4; ++i) rows[i / 2][i % 2] = lx::computed_here(bias ? 1.0f : rows[i / 2][i % 2]);
+    }
+  };
+
+  // `pixels` and `rows`, as expand_rows writes them, are in shared memory. All pixels are finite, or add_zeros() is
+  // called as well.
+  __device__ __forceinline__ void add(const float* pixels, const float* rows, int present) {
+    const Share share;
+    const int begin = share.begin(present), end = share.end(present);
+    Place place(share, begin, pixels);
+    rows += begin * kWindowPitch;
+    const int lanes_code = share.first_channel + lx::thread_read_here() % kChannels;
+#pragma unroll 1
+    for (int item = begin; item < end; ++item) {
+      // A bit for each channel: whether the winner is in this row.
+      const int code = codes_of(rows)[lanes_code];
+      const unsigned upper = __ballot_sync(0xffffffffu, code < 2);
+      const unsigned lower = __ballot_sync(0xffffffffu, (code & ~1) == 2);
+      float seen[2][kTap + 1];
+      place.load(seen, share.bias);
+      place.advance();
+#pragma unroll
+      for (int c = 0; c < kChannels; c += 2) {
+        const lx::Pack<float, 4> pairs = lx::load_pack<4>(rows + 2 * (share.first_channel + c));
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          if (upper >> (c + k) & 1u) {
+            add_row(sums[c + k], seen[0], pairs[2 * k], pairs[2 * k + 1]);
+          } else if (lower >> (c + k) & 1u) {
+            add_row(sums[c + k], seen[1], pairs[2 * k], pairs[2 * k + 1]);
+          }
+        }
       }
+      rows += kWindowPitch;
+    }
+  }
+
+  static LX_DEVICE void add_row(float (&sums)[kTap], const float (&pixels)[kTap + 1], float left, float right) {
+#pragma unroll
+    for (int j = 0; j < kTap; ++j) sums[j] += left * pixels[j];
+#pragma unroll
+    for (int j = 0; j < kTap; ++j) sums[j] += right * pixels[j + 1];
+  }
+
+  // Adds the products of all pixels with the zeros of the windows, which are NaN where a pixel is not finite: PyTorch
+  // has them.
+  __device__ __forceinline__ void add_zeros(const float* pixels, const float* rows, int present) {
+    const Share share;
+    const int end = share.end(present);
+#pragma unroll 1
+    for (int item = share.begin(present); item < end; ++item) {
+      float seen[2][kTap + 1];
+      Place(share, item, pixels).load(seen, share.bias);
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
-        const float* map = maps + image * L::kMap + ((first_channel + c) * L::kConv + y) * L::kConv;
+        const int code = codes_of(rows + item * kWindowPitch)[share.first_channel + c];
 #pragma unroll
-        for (int x = 0; x < L::kConv; x += 2) {
-          const lx::Pack<float, 2> gradient = lx::load_pack<2>(map + x);
+        for (int position = 0; position < 4; ++position) {
 #pragma unroll
           for (int j = 0; j < kTap; ++j) {
-            sums[c][j] += gradient[0] * row[x + j];
-            sums[c][j] += gradient[1] * row[x + 1 + j];
+            if (code != position && share.own) sums[c][j] += 0 * seen[position / 2][position % 2 + j];
           }
         }
       }
     }
   }
 
-  // Hands each sum over the block to store(position, sum), in one thread. `other_lane`: shared, kOtherFloats, not in
-  // the place of what add() reads.
+  // Hands each sum over the block to store(position, sum), in one thread. `partial`: shared, kPartialFloats, free.
   template <typename Store>
-  __device__ __forceinline__ void finish(float* other_lane, Store store) {
-    const int thread = static_cast<int>(threadIdx.x);
-    const int lane = thread / kWorkers, worker = thread % kWorkers;
-    const int first_channel = worker / kRows * kChannels, in_channel = worker % kRows / kTap, tap_row = worker % kTap;
-    if (lane == 1) {
+  __device__ __forceinline__ void finish(float* partial, Store store) const {
+    const Share share;
+    float* const to = partial + share.part * kSums + share.first_channel * (L::kWeights + 1) +
+                      (share.bias ? L::kWeights : share.in_channel * kTaps + share.tap_row * kTap);
 #pragma unroll
-      for (int i = 0; i < kChannels * kTap; ++i) other_lane[i * kWorkers + worker] = sums[i / kTap][i % kTap];
-    }
-    __syncthreads();
-    if (lane == 0) {
+    for (int c = 0; c < kChannels; ++c) {
 #pragma unroll
-      for (int i = 0; i < kChannels * kTap; ++i) {
-        store((first_channel + i / kTap) * (L::kWeights + 1) + in_channel * kTaps + tap_row * kTap + i % kTap,
-              sums[i / kTap][i % kTap] + other_lane[i * kWorkers + worker]);
+      for (int j = 0; j < kTap; ++j) {
+        if (share.own || (share.bias && j == 0)) to[c * (L::kWeights + 1) + j] = sums[c][j];
       }
     }
-    if (lane >= kLanes) store((thread - kBiasThreads) * (L::kWeights + 1) + L::kWeights, bias_sum);
+    __syncthreads();
+    for (int i = threadIdx.x; i < kSums; i += threads) {
+      float sum = partial[i];
+#pragma unroll
+      for (int p = 1; p < kParts; ++p) sum += partial[p * kSums + i];
+      store(i, sum);
+    }
   }
 };
 

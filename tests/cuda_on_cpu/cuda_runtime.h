@@ -129,6 +129,8 @@ struct Thread {
   const char* file = "";  // of the barrier it waits at
   int line = 0;
   unsigned shuffles = 0;
+  unsigned votes = 0;
+  bool vote[2];  // what it offers to the threads of its block; two, for the same reason as below
   // What it offers to the lanes of its warp; two, so that one barrier a shuffle is enough.
   alignas(16) unsigned char deposit[2][32];
   std::vector<AsyncCopy> copies;  // that nobody has waited for
@@ -492,6 +494,17 @@ inline unsigned ballot(bool predicate, const char* file, int line) {
   return bits;
 }
 
+// Whether any thread of the block says so, behind a barrier.
+inline int any_of_block(bool predicate, const char* file, int line) {
+  Thread& me = *state().current;
+  const unsigned slot = me.votes++ % 2;
+  me.vote[slot] = predicate;
+  wait(Thread::kAtBlockBarrier, file, line);
+  const dim3 block = state().block;
+  const Thread* const first = &state().threads[me.block->first_thread];
+  return std::any_of(first, first + block.x * block.y * block.z, [&](const Thread& t) { return t.vote[slot]; });
+}
+
 }  // namespace lx_shim
 
 #define threadIdx (::lx_shim::state().current->index)
@@ -500,6 +513,7 @@ inline unsigned ballot(bool predicate, const char* file, int line) {
 #define gridDim (::lx_shim::state().grid)
 
 #define __syncthreads() ::lx_shim::wait(::lx_shim::Thread::kAtBlockBarrier, __FILE__, __LINE__)
+#define __syncthreads_or(predicate) ::lx_shim::any_of_block((predicate) != 0, __FILE__, __LINE__)
 #define __syncwarp() ::lx_shim::wait(::lx_shim::Thread::kAtWarpBarrier, __FILE__, __LINE__)
 // Full masks only.
 #define __shfl_xor_sync(mask, value, lanes) \

@@ -132,6 +132,12 @@ def test_layouts_of_convolution(ops, control, algorithm, layout):
     assert gradients[0].is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
+def dense_maps(g, codes):
+    """The gradients of conv2's outputs, [batch, 16, 10, 10], zero but for the winners'."""
+    windows = torch.stack([g.where(codes == position, 0) for position in range(4)], -1).double()
+    return windows.unflatten(-1, (2, 2)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [2, 129, 257, extended(897)], ids=str)
 def test_the_gradient_of_conv2s_input_is_exact(ops, batch, dtype):
@@ -146,13 +152,41 @@ def test_the_gradient_of_conv2s_input_is_exact(ops, batch, dtype):
         return ops.conv_relu_max_pool2d_backward(g, codes, x, weight, *rest)[0]
 
     def dense(weight):
-        windows = torch.stack([g.where(codes == position, 0) for position in range(4)], -1).double()
-        maps = windows.unflatten(-1, (2, 2)).transpose(3, 4).flatten(4, 5).flatten(2, 3)  # [batch, 16, 10, 10]
-        return F.fold(weight.double().flatten(1).T @ maps.flatten(2), 14, 5).to(dtype)
+        return F.fold(weight.double().flatten(1).T @ dense_maps(g, codes).flatten(2), 14, 5).to(dtype)
 
     torch.testing.assert_close(gradient(w), dense(w), rtol=0, atol=0, equal_nan=True)
     w[3, 2, 4, 0], w[15, 5, 0, 4], w[0, 0, 2, 2] = float("nan"), float("inf"), float("-inf")
     torch.testing.assert_close(gradient(w), dense(w), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [2, 257, extended(769), extended(1025)], ids=str)
+def test_the_gradient_of_conv2s_weights_is_exact(ops, batch, dtype):
+    """Small integers, any winners, and what is not finite; 1, 2, 4 and 5 images in a slice, in passes of 4."""
+    g, x = integers(batch, 16, 5, 5, dtype=dtype), integers(batch, 6, 14, 14, dtype=dtype)
+    codes = torch.tensor([0, 1, 2, 3, 255])[torch.randint(5, g.shape)].byte()
+    w = torch.zeros(16, 6, 5, 5, dtype=dtype)
+
+    def check(g, x):
+        rest = [x.shape, w.shape, *PLAIN.values(), [False, True, True]]
+        _, weight, bias = ops.conv_relu_max_pool2d_backward(g, codes, x, w, *rest)
+        maps, seen = dense_maps(g, codes).flatten(2), F.unfold(x.double(), 5)
+        dense = torch.einsum("nop, nkp -> ok", maps, seen).view_as(w).to(dtype)
+        torch.testing.assert_close(weight, dense, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(bias, maps.sum((0, 2)).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+    check(g, x)
+    # At the edges a pixel has taps that no other place shares. Of the last image, that of a slice that is not full.
+    for pixel in [(0, 0, 0), (5, 13, 13), (3, 0, 13), (2, 9, 6)]:
+        for value in (float("nan"), float("inf"), float("-inf")):
+            pixels = x.clone()
+            pixels[-1][pixel] = value
+            check(g, pixels)
+            if batch > 2:
+                break
+    of_output = g.clone()
+    of_output[0, 3, 2, 1], codes[0, 3, 2, 1] = float("inf"), 2
+    check(of_output, x)
 
 
 def test_an_image_does_not_depend_on_its_batch(ops):
