@@ -4,7 +4,10 @@
 // Three of four products of a dense gradient are with zeros, and to skip them a thread needs an operand that depends on
 // the winner. Loaded from shared memory, a word for each multiply-add, of which a multiprocessor loads 32 a clock and
 // computes 128, that gains nothing for the gradients of the weights: counted 2,000 clocks an image for conv2's and 928
-// for conv1's, where dense tiles in registers take 1,880 and 920. The gradient of conv2's input has another way.
+// for conv1's, where dense tiles in registers take 2,420 and 1,150, of which 1,880 and 920 are multiply-adds. Both
+// gradients of conv2 have another way: the operands of all four winners that are possible lie in registers, and a warp,
+// which goes through one image, branches to those that it needs. conv1's are dense: with 6 channels to a window the
+// branches would take as much as the products.
 #pragma once
 
 #include "lenet_tiles.cuh"
@@ -372,11 +375,10 @@ struct Conv1GradWeight {
 // here in some of the output channels; the pixels under the window and the sums stay in registers. lane -> an input
 // channel and a row of the kernel, as there; the 31st sees nothing but ones, and so adds up the biases.
 //
-// Counted for an image with every ReLU open: a window takes a warp 141 instructions, 80 of them multiply-adds, the
-// whole 7,050, which is 1,760 clocks; shared memory 1,400 at most. Without a winner a channel takes 4 instructions for
-// 13 or
-// 14. With 16 channels a warp there are 12% fewer, but only 16 warps by registers, where here are 24, and the sums of
-// eight parts to be added. The dense products in register tiles of four channels by five taps take 2,420.
+// Counted for an image with every ReLU open: a window takes a warp 144 instructions, 80 of them multiply-adds, the
+// whole 7,200, which is 1,800 clocks; shared memory 1,450 at most. Without a winner a channel takes 4 instructions
+// instead of 13 or 14: with half of them closed it is 1,350 clocks. With 16 channels a warp there are 11% fewer, but
+// only 16 warps by registers, where here are 24, and the sums of eight parts to be added.
 
 // The block writes the gradients in the winners' rows, [image][window][out][left, right], and behind those of a window
 // its codes, a byte for each channel.
@@ -427,7 +429,7 @@ struct Conv2GradWeight {
   // What a thread has.
   struct Share {
     static constexpr int kPlaces = L::kIn * kTap;
-    int part, first_channel, in_channel, tap_row;
+    int part, first_channel, in_channel, tap_row, first_pixel;
     bool bias, own;
 
     LX_DEVICE Share() {
@@ -437,44 +439,33 @@ struct Conv2GradWeight {
       // In this order fewest lanes read from the same bank: none with padded planes, otherwise two.
       constexpr bool kPadded = plane > L::kSize * L::kSize;
       in_channel = kPadded ? place / kTap : place % L::kIn, tap_row = kPadded ? place % kTap : place / L::kIn;
+      first_pixel = in_channel * plane + tap_row * L::kSize;
       bias = lane == kPlaces, own = lane < kPlaces;
     }
     LX_DEVICE int begin(int present) const { return present * L::kWindows * part / kParts; }
     LX_DEVICE int end(int present) const { return present * L::kWindows * (part + 1) / kParts; }
   };
 
-  // Where a thread is on its way through the windows: the first of the 12 pixels that it sees.
-  struct Place {
-    const float* pixels;
-    int line, column;
+  // From the pixels of the first window to those of window `item`, of all images.
+  static LX_DEVICE int pixels_before(int item) {
+    return item * 2 + lx::small_quotient<L::kPool>(item) * 2 * (L::kSize - L::kPool) +
+           lx::small_quotient<L::kWindows>(item) * (L::kIn * plane - L::kPool * 2 * L::kSize);
+  }
 
-    LX_DEVICE Place(const Share& share, int item, const float* of_images) {
-      const int image = item / L::kWindows, window = item % L::kWindows;
-      line = window / L::kPool, column = window % L::kPool;
-      pixels =
-          of_images + (image * L::kIn + share.in_channel) * plane + (2 * line + share.tap_row) * L::kSize + 2 * column;
-    }
-    LX_DEVICE void advance() {
-      pixels += 2;
-      if (++column < L::kPool) return;
-      pixels += 2 * (L::kSize - L::kPool), column = 0;
-      if (++line < L::kPool) return;
-      pixels += L::kIn * plane - 2 * L::kPool * L::kSize, line = 0;
-    }
-    LX_DEVICE void load(float (&rows)[2][kTap + 1], bool bias) const {
-      load_row(rows[0], pixels);
-      load_row(rows[1], pixels + L::kSize);
+  // The pixels that a thread sees of a window, the first of which is `corner`.
+  static LX_DEVICE void load(float (&rows)[2][kTap + 1], const float* corner, bool bias) {
+    load_row(rows[0], corner);
+    load_row(rows[1], corner + L::kSize);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) rows[i / 2][i % 2] = lx::computed_here(bias ? 1.0f : rows[i / 2][i % 2]);
-    }
-  };
+    for (int i = 0; i < 4; ++i) rows[i / 2][i % 2] = lx::computed_here(bias ? 1.0f : rows[i / 2][i % 2]);
+  }
 
   // `pixels` and `rows`, as expand_rows writes them, are in shared memory. All pixels are finite, or add_zeros() is
   // called as well.
   __device__ __forceinline__ void add(const float* pixels, const float* rows, int present) {
     const Share share;
     const int begin = share.begin(present), end = share.end(present);
-    Place place(share, begin, pixels);
+    pixels += share.first_pixel;
     rows += begin * kWindowPitch;
     const int lanes_code = share.first_channel + lx::thread_read_here() % kChannels;
 #pragma unroll 1
@@ -484,8 +475,7 @@ struct Conv2GradWeight {
       const unsigned upper = __ballot_sync(0xffffffffu, code < 2);
       const unsigned lower = __ballot_sync(0xffffffffu, (code & ~1) == 2);
       float seen[2][kTap + 1];
-      place.load(seen, share.bias);
-      place.advance();
+      load(seen, pixels + pixels_before(item), share.bias);
 #pragma unroll
       for (int c = 0; c < kChannels; c += 2) {
         const lx::Pack<float, 4> pairs = lx::load_pack<4>(rows + 2 * (share.first_channel + c));
@@ -514,21 +504,30 @@ struct Conv2GradWeight {
   __device__ __forceinline__ void add_zeros(const float* pixels, const float* rows, int present) {
     const Share share;
     const int end = share.end(present);
+    unsigned reached[kTap] = {};  // by a NaN, a bit for each channel
 #pragma unroll 1
     for (int item = share.begin(present); item < end; ++item) {
       float seen[2][kTap + 1];
-      Place(share, item, pixels).load(seen, share.bias);
+      load(seen, pixels + share.first_pixel + pixels_before(item), share.bias);
+      unsigned nan = 0;  // a bit for each tap at each of the four positions
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-        const int code = codes_of(rows + item * kWindowPitch)[share.first_channel + c];
-#pragma unroll
-        for (int position = 0; position < 4; ++position) {
-#pragma unroll
-          for (int j = 0; j < kTap; ++j) {
-            if (code != position && share.own) sums[c][j] += 0 * seen[position / 2][position % 2 + j];
-          }
-        }
+      for (int i = 0; i < 4 * kTap; ++i) {
+        const int position = i / kTap, j = i % kTap;
+        if (lx::is_nan(0 * seen[position / 2][position % 2 + j])) nan |= 1u << i;
       }
+      const uint8_t* codes = codes_of(rows + item * kWindowPitch) + share.first_channel;
+#pragma unroll 1
+      for (int c = 0; c < kChannels; ++c) {
+        unsigned of_zeros = codes[c] == kDead ? nan : nan & ~(31u << codes[c] * kTap);
+        of_zeros |= of_zeros >> 2 * kTap;
+        of_zeros |= of_zeros >> kTap;
+#pragma unroll
+        for (int j = 0; j < kTap; ++j) reached[j] |= (of_zeros >> j & 1u) << c;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kChannels * kTap; ++i) {
+      if (reached[i % kTap] >> i / kTap & 1u) sums[i / kTap][i % kTap] = NAN;
     }
   }
 
