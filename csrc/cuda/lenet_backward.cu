@@ -12,16 +12,16 @@ constexpr unsigned kThreads = kGradThreads;
 // block -> one slice of the batch, `kImages` images at a time; a pass costs some 23,000 cycles. Shared memory: 90 KB
 // with 4 images, 45 KB with one; two blocks per multiprocessor.
 template <typename First, typename T, int kImages>
-__global__ void __launch_bounds__(kThreads, First::kIn == 1 ? 2 : 1)
+__global__ void __launch_bounds__(kPassThreads<kImages>, First::kIn == 1 && kImages > 1 ? 2 : 1)
     lenet_backward_data_kernel(LenetBackwardOf<T> call, BackwardWorkspace workspace) {
   using P = Pass<First, kImages>;
   LX_SMEM(shared);
-  float* weights2 = lx::take<float>(shared, Conv2::kOut * Conv2::kWeights);
+  float* weights2 = lx::take<float>(shared, GradInputOfPass<kImages>::kWeightFloats);
   float* pixels = lx::take<float>(shared, kImages * First::kImage);
   float* pooled1 = lx::take<float>(shared, kImages * First::kPooled);  // later its gradient
   float* grad_features = lx::take<float>(shared, kImages * kFeatures);
   float* region = lx::take<float>(shared, P::kRegionFloats);
-  lx::copy_to_shared(weights2, call.parameters[2], Conv2::kOut * Conv2::kWeights);
+  GradInputOfPass<kImages>::copy_weights(weights2, call.parameters[2]);
 
   const int thread = static_cast<int>(threadIdx.x);
   const int classes = static_cast<int>(call.classes);
@@ -29,9 +29,9 @@ __global__ void __launch_bounds__(kThreads, First::kIn == 1 ? 2 : 1)
   const int64_t slice_end = slice_begin + call.slice_images < call.batch ? slice_begin + call.slice_images : call.batch;
 #pragma unroll 1
   for (int64_t first = slice_begin; first < slice_end; first += kImages) {
-    const int present = static_cast<int>(slice_end - first < kImages ? slice_end - first : kImages);
+    const int present = kImages > 1 && slice_end - first < kImages ? static_cast<int>(slice_end - first) : kImages;
     __syncthreads();  // the last pass is done with the shared memory
-    for (int i = thread; i < kImages * classes; i += static_cast<int>(kThreads)) {
+    for (int i = thread; i < kImages * classes; i += static_cast<int>(kPassThreads<kImages>)) {
       region[i] = i < present * classes ? lx::widen(call.grad_output[first * classes + i]) : 0.0f;
     }
     lx::copy_to_shared(pixels, call.input + first * First::kImage, present * First::kImage);
@@ -101,7 +101,7 @@ LaunchResult backward_of(const LenetBackwardOf<void>& untyped, cudaStream_t stre
              images == 1   ? lenet_backward_data_kernel<First, T, 1>
              : images == 2 ? lenet_backward_data_kernel<First, T, 2>
                            : lenet_backward_data_kernel<First, T, 4>,
-             static_cast<unsigned>(slices), kThreads,
+             static_cast<unsigned>(slices), images == 1 ? kPassThreads<1> : kThreads,
              images == 1   ? Pass<First, 1>::shared_bytes()
              : images == 2 ? Pass<First, 2>::shared_bytes()
                            : Pass<First, 4>::shared_bytes(),

@@ -1,10 +1,9 @@
-// The first half of LeNet's backward pass, for a block of 256 threads: from the gradient of some images' logits through
-// the linear layers to that of the features, then, with what lies between in shared memory alone, conv2's weight
-// gradient, the gradient of its input, conv1's weight gradient.
+// The first half of LeNet's backward pass, for a block of 256 threads, or 512 where it has one image: from the gradient
+// of some images' logits through the linear layers to that of the features, then, with what lies between in shared
+// memory alone, conv2's weight gradient, the gradient of its input, conv1's weight gradient.
 #pragma once
 
-#include "lenet_grad_tiles.cuh"
-#include "lenet_linear_tiles.cuh"
+#include "lenet_image_tiles.cuh"
 
 namespace lenet_ext::cuda {
 
@@ -32,12 +31,36 @@ struct BackwardWorkspace {
 
 constexpr int largest(int a, int b, int c = 0) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
 
-// conv2's weights, from pooled1 as the forward pass writes it.
-using WeightGradOfPass = Conv2GradWeight<kGradThreads, Conv2::kSize * Conv2::kSize>;
-
-// What else a pass keeps in registers leaves none for all of a lane's weights.
+// The threads of a block whose passes are over `kImages` images.
 template <int kImages>
-using GradInputOfPass = GradInput<kImages, 12>;
+constexpr unsigned kPassThreads = kImages == 1 ? kImageThreads : kGradThreads;
+
+// The gradient of conv2's weights, from pooled1 as the forward pass writes it.
+template <int kImages>
+using WeightGradOfPass = Conv2GradWeight<kPassThreads<kImages>, Conv2::kSize * Conv2::kSize>;
+
+// The gradient of conv2's input, and where it wants conv2's weights.
+template <int kImages>
+struct GradInputOfPass : GradInput<kImages, 12> {  // what else is in registers leaves none for all of a lane's weights
+  static constexpr int kWeightFloats = Conv2::kOut * Conv2::kWeights;
+  template <typename T>
+  static LX_DEVICE void copy_weights(float* to, const T* weight) {
+    lx::copy_to_shared(to, weight, kWeightFloats);
+  }
+};
+template <>
+struct GradInputOfPass<1> : GradInputOfImage {
+  static constexpr int kWeightFloats = W::kFloats;
+  template <typename T>
+  static LX_DEVICE void copy_weights(float* to, const T* weight) {
+    W::copy(to, weight);
+  }
+  template <typename T, typename Store>
+  static __device__ __forceinline__ void compute(float* region, const T* grad_output, const uint8_t* indices, int,
+                                                 const float* weights, Store store) {
+    GradInputOfImage::compute(region, grad_output, indices, weights, store);
+  }
+};
 
 // The shared memory of a pass over `kImages` images.
 template <typename First, int kImages>
@@ -45,15 +68,15 @@ struct Pass {
   // One region of shared memory holds, one after the other:
   // - the gradients of the linear layers' outputs, and partial sums [parts][images][inputs] of those of their inputs;
   static constexpr int kLinearGradients = kImages * (kMostClasses + kHidden2 + kHidden1);
-  static constexpr int kLinearFloats = kLinearGradients + kImages * 4 * static_cast<int>(kGradThreads);
+  static constexpr int kLinearFloats = kLinearGradients + kImages * 4 * static_cast<int>(kPassThreads<kImages>);
   // - the gradients of conv2's outputs, and the sums of its weights' gradients;
-  static constexpr int kWeightFloats = kImages * kRowPairs + WeightGradOfPass::kPartialFloats;
+  static constexpr int kWeightFloats = kImages * kRowPairs + WeightGradOfPass<kImages>::kPartialFloats;
   // - what the gradient of its input needs;
   // - the sums of conv1's weight gradient.
   static constexpr int kRegionFloats = largest(largest(kLinearFloats, kWeightFloats), GradInputOfPass<kImages>::kFloats,
-                                               Conv1GradWeight::kReducedFloats);
+                                               kImages == 1 ? 0 : Conv1GradWeight::kReducedFloats);
   static constexpr int64_t shared_bytes() {
-    return lx::taken<float>(Conv2::kOut * Conv2::kWeights) + lx::taken<float>(kImages * First::kImage) +
+    return lx::taken<float>(GradInputOfPass<kImages>::kWeightFloats) + lx::taken<float>(kImages * First::kImage) +
            lx::taken<float>(kImages * First::kPooled) + lx::taken<float>(kImages * kFeatures) +
            lx::taken<float>(kRegionFloats);
   }
@@ -69,13 +92,15 @@ template <int kImages, typename T, typename M>
 __device__ __forceinline__ void linear_grad_images(const float* grad_output, int present, int outputs,
                                                    const T* __restrict__ weight, int inputs, const M* __restrict__ mask,
                                                    float* partial, float* grad_input, float* __restrict__ result) {
-  const int packs = inputs / 4, parts = static_cast<int>(kGradThreads) / packs;
-  const int pack = static_cast<int>(threadIdx.x) % packs, part = static_cast<int>(threadIdx.x) / packs;
+  constexpr int kThreads = kPassThreads<kImages>;
+  constexpr int kMostParts = kImages == 1 ? 8 : kThreads;  // more are longer to add up than what they divide
+  const int packs = inputs / 4, parts = kThreads / packs < kMostParts ? kThreads / packs : kMostParts;
+  const int thread = lx::thread_read_here(), pack = thread % packs, part = thread / packs;
   if (part < parts) {
     const int share = lx::divide_up(outputs, parts);
     const int end = (part + 1) * share < outputs ? (part + 1) * share : outputs;
     float sums[kImages][4] = {};
-#pragma unroll 8
+#pragma unroll(kImages == 1 ? 12 : 8)
     for (int o = part * share; o < end; ++o) {
       const lx::Pack<T, 4> w = lx::load_pack<4>(weight + o * inputs + pack * 4);
 #pragma unroll
@@ -92,7 +117,7 @@ __device__ __forceinline__ void linear_grad_images(const float* grad_output, int
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kImages * inputs; i += kGradThreads) {
+  for (int i = thread; i < kImages * inputs; i += kThreads) {
     float value = 0;
     if (i < present * inputs) {
       for (int p = 0; p < parts; ++p) value += partial[p * kImages * inputs + i];
@@ -141,7 +166,7 @@ __device__ __forceinline__ void convolutions_backward(float* region, const float
     expand_rows(rows, grad_features, indices2, present);
     const bool finite = all_finite(pooled1, present * Conv2::kImage);
     const bool zeros_count = __syncthreads_or(!finite) != 0;
-    WeightGradOfPass gradient;
+    WeightGradOfPass<kImages> gradient;
     gradient.add(pooled1, rows, present);
     if (zeros_count) gradient.add_zeros(pooled1, rows, present);
     gradient.finish(partial, [&](int at, float sum) { partials2[at] = first_pass ? sum : partials2[at] + sum; });
@@ -158,16 +183,22 @@ __device__ __forceinline__ void convolutions_backward(float* region, const float
   // conv1's weights, an input channel at a time
 #pragma unroll 1
   for (int c = 0; c < First::kIn; ++c) {
-    Conv1GradWeight gradient;
-    gradient.add(pixels + c * First::kSize * First::kSize, First::kImage, pooled1, indices1, present);
-    gradient.finish(region, [&](int at, float sum) {
+    auto store = [&](int at, float sum) {
       if (First::kIn > 1) {
         const int channel = at / (kTaps + 1), tap = at % (kTaps + 1);
         if (tap == kTaps && c > 0) return;  // the bias, which is the same for all of them
         at = channel * (First::kWeights + 1) + (tap == kTaps ? First::kWeights : c * kTaps + tap);
       }
       partials1[at] = first_pass ? sum : partials1[at] + sum;
-    });
+    };
+    const float* const plane = pixels + c * First::kSize * First::kSize;
+    if constexpr (kImages == 1) {
+      Conv1GradWeightOfImage::compute(plane, pooled1, indices1, store);
+    } else {
+      Conv1GradWeight gradient;
+      gradient.add(plane, First::kImage, pooled1, indices1, present);
+      gradient.finish(region, store);
+    }
   }
 }
 

@@ -66,45 +66,45 @@ __device__ __forceinline__ bool is_right(const LossOf& loss, int64_t row, int cl
   return found == loss.classes[row] && loss.classes[row] != loss.ignore_index;
 }
 
-// The loss of row `row`, in every lane of the warp that calls it, and in the place of its outputs, `row_values`
-// (shared, [classes]), their gradient.
+// The loss of row `row`, given its outputs (shared, [classes]), in every lane of the warp that calls it, and their
+// gradient (shared).
 __device__ __forceinline__ float row_loss(const LossOf& loss, int64_t row, int classes, float divisor,
-                                          float* row_values) {
+                                          const float* outputs, float* gradient) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   float result = 0;
   if (loss.kind == Loss::kMeanSquaredError) {
     for (int c = lane; c < classes; c += 32) {
-      const float difference = row_values[c] - loss.values[row * classes + c];
+      const float difference = outputs[c] - loss.values[row * classes + c];
       result += difference * difference;
-      row_values[c] = 2 * difference / divisor;
+      gradient[c] = 2 * difference / divisor;
     }
     return lx::warp_sum(result) / divisor;
   }
   const int64_t target = loss.classes[row];
   if (target == loss.ignore_index) {
-    for (int c = lane; c < classes; c += 32) row_values[c] = 0;
+    for (int c = lane; c < classes; c += 32) gradient[c] = 0;
     return 0;
   }
   const float even = loss.label_smoothing / static_cast<float>(classes) / divisor;
   const float own = (1 - loss.label_smoothing) * (loss.weight == nullptr ? 1.0f : loss.weight[target]) / divisor;
   float largest = -INFINITY, sum = 0, shares = 0;
   for (int c = lane; c < classes; c += 32) {
-    if (row_values[c] > largest || lx::is_nan(row_values[c])) largest = row_values[c];
+    if (outputs[c] > largest || lx::is_nan(outputs[c])) largest = outputs[c];
   }
   largest = warp_max(largest);
-  for (int c = lane; c < classes; c += 32) sum += expf(row_values[c] - largest);
+  for (int c = lane; c < classes; c += 32) sum += expf(outputs[c] - largest);
   sum = lx::warp_sum(sum);
   const float log_sum = largest + logf(sum);
   for (int c = lane; c < classes; c += 32) {
     const float share = even * (loss.weight == nullptr ? 1.0f : loss.weight[c]) + (c == target ? own : 0.0f);
     shares += share;
-    if (share != 0) result += share * (log_sum - row_values[c]);
+    if (share != 0) result += share * (log_sum - outputs[c]);
   }
   result = lx::warp_sum(result);
   const float scale = lx::warp_sum(shares) / sum;
   for (int c = lane; c < classes; c += 32) {
     const float share = even * (loss.weight == nullptr ? 1.0f : loss.weight[c]) + (c == target ? own : 0.0f);
-    row_values[c] = expf(row_values[c] - largest) * scale - share;
+    gradient[c] = expf(outputs[c] - largest) * scale - share;
   }
   return result;
 }

@@ -39,24 +39,28 @@ struct StepWorkspace {
 // The shared memory of a pass over `kImages` images.
 template <typename First, int kImages>
 struct StepPass {
-  static constexpr ThreadTile kTile = kImages == 1   ? ThreadTile::kSingle
-                                      : kImages == 2 ? ThreadTile::kPair
-                                                     : ThreadTile::kLarge;
-  static constexpr int kRows = (kImages + 1) / 2;  // images of a thread in a linear layer's forward pass
-  // The region of the backward pass begins with the logits and later holds the forward pass's partial sums.
-  static constexpr int kPartial = kImages * kMostClasses;
+  // The region of the backward pass begins with the gradients of the logits. Behind them are the logits and the forward
+  // pass's partial sums.
+  static constexpr int kLogits = kImages * kMostClasses, kPartial = 2 * kLogits;
   static_assert(kPartial + kLinearParts * kImages * kMostOutputs <= Pass<First, kImages>::kRegionFloats);
+
+  // The convolutions' weights: for one image as SpreadWeights has them, which is as the backward pass asks for them;
+  // for more as convolve_images wants them.
+  static constexpr bool kSpread = kImages == 1;
+  static constexpr int kWeights1 = kSpread ? SpreadWeights<First>::kFloats : First::kOut * First::kWeights;
+  static constexpr int kTransposed2 = kSpread ? 0 : Conv2::kOut * Conv2::kWeights;
+  static constexpr int kWeights2 = GradInputOfPass<kImages>::kWeightFloats;
 
   float *weights1, *biases1, *transposed_weights2, *biases2, *pixels, *pooled1, *features, *hidden1, *hidden2;
   float *weights2, *region;
   uint8_t *indices1, *indices2;
 
   LX_DEVICE explicit StepPass(unsigned char* shared) {
-    weights1 = lx::take<float>(shared, First::kOut * First::kWeights);
+    weights1 = lx::take<float>(shared, kWeights1);
     biases1 = lx::take<float>(shared, First::kOut);
-    transposed_weights2 = lx::take<float>(shared, Conv2::kOut * Conv2::kWeights);
+    transposed_weights2 = lx::take<float>(shared, kTransposed2);
     biases2 = lx::take<float>(shared, Conv2::kOut);
-    weights2 = lx::take<float>(shared, Conv2::kOut * Conv2::kWeights);
+    weights2 = lx::take<float>(shared, kWeights2);
     pixels = lx::take<float>(shared, kImages * First::kImage);
     pooled1 = lx::take<float>(shared, kImages * First::kPooled);  // later its gradient
     features = lx::take<float>(shared, kImages * kFeatures);      // later their gradient
@@ -68,10 +72,9 @@ struct StepPass {
   }
   static constexpr int64_t shared_bytes() {
     int64_t bytes = 0;
-    for (const int64_t floats :
-         {First::kOut * First::kWeights, First::kOut, Conv2::kOut * Conv2::kWeights, Conv2::kOut,
-          Conv2::kOut * Conv2::kWeights, kImages * First::kImage, kImages * First::kPooled, kImages * kFeatures,
-          kImages * kHidden1, kImages * kHidden2, Pass<First, kImages>::kRegionFloats}) {
+    for (const int64_t floats : {kWeights1, First::kOut, kTransposed2, Conv2::kOut, kWeights2, kImages * First::kImage,
+                                 kImages * First::kPooled, kImages * kFeatures, kImages * kHidden1, kImages * kHidden2,
+                                 Pass<First, kImages>::kRegionFloats}) {
       bytes += lx::taken<float>(floats);
     }
     return bytes + lx::taken<uint8_t>(kImages * First::kPooled) + lx::taken<uint8_t>(kImages * Conv2::kPooled);
@@ -91,7 +94,7 @@ struct StepPass {
 // us with eight blocks an image and 15.4 with two, which is 13 us divided among the blocks and 8.9, with the launch and
 // five exchanges, that do not divide.
 template <typename First, int kImages>
-__global__ void __launch_bounds__(kThreads, 1) lenet_step_data_kernel(LenetStep call, StepWorkspace w) {
+__global__ void __launch_bounds__(kPassThreads<kImages>, 1) lenet_step_data_kernel(LenetStep call, StepWorkspace w) {
   LX_SMEM(shared);
   const StepPass<First, kImages> s(shared);
   using S = StepPass<First, kImages>;
@@ -99,9 +102,13 @@ __global__ void __launch_bounds__(kThreads, 1) lenet_step_data_kernel(LenetStep 
 #pragma unroll
   for (int i = 0; i < 10; ++i) parameters[i] = call.parameters[i];
   const int thread = static_cast<int>(threadIdx.x), classes = static_cast<int>(call.classes);
-  transpose_weights<First>(s.weights1, parameters[0]);
-  transpose_weights<Conv2>(s.transposed_weights2, parameters[2]);
-  lx::copy_to_shared(s.weights2, parameters[2], Conv2::kOut * Conv2::kWeights);
+  if constexpr (S::kSpread) {
+    SpreadWeights<First>::copy(s.weights1, parameters[0]);
+  } else {
+    transpose_weights<First>(s.weights1, parameters[0]);
+    transpose_weights<Conv2>(s.transposed_weights2, parameters[2]);
+  }
+  GradInputOfPass<kImages>::copy_weights(s.weights2, parameters[2]);
   if (thread < First::kOut) s.biases1[thread] = parameters[1][thread];
   if (thread < Conv2::kOut) s.biases2[thread] = parameters[3][thread];
   const float divisor = loss_divisor(call.loss, call.batch, classes, s.region);
@@ -115,27 +122,36 @@ __global__ void __launch_bounds__(kThreads, 1) lenet_step_data_kernel(LenetStep 
   const int64_t slice_end = slice_begin + call.slice_images < call.batch ? slice_begin + call.slice_images : call.batch;
 #pragma unroll 1
   for (int64_t first = slice_begin; first < slice_end; first += kImages) {
-    const int present = static_cast<int>(slice_end - first < kImages ? slice_end - first : kImages);
+    const int present = kImages > 1 && slice_end - first < kImages ? static_cast<int>(slice_end - first) : kImages;
     __syncthreads();  // the last pass is done with the shared memory
     lx::copy_to_shared(s.pixels, call.input + first * First::kImage, present * First::kImage);
     lx::fill_shared(s.pixels + present * First::kImage, (kImages - present) * First::kImage, 0.0f);
     __syncthreads();
-    convolve_images<First, S::kTile>(s.pixels, s.weights1, s.biases1, kImages, kImages,
-                                     [&](int image, int channel, int window, const auto& winner) {
-                                       const int at = image * First::kPooled + channel * First::kWindows + window;
-                                       s.pooled1[at] = winner.pooled();
-                                       s.indices1[at] = winner.code();
-                                     });
-    __syncthreads();
-    convolve_images<Conv2, S::kTile>(s.pooled1, s.transposed_weights2, s.biases2, kImages, kImages,
-                                     [&](int image, int channel, int window, const auto& winner) {
-                                       const int at = image * Conv2::kPooled + channel * Conv2::kWindows + window;
-                                       s.features[at] = winner.pooled();
-                                       s.indices2[at] = winner.code();
-                                       if (image < present) w.features[first * kFeatures + at] = winner.pooled();
-                                     });
-    __syncthreads();
-    float *logits = s.region, *partial = s.region + S::kPartial;
+    auto store1 = [&](int image, int channel, int window, const auto& winner) {
+      const int at = image * First::kPooled + channel * First::kWindows + window;
+      s.pooled1[at] = winner.pooled();
+      s.indices1[at] = winner.code();
+    };
+    auto store2 = [&](int image, int channel, int window, const auto& winner) {
+      const int at = image * Conv2::kPooled + channel * Conv2::kWindows + window;
+      s.features[at] = winner.pooled();
+      s.indices2[at] = winner.code();
+      if (image < present) w.features[first * kFeatures + at] = winner.pooled();
+    };
+    if constexpr (kImages == 1) {
+      convolve_image<First>(s.pixels, s.weights1, s.biases1,
+                            [&](int channel, int window, const auto& winner) { store1(0, channel, window, winner); });
+      __syncthreads();
+      convolve_image<Conv2>(s.pooled1, s.weights2, s.biases2,
+                            [&](int channel, int window, const auto& winner) { store2(0, channel, window, winner); });
+    } else {
+      constexpr ThreadTile kTile = kImages == 2 ? ThreadTile::kPair : ThreadTile::kLarge;
+      convolve_images<First, kTile>(s.pixels, s.weights1, s.biases1, kImages, kImages, store1);
+      __syncthreads();
+      convolve_images<Conv2, kTile>(s.pooled1, s.transposed_weights2, s.biases2, kImages, kImages, store2);
+      __syncthreads();
+    }
+    float *logits = s.region + S::kLogits, *partial = s.region + S::kPartial;
     const float* in = s.features;
     // One copy of the code for the three layers, as in lenet.cu.
 #pragma unroll 1
@@ -146,21 +162,30 @@ __global__ void __launch_bounds__(kThreads, 1) lenet_step_data_kernel(LenetStep 
       const float* bias = layer == 0 ? parameters[5] : layer == 1 ? parameters[7] : parameters[9];
       float* result = layer == 0 ? w.hidden1 + first * kHidden1 : layer == 1 ? w.hidden2 + first * kHidden2 : logits;
       float* hidden = layer == 0 ? s.hidden1 : s.hidden2;
-      linear_images<S::kRows>(in, kImages, present, depth, weight, bias, outputs, layer < 2, partial, hidden, result);
+      if constexpr (kImages == 1) {
+        linear_image(in, depth, weight, bias, outputs, layer < 2, partial, hidden, result);
+      } else {
+        linear_images<kImages / 2>(in, kImages, present, depth, weight, bias, outputs, layer < 2, partial, hidden,
+                                   result);
+      }
       in = hidden;
     }
-    // A warp for an image; kImages is at most 4.
-    const int image = thread / 32;
-    if (image < present) {
-      const bool right = is_right(call.loss, first + image, classes, logits + image * classes);
-      const float loss = row_loss(call.loss, first + image, classes, divisor, logits + image * classes);
-      if (thread % 32 == 0) w.losses[first + image] = loss, w.right[first + image] = right ? 1.0f : 0.0f;
-    } else if (image < kImages) {
-      for (int c = thread % 32; c < classes; c += 32) logits[image * classes + c] = 0;
+    if constexpr (kImages == 1) __syncthreads();
+    // A warp for an image's loss and another for whether its answer is right; kImages is at most 4.
+    const int image = thread / 32 % kImages, of_image = thread / 32 / kImages;
+    const float* const outputs = logits + image * classes;
+    if (of_image == 0 && image < present) {
+      const float loss = row_loss(call.loss, first + image, classes, divisor, outputs, s.region + image * classes);
+      if (thread % 32 == 0) w.losses[first + image] = loss;
+    } else if (of_image == 0) {
+      for (int c = thread % 32; c < classes; c += 32) s.region[image * classes + c] = 0;
+    } else if (of_image == 1 && image < present) {
+      const bool right = is_right(call.loss, first + image, classes, outputs);
+      if (thread % 32 == 0) w.right[first + image] = right ? 1.0f : 0.0f;
     }
     __syncthreads();
-    for (int i = thread; i < present * classes; i += static_cast<int>(kThreads)) {
-      w.grad_logits[first * classes + i] = logits[i];
+    for (int i = thread; i < present * classes; i += static_cast<int>(kPassThreads<kImages>)) {
+      w.grad_logits[first * classes + i] = s.region[i];
     }
     linear_backward<kImages>(s.region, present, classes, parameters, static_cast<const float*>(s.hidden1),
                              static_cast<const float*>(s.hidden2), w.backward.grad_hidden1 + first * kHidden1,
@@ -219,7 +244,7 @@ LaunchResult step(const LenetStep& call, cudaStream_t stream) {
              images == 1   ? lenet_step_data_kernel<First, 1>
              : images == 2 ? lenet_step_data_kernel<First, 2>
                            : lenet_step_data_kernel<First, 4>,
-             static_cast<unsigned>(slices), kThreads,
+             static_cast<unsigned>(slices), images == 1 ? kPassThreads<1> : kThreads,
              images == 1   ? StepPass<First, 1>::shared_bytes()
              : images == 2 ? StepPass<First, 2>::shared_bytes()
                            : StepPass<First, 4>::shared_bytes(),
