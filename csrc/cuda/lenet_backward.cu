@@ -16,12 +16,12 @@ __global__ void __launch_bounds__(kPassThreads<kImages>, First::kIn == 1 && kIma
     lenet_backward_data_kernel(LenetBackwardOf<T> call, BackwardWorkspace workspace) {
   using P = Pass<First, kImages>;
   LX_SMEM(shared);
-  float* weights2 = lx::take<float>(shared, GradInputOfPass<kImages>::kWeightFloats);
+  float* const weights2_begin = lx::take<float>(shared, GradInputOfPass<kImages>::kWeightFloats);
   float* pixels = lx::take<float>(shared, kImages * First::kImage);
   float* pooled1 = lx::take<float>(shared, kImages * First::kPooled);  // later its gradient
   float* grad_features = lx::take<float>(shared, kImages * kFeatures);
   float* region = lx::take<float>(shared, P::kRegionFloats);
-  GradInputOfPass<kImages>::copy_weights(weights2, call.parameters[2]);
+  const Weights2<kImages> weights2(weights2_begin, call.parameters[2]);
 
   const int thread = static_cast<int>(threadIdx.x);
   const int classes = static_cast<int>(call.classes);
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kPassThreads<kImages>, First::kIn == 1 && kIma
     }
     lx::copy_to_shared(pixels, call.input + first * First::kImage, present * First::kImage);
     lx::copy_to_shared(pooled1, call.pooled1 + first * First::kPooled, present * First::kPooled);
-    __syncthreads();
+    if constexpr (kImages > 1) __syncthreads();
     linear_backward<kImages>(region, present, classes, call.parameters, call.hidden1 + first * kHidden1,
                              call.hidden2 + first * kHidden2, workspace.grad_hidden1 + first * kHidden1,
                              workspace.grad_hidden2 + first * kHidden2, grad_features);

@@ -39,26 +39,30 @@ constexpr unsigned kPassThreads = kImages == 1 ? kImageThreads : kGradThreads;
 template <int kImages>
 using WeightGradOfPass = Conv2GradWeight<kPassThreads<kImages>, Conv2::kSize * Conv2::kSize>;
 
-// The gradient of conv2's input, and where it wants conv2's weights.
+// The gradient of conv2's input, and conv2's weights as it wants them in shared memory.
 template <int kImages>
 struct GradInputOfPass : GradInput<kImages, 12> {  // what else is in registers leaves none for all of a lane's weights
   static constexpr int kWeightFloats = Conv2::kOut * Conv2::kWeights;
-  template <typename T>
-  static LX_DEVICE void copy_weights(float* to, const T* weight) {
-    lx::copy_to_shared(to, weight, kWeightFloats);
-  }
 };
 template <>
 struct GradInputOfPass<1> : GradInputOfImage {
   static constexpr int kWeightFloats = W::kFloats;
+};
+
+// Conv2's weights in shared memory.
+template <int kImages>
+struct Weights2 {
+  float* values;
+  bool finite = true;  // whether all are, known of one image alone
+
+  // The block copies them, and for one image meets at a barrier.
   template <typename T>
-  static LX_DEVICE void copy_weights(float* to, const T* weight) {
-    W::copy(to, weight);
-  }
-  template <typename T, typename Store>
-  static __device__ __forceinline__ void compute(float* region, const T* grad_output, const uint8_t* indices, int,
-                                                 const float* weights, Store store) {
-    GradInputOfImage::compute(region, grad_output, indices, weights, store);
+  __device__ __forceinline__ Weights2(float* to, const T* weight) : values(to) {
+    if constexpr (kImages == 1) {
+      finite = __syncthreads_or(!SpreadWeights<Conv2>::copy(to, weight)) == 0;
+    } else {
+      lx::copy_to_shared(to, weight, GradInputOfPass<kImages>::kWeightFloats);
+    }
   }
 };
 
@@ -92,15 +96,13 @@ template <int kImages, typename T, typename M>
 __device__ __forceinline__ void linear_grad_images(const float* grad_output, int present, int outputs,
                                                    const T* __restrict__ weight, int inputs, const M* __restrict__ mask,
                                                    float* partial, float* grad_input, float* __restrict__ result) {
-  constexpr int kThreads = kPassThreads<kImages>;
-  constexpr int kMostParts = kImages == 1 ? 8 : kThreads;  // more are longer to add up than what they divide
-  const int packs = inputs / 4, parts = kThreads / packs < kMostParts ? kThreads / packs : kMostParts;
+  const int packs = inputs / 4, parts = static_cast<int>(kGradThreads) / packs;
   const int thread = lx::thread_read_here(), pack = thread % packs, part = thread / packs;
   if (part < parts) {
     const int share = lx::divide_up(outputs, parts);
     const int end = (part + 1) * share < outputs ? (part + 1) * share : outputs;
     float sums[kImages][4] = {};
-#pragma unroll(kImages == 1 ? 12 : 8)
+#pragma unroll 8
     for (int o = part * share; o < end; ++o) {
       const lx::Pack<T, 4> w = lx::load_pack<4>(weight + o * inputs + pack * 4);
 #pragma unroll
@@ -117,7 +119,7 @@ __device__ __forceinline__ void linear_grad_images(const float* grad_output, int
     }
   }
   __syncthreads();
-  for (int i = thread; i < kImages * inputs; i += kThreads) {
+  for (int i = thread; i < kImages * inputs; i += kGradThreads) {
     float value = 0;
     if (i < present * inputs) {
       for (int p = 0; p < parts; ++p) value += partial[p * kImages * inputs + i];
@@ -146,9 +148,14 @@ __device__ __forceinline__ void linear_backward(float* region, int present, int 
     const M* mask = layer == 2 ? hidden2 : layer == 1 ? hidden1 : nullptr;
     float* result = layer == 2 ? result2 : layer == 1 ? result1 : nullptr;
     float* next = layer == 0 ? grad_features : gradient + kImages * (layer == 2 ? kMostClasses : kHidden2);
-    linear_grad_images<kImages>(gradient, present, outputs, weight, inputs, mask, partial, next, result);
+    if constexpr (kImages == 1) {
+      linear_grad_image(gradient, outputs, weight, inputs, mask, partial, next, result);
+    } else {
+      linear_grad_images<kImages>(gradient, present, outputs, weight, inputs, mask, partial, next, result);
+    }
     gradient = next;
   }
+  if constexpr (kImages == 1) __syncthreads();
 }
 
 // The convolutions. In shared memory: `region`, `pixels`, `pooled1`, which becomes its gradient, `grad_features`, and
@@ -157,7 +164,7 @@ __device__ __forceinline__ void linear_backward(float* region, int present, int 
 // else becomes of the gradient between the convolutions.
 template <typename First, int kImages, typename StoreGradPooled1>
 __device__ __forceinline__ void convolutions_backward(float* region, const float* pixels, float* pooled1,
-                                                      const float* grad_features, const float* weights2,
+                                                      const float* grad_features, const Weights2<kImages>& weights2,
                                                       const uint8_t* indices1, const uint8_t* indices2, int present,
                                                       bool first_pass, float* partials1, float* partials2,
                                                       StoreGradPooled1 store_grad_pooled1) {
@@ -173,11 +180,15 @@ __device__ __forceinline__ void convolutions_backward(float* region, const float
   }
   __syncthreads();
 
-  GradInputOfPass<kImages>::compute(
-      region, grad_features, indices2, present, weights2, [&](int at, const float (&values)[4]) {
-        *reinterpret_cast<lx::Pack<float, 4>*>(pooled1 + at) = {{values[0], values[1], values[2], values[3]}};
-        store_grad_pooled1(at, values);
-      });
+  auto store = [&](int at, const float (&values)[4]) {
+    *reinterpret_cast<lx::Pack<float, 4>*>(pooled1 + at) = {{values[0], values[1], values[2], values[3]}};
+    store_grad_pooled1(at, values);
+  };
+  if constexpr (kImages == 1) {
+    GradInputOfImage::compute(region, grad_features, indices2, weights2.values, weights2.finite, store);
+  } else {
+    GradInputOfPass<kImages>::compute(region, grad_features, indices2, present, weights2.values, store);
+  }
   __syncthreads();
 
   // conv1's weights, an input channel at a time

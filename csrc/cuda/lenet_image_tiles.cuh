@@ -21,22 +21,24 @@ struct SpreadWeights {
   static constexpr int kRow = 8, kPlane = 44, kFloats = L::kOut * L::kIn * kPlane;
   static constexpr int kAll = L::kOut * L::kWeights;
 
-  // All of a thread's loads are on their way at once.
+  // All of a thread's loads are on their way at once. Whether what it has copied is finite.
   template <typename T>
-  static LX_DEVICE void copy(float* to, const T* __restrict__ weight) {
+  static LX_DEVICE bool copy(float* to, const T* __restrict__ weight) {
     constexpr int kEach = lx::divide_up(kAll, kImageThreads);
-    T values[kEach] = {};
+    float values[kEach], zero = 0;
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
       const int i = static_cast<int>(threadIdx.x) + k * kImageThreads;
-      if (i < kAll) values[k] = weight[i];
+      values[k] = i < kAll ? lx::widen(weight[i]) : 0.0f;
     }
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
       const int i = static_cast<int>(threadIdx.x) + k * kImageThreads;
       const int plane = lx::small_quotient<kTaps>(i), tap = i - plane * kTaps, row = lx::small_quotient<kTap>(tap);
-      if (i < kAll) to[plane * kPlane + row * kRow + tap - row * kTap] = lx::widen(values[k]);
+      if (i < kAll) to[plane * kPlane + row * kRow + tap - row * kTap] = values[k];
+      zero += 0 * values[k];
     }
+    return zero == 0;
   }
 
   static LX_DEVICE void load_row(float (&row)[kTap], const float* from) {
@@ -108,7 +110,7 @@ __device__ __forceinline__ void linear_image(const float* in, int depth, const f
   auto load = [&](int k) {
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) {
-      if (k + 4 * n < end) next[n] = lx::load_pack<4>(row + k + 4 * n);
+      next[n] = k + 4 * n < end ? lx::load_pack<4>(row + k + 4 * n) : lx::Pack<float, 4>{};
     }
   };
   load(part * share);
@@ -137,6 +139,57 @@ __device__ __forceinline__ void linear_image(const float* in, int depth, const f
   }
 }
 
+// The gradient of a linear layer's inputs, in `grad_input` (shared) and in `result` (global, may be null), from that of
+// its outputs (shared); 0 where `mask` (may be null), the layer's input behind a ReLU, is not above 0.
+//
+// thread -> 4 inputs and a part of the outputs, of at most eight, because more take longer to add up than they save. Up
+// to 12 weights of 16 bytes come at once: two rounds for fc1, one for the others. Barriers as in linear_image. The
+// parts are added in order, through `partial` (shared, 4 * kImageThreads).
+template <typename T, typename M>
+__device__ __forceinline__ void linear_grad_image(const float* grad_output, int outputs, const T* __restrict__ weight,
+                                                  int inputs, const M* __restrict__ mask, float* partial,
+                                                  float* grad_input, float* __restrict__ result) {
+  constexpr int kAhead = 12, kMostParts = 8;
+  const int thread = lx::thread_read_here();
+  const int packs = inputs / 4, parts = kImageThreads / packs < kMostParts ? kImageThreads / packs : kMostParts;
+  const int pack = thread % packs, part = thread / packs, share = lx::divide_up(outputs, parts);
+  const int end = part >= parts ? 0 : (part + 1) * share < outputs ? (part + 1) * share : outputs;
+  weight += pack * 4;
+  lx::Pack<T, 4> next[kAhead];
+  auto load = [&](int o) {
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) {
+      next[n] = o + n < end ? lx::load_pack<4>(weight + (o + n) * inputs) : lx::Pack<T, 4>{};
+    }
+  };
+  load(part * share);
+  const bool open = mask == nullptr || thread >= inputs || !(lx::widen(mask[thread]) <= 0);
+  __syncthreads();
+  float sums[4] = {};
+#pragma unroll 1
+  for (int o = part * share; o < end; o += kAhead) {
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) {
+      if (o + n >= end) break;
+      const float gradient = grad_output[o + n];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sums[k] += gradient * lx::widen(next[n][k]);
+    }
+    load(o + kAhead);
+  }
+  if (part < parts) {
+    *reinterpret_cast<lx::Pack<float, 4>*>(partial + part * inputs + pack * 4) = {{sums[0], sums[1], sums[2], sums[3]}};
+  }
+  __syncthreads();
+  if (thread < inputs) {
+    float value = 0;
+    for (int p = 0; p < parts; ++p) value += partial[p * inputs + thread];
+    if (!open) value = 0;
+    if (result != nullptr) result[thread] = value;
+    grad_input[thread] = value;
+  }
+}
+
 // --------------------------------------------------------------------------------------- gradient of conv2's input
 
 // As GradInput, with other parts: warp -> two windows, neighbours in a row of five, or the last one: 15 of 16 warps.
@@ -154,13 +207,14 @@ struct GradInputOfImage {
   static_assert(kWarps <= kImageThreads / 32);
 
   // Hands the gradients of four pixels at a time to store(position, gradients). `region`: shared, kFloats, free.
-  // `weights`: shared, as SpreadWeights has them.
+  // `weights`: shared, as SpreadWeights has them; `finite`: whether they all are.
   template <typename T, typename Store>
   static __device__ __forceinline__ void compute(float* region, const T* grad_output, const uint8_t* indices,
-                                                 const float* weights, Store store) {
+                                                 const float* weights, bool finite, Store store) {
     const int warp = lx::thread_read_here() / 32;
     if (warp < kWarps) {
-      add_pair(region + warp * kPlanes, region + kWarps * kPlanes + warp * kGradients, grad_output, indices, weights);
+      add_pair(region + warp * kPlanes, region + kWarps * kPlanes + warp * kGradients, grad_output, indices, weights,
+               finite);
     }
     __syncthreads();
     hand_over(region, store);
@@ -168,7 +222,7 @@ struct GradInputOfImage {
 
   template <typename T>
   static __device__ __forceinline__ void add_pair(float* planes, float* gradients, const T* grad_output,
-                                                  const uint8_t* indices, const float* weights) {
+                                                  const uint8_t* indices, const float* weights, bool finite) {
     const int thread = lx::thread_read_here(), lane = thread % 32, warp = thread / 32;
     const LanePlace place(lane);
     // lane -> an output channel of the first or of the second window
@@ -186,18 +240,16 @@ struct GradInputOfImage {
     const unsigned lower = __ballot_sync(0xffffffffu, (code & ~1) == 2);
     __syncwarp();  // the gradients are there
     const float* from = weights + place.channel * W::kPlane + place.row * W::kRow;
-    float sums[2][kColumns] = {}, zero = 0;
+    float sums[2][kColumns] = {};
 #pragma unroll 4
     for (int o = 0; o < L::kOut; ++o) {
       float w[kTap];
       W::load_row(w, from + o * L::kIn * W::kPlane);
       const lx::Pack<float, 4> pairs = lx::load_pack<4>(gradients + o * 4);
-#pragma unroll
-      for (int j = 0; j < kTap; ++j) zero += 0 * w[j];
       add_window<0>(sums, w, pairs, upper >> o & 1u, lower >> o & 1u);
       add_window<1>(sums, w, pairs, upper >> (o + L::kOut) & 1u, lower >> (o + L::kOut) & 1u);
     }
-    if (__ballot_sync(0xffffffffu, zero == 0) != 0xffffffffu) {
+    if (!finite) {
       add_zeros(sums, from, indices + warp / kPairs * L::kPool + warp % kPairs * 2, warp % kPairs + 1 < kPairs);
     }
     put(planes, sums, place, lane);
@@ -221,7 +273,7 @@ struct GradInputOfImage {
     for (int j = 0; j < kTap; ++j) sums[2 * kWindow + j + 1] += pairs[2 * kWindow + 1] * w[j];
   }
 
-  // As GradInput::add_zeros.
+  // Adds the products of the weights with the zeros of the windows, which are NaN where a weight is not finite.
   static LX_DEVICE void add_zeros(float (&sums)[2][kColumns], const float* weights, const uint8_t* indices,
                                   bool second) {
 #pragma unroll 1

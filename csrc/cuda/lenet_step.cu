@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kPassThreads<kImages>, 1) lenet_step_data_kern
     transpose_weights<First>(s.weights1, parameters[0]);
     transpose_weights<Conv2>(s.transposed_weights2, parameters[2]);
   }
-  GradInputOfPass<kImages>::copy_weights(s.weights2, parameters[2]);
+  const Weights2<kImages> weights2(s.weights2, parameters[2]);
   if (thread < First::kOut) s.biases1[thread] = parameters[1][thread];
   if (thread < Conv2::kOut) s.biases2[thread] = parameters[3][thread];
   const float divisor = loss_divisor(call.loss, call.batch, classes, s.region);
@@ -172,26 +172,25 @@ __global__ void __launch_bounds__(kPassThreads<kImages>, 1) lenet_step_data_kern
     }
     if constexpr (kImages == 1) __syncthreads();
     // A warp for an image's loss and another for whether its answer is right; kImages is at most 4.
-    const int image = thread / 32 % kImages, of_image = thread / 32 / kImages;
+    const int lane = thread % 32, image = thread / 32 % kImages, of_image = thread / 32 / kImages;
     const float* const outputs = logits + image * classes;
+    float* const gradient = s.region + image * classes;
     if (of_image == 0 && image < present) {
-      const float loss = row_loss(call.loss, first + image, classes, divisor, outputs, s.region + image * classes);
-      if (thread % 32 == 0) w.losses[first + image] = loss;
+      const float loss = row_loss(call.loss, first + image, classes, divisor, outputs, gradient);
+      if (lane == 0) w.losses[first + image] = loss;
+      for (int c = lane; c < classes; c += 32) w.grad_logits[(first + image) * classes + c] = gradient[c];
     } else if (of_image == 0) {
-      for (int c = thread % 32; c < classes; c += 32) s.region[image * classes + c] = 0;
+      for (int c = lane; c < classes; c += 32) gradient[c] = 0;
     } else if (of_image == 1 && image < present) {
       const bool right = is_right(call.loss, first + image, classes, outputs);
-      if (thread % 32 == 0) w.right[first + image] = right ? 1.0f : 0.0f;
+      if (lane == 0) w.right[first + image] = right ? 1.0f : 0.0f;
     }
-    __syncthreads();
-    for (int i = thread; i < present * classes; i += static_cast<int>(kPassThreads<kImages>)) {
-      w.grad_logits[first * classes + i] = s.region[i];
-    }
+    if constexpr (kImages > 1) __syncthreads();
     linear_backward<kImages>(s.region, present, classes, parameters, static_cast<const float*>(s.hidden1),
                              static_cast<const float*>(s.hidden2), w.backward.grad_hidden1 + first * kHidden1,
                              w.backward.grad_hidden2 + first * kHidden2, s.features);
     convolutions_backward<First, kImages>(
-        s.region, s.pixels, s.pooled1, s.features, s.weights2, s.indices1, s.indices2, present, first == slice_begin,
+        s.region, s.pixels, s.pooled1, s.features, weights2, s.indices1, s.indices2, present, first == slice_begin,
         w.backward.partials1 + int64_t{blockIdx.x} * kSums1<First>, w.backward.partials2 + int64_t{blockIdx.x} * kSums2,
         [](int, const float (&)[4]) {});
   }
