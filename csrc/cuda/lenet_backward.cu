@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kPassThreads<kImages>, First::kIn == 1 && kIma
     lx::copy_to_shared(pixels, call.input + first * First::kImage, present * First::kImage);
     lx::copy_to_shared(pooled1, call.pooled1 + first * First::kPooled, present * First::kPooled);
     if constexpr (kImages > 1) __syncthreads();
-    linear_backward<kImages>(region, present, classes, call.parameters, call.hidden1 + first * kHidden1,
+    linear_backward<kImages>(region, present, classes, call.parameters, KeptRows<T>{}, call.hidden1 + first * kHidden1,
                              call.hidden2 + first * kHidden2, workspace.grad_hidden1 + first * kHidden1,
                              workspace.grad_hidden2 + first * kHidden2, grad_features);
     convolutions_backward<First, kImages>(

@@ -136,8 +136,9 @@ __device__ __forceinline__ void linear_grad_images(const float* grad_output, int
 // (shared). One copy of the code for the three layers, as in the forward pass.
 template <int kImages, typename T, typename M>
 __device__ __forceinline__ void linear_backward(float* region, int present, int classes,
-                                                const T* const (&parameters)[10], const M* hidden1, const M* hidden2,
-                                                float* result1, float* result2, float* grad_features) {
+                                                const T* const (&parameters)[10], const KeptRows<T>& kept,
+                                                const M* hidden1, const M* hidden2, float* result1, float* result2,
+                                                float* grad_features) {
   float* gradient = region;
   float* partial = region + Pass<Conv1, kImages>::kLinearGradients;
 #pragma unroll 1
@@ -149,7 +150,8 @@ __device__ __forceinline__ void linear_backward(float* region, int present, int 
     float* result = layer == 2 ? result2 : layer == 1 ? result1 : nullptr;
     float* next = layer == 0 ? grad_features : gradient + kImages * (layer == 2 ? kMostClasses : kHidden2);
     if constexpr (kImages == 1) {
-      linear_grad_image(gradient, outputs, weight, inputs, mask, partial, next, result);
+      linear_grad_image(gradient, outputs, weight, layer == 0 ? kept : KeptRows<T>{}, inputs, mask, partial, next,
+                        result);
     } else {
       linear_grad_images<kImages>(gradient, present, outputs, weight, inputs, mask, partial, next, result);
     }

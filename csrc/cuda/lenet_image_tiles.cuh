@@ -4,6 +4,7 @@
 // Sums of the forward pass have the same order as there.
 #pragma once
 
+#include "async_copy.cuh"
 #include "lenet_grad_tiles.cuh"
 #include "lenet_linear_tiles.cuh"
 
@@ -94,18 +95,48 @@ LX_DEVICE void convolve_image(const float* pixels, const float* weights, const f
 
 // ------------------------------------------------------------------------------------------------------ linear layers
 
+// The first `count` rows of fc1's weight in shared memory, as many as fit, where they arrive while the block computes
+// the convolutions. From L2 a multiprocessor gets 64 bytes a clock at most, and less where many ask at once: 3,000
+// clocks or more for the 192 KB, forward and backward. Shared memory gives twice that.
+template <typename T>
+struct KeptRows {
+  static constexpr int kPitch = kFeatures + 4;  // neighbouring rows begin in different banks
+  const T* values = nullptr;
+  int count = 0;
+
+  // Row `row` of a weight of so many columns.
+  LX_DEVICE const T* of(const T* weight, int columns, int row) const {
+    return row < count ? values + row * kPitch : weight + row * columns;
+  }
+
+  static constexpr int64_t bytes(int64_t count) { return lx::taken<T>(count * kPitch); }
+  // The block begins to copy them. Before they are read, each thread waits for its copies, and the block for all.
+  static LX_DEVICE KeptRows begin_to_copy(T* to, const T* weight, int count) {
+    constexpr int kEach = 16 / sizeof(T), kVectors = kFeatures / kEach, kAtOnce = kImageThreads / kVectors;
+    const int thread = static_cast<int>(threadIdx.x), first = thread / kVectors, column = thread % kVectors * kEach;
+    if (first < kAtOnce) {
+#pragma unroll 4
+      for (int row = first; row < count; row += kAtOnce) {
+        lx::copy_async<16>(to + row * kPitch + column, weight + row * kFeatures + column);
+      }
+    }
+    lx::end_copy_group();
+    return {to, count};
+  }
+};
+
 // As linear_images. thread -> an output and a quarter of the depth. A row's part comes from L2 in up to 13 loads of 16
 // bytes at once: two rounds for fc1, one for the others. The first is on its way when the block meets at the barrier
 // behind which `in` is there; there is none behind the end.
-__device__ __forceinline__ void linear_image(const float* in, int depth, const float* __restrict__ weight,
-                                             const float* __restrict__ bias, int outputs, bool relu, float* partial,
-                                             float* hidden, float* __restrict__ output) {
+__device__ __forceinline__ void linear_image(const float* in, int depth, const float* weight,
+                                             const KeptRows<float>& kept, const float* __restrict__ bias, int outputs,
+                                             bool relu, float* partial, float* hidden, float* __restrict__ output) {
   constexpr int kAhead = 13;
   static_assert(kLinearParts * kMostOutputs == kImageThreads);
   const int thread = lx::thread_read_here(), column = thread % kMostOutputs, part = thread / kMostOutputs;
   const int share = lx::divide_up(depth, 4 * kLinearParts) * 4;
   const int end = column >= outputs ? 0 : (part + 1) * share < depth ? (part + 1) * share : depth;
-  const float* const row = weight + column * depth;
+  const float* const row = kept.of(weight, depth, column);
   lx::Pack<float, 4> next[kAhead];
   auto load = [&](int k) {
 #pragma unroll
@@ -146,20 +177,19 @@ __device__ __forceinline__ void linear_image(const float* in, int depth, const f
 // to 12 weights of 16 bytes come at once: two rounds for fc1, one for the others. Barriers as in linear_image. The
 // parts are added in order, through `partial` (shared, 4 * kImageThreads).
 template <typename T, typename M>
-__device__ __forceinline__ void linear_grad_image(const float* grad_output, int outputs, const T* __restrict__ weight,
-                                                  int inputs, const M* __restrict__ mask, float* partial,
-                                                  float* grad_input, float* __restrict__ result) {
+__device__ __forceinline__ void linear_grad_image(const float* grad_output, int outputs, const T* weight,
+                                                  const KeptRows<T>& kept, int inputs, const M* __restrict__ mask,
+                                                  float* partial, float* grad_input, float* __restrict__ result) {
   constexpr int kAhead = 12, kMostParts = 8;
   const int thread = lx::thread_read_here();
   const int packs = inputs / 4, parts = kImageThreads / packs < kMostParts ? kImageThreads / packs : kMostParts;
   const int pack = thread % packs, part = thread / packs, share = lx::divide_up(outputs, parts);
   const int end = part >= parts ? 0 : (part + 1) * share < outputs ? (part + 1) * share : outputs;
-  weight += pack * 4;
   lx::Pack<T, 4> next[kAhead];
   auto load = [&](int o) {
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) {
-      next[n] = o + n < end ? lx::load_pack<4>(weight + (o + n) * inputs) : lx::Pack<T, 4>{};
+      next[n] = o + n < end ? lx::load_pack<4>(kept.of(weight, inputs, o + n) + pack * 4) : lx::Pack<T, 4>{};
     }
   };
   load(part * share);

@@ -52,7 +52,7 @@ struct StepPass {
   static constexpr int kWeights2 = GradInputOfPass<kImages>::kWeightFloats;
 
   float *weights1, *biases1, *transposed_weights2, *biases2, *pixels, *pooled1, *features, *hidden1, *hidden2;
-  float *weights2, *region;
+  float *weights2, *region, *kept;  // the last for KeptRows, as much as was launched
   uint8_t *indices1, *indices2;
 
   LX_DEVICE explicit StepPass(unsigned char* shared) {
@@ -69,6 +69,7 @@ struct StepPass {
     indices1 = lx::take<uint8_t>(shared, kImages * First::kPooled);
     indices2 = lx::take<uint8_t>(shared, kImages * Conv2::kPooled);
     region = lx::take<float>(shared, Pass<First, kImages>::kRegionFloats);
+    kept = lx::take<float>(shared, 0);
   }
   static constexpr int64_t shared_bytes() {
     int64_t bytes = 0;
@@ -94,7 +95,8 @@ struct StepPass {
 // us with eight blocks an image and 15.4 with two, which is 13 us divided among the blocks and 8.9, with the launch and
 // five exchanges, that do not divide.
 template <typename First, int kImages>
-__global__ void __launch_bounds__(kPassThreads<kImages>, 1) lenet_step_data_kernel(LenetStep call, StepWorkspace w) {
+__global__ void __launch_bounds__(kPassThreads<kImages>, 1)
+    lenet_step_data_kernel(LenetStep call, StepWorkspace w, int kept_rows) {
   LX_SMEM(shared);
   const StepPass<First, kImages> s(shared);
   using S = StepPass<First, kImages>;
@@ -109,6 +111,7 @@ __global__ void __launch_bounds__(kPassThreads<kImages>, 1) lenet_step_data_kern
     transpose_weights<Conv2>(s.transposed_weights2, parameters[2]);
   }
   const Weights2<kImages> weights2(s.weights2, parameters[2]);
+  KeptRows<float> kept;
   if (thread < First::kOut) s.biases1[thread] = parameters[1][thread];
   if (thread < Conv2::kOut) s.biases2[thread] = parameters[3][thread];
   const float divisor = loss_divisor(call.loss, call.batch, classes, s.region);
@@ -139,11 +142,17 @@ __global__ void __launch_bounds__(kPassThreads<kImages>, 1) lenet_step_data_kern
       if (image < present) w.features[first * kFeatures + at] = winner.pooled();
     };
     if constexpr (kImages == 1) {
+      // After the pixels, which would wait behind them.
+      if (first == slice_begin) kept = KeptRows<float>::begin_to_copy(s.kept, parameters[4], kept_rows);
       convolve_image<First>(s.pixels, s.weights1, s.biases1,
                             [&](int channel, int window, const auto& winner) { store1(0, channel, window, winner); });
       __syncthreads();
       convolve_image<Conv2>(s.pooled1, s.weights2, s.biases2,
                             [&](int channel, int window, const auto& winner) { store2(0, channel, window, winner); });
+      if (first == slice_begin && kept.count > 0) {
+        lx::wait_for_copies<0>();
+        __syncthreads();
+      }
     } else {
       constexpr ThreadTile kTile = kImages == 2 ? ThreadTile::kPair : ThreadTile::kLarge;
       convolve_images<First, kTile>(s.pixels, s.weights1, s.biases1, kImages, kImages, store1);
@@ -163,7 +172,8 @@ __global__ void __launch_bounds__(kPassThreads<kImages>, 1) lenet_step_data_kern
       float* result = layer == 0 ? w.hidden1 + first * kHidden1 : layer == 1 ? w.hidden2 + first * kHidden2 : logits;
       float* hidden = layer == 0 ? s.hidden1 : s.hidden2;
       if constexpr (kImages == 1) {
-        linear_image(in, depth, weight, bias, outputs, layer < 2, partial, hidden, result);
+        linear_image(in, depth, weight, layer == 0 ? kept : KeptRows<float>{}, bias, outputs, layer < 2, partial,
+                     hidden, result);
       } else {
         linear_images<kImages / 2>(in, kImages, present, depth, weight, bias, outputs, layer < 2, partial, hidden,
                                    result);
@@ -186,7 +196,7 @@ __global__ void __launch_bounds__(kPassThreads<kImages>, 1) lenet_step_data_kern
       if (lane == 0) w.right[first + image] = right ? 1.0f : 0.0f;
     }
     if constexpr (kImages > 1) __syncthreads();
-    linear_backward<kImages>(s.region, present, classes, parameters, static_cast<const float*>(s.hidden1),
+    linear_backward<kImages>(s.region, present, classes, parameters, kept, static_cast<const float*>(s.hidden1),
                              static_cast<const float*>(s.hidden2), w.backward.grad_hidden1 + first * kHidden1,
                              w.backward.grad_hidden2 + first * kHidden2, s.features);
     convolutions_backward<First, kImages>(
@@ -239,15 +249,19 @@ LaunchResult step(const LenetStep& call, cudaStream_t stream) {
   const int images = call.slice_images > 2 && lx::fits_shared_memory(StepPass<First, 4>::shared_bytes())   ? 4
                      : call.slice_images > 1 && lx::fits_shared_memory(StepPass<First, 2>::shared_bytes()) ? 2
                                                                                                            : 1;
+  // Asynchronous copies need compute capability 8.0.
+  const bool keeps = images == 1 && lx::compiled_capability(lenet_step_data_kernel<First, 1>) >= 80;
+  const int64_t room = keeps ? lx::most_shared_bytes() - StepPass<First, 1>::shared_bytes() : 0;
+  const int kept_rows = static_cast<int>(std::clamp<int64_t>(room / KeptRows<float>::bytes(1), 0, kHidden1));
   lx::launch(result, "lenet_step_data_kernel",
              images == 1   ? lenet_step_data_kernel<First, 1>
              : images == 2 ? lenet_step_data_kernel<First, 2>
                            : lenet_step_data_kernel<First, 4>,
              static_cast<unsigned>(slices), images == 1 ? kPassThreads<1> : kThreads,
-             images == 1   ? StepPass<First, 1>::shared_bytes()
+             images == 1   ? StepPass<First, 1>::shared_bytes() + KeptRows<float>::bytes(kept_rows)
              : images == 2 ? StepPass<First, 2>::shared_bytes()
                            : StepPass<First, 4>::shared_bytes(),
-             stream, call, w);
+             stream, call, w, kept_rows);
   const WeightSums<float, float> sums(w.backward, First::kIn, w.grad_logits, static_cast<int>(call.classes), w.features,
                                       w.hidden1, w.hidden2);
   lx::launch(result, "lenet_step_update_kernel", lenet_step_update_kernel, static_cast<unsigned>(sums.blocks() + 1),
