@@ -150,7 +150,7 @@ LX_DEVICE bool copy_planes(float* to, const T* from, int planes) {
 }
 
 // block -> one slice; four images and the gradients in their winners' rows are in shared memory, at the end the sums of
-// all parts; thread as Conv2GradWeight says. Shared memory: 39 KB.
+// all parts; thread as Conv2GradWeight says. Shared memory: 33 KB.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 3)
     lenet_conv2_grad_weight_kernel(int64_t batch, int64_t slice_images, const T* __restrict__ grad_output,

@@ -422,7 +422,7 @@ struct Conv2GradWeight {
   static constexpr int kWarpsOfPart = threads / 32 / kParts;  // which share the output channels
   static constexpr int kChannels = L::kOut / kWarpsOfPart;    // of a warp
   static constexpr int kSums = L::kOut * (L::kWeights + 1);
-  static constexpr int kPartialFloats = kParts * kSums;
+  static constexpr int kPartialFloats = kParts / 2 * kSums;
 
   float sums[kChannels][kTap] = {};
 
@@ -535,20 +535,27 @@ struct Conv2GradWeight {
   template <typename Store>
   __device__ __forceinline__ void finish(float* partial, Store store) const {
     const Share share;
-    float* const to = partial + share.part * kSums + share.first_channel * (L::kWeights + 1) +
+    float* const to = partial + share.part % (kParts / 2) * kSums + share.first_channel * (L::kWeights + 1) +
                       (share.bias ? L::kWeights : share.in_channel * kTaps + share.tap_row * kTap);
+    // The second half of the parts, then the first one in the same place, which is half of the shared memory.
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
+    for (int half = 1; half >= 0; --half) {
+      if (share.part / (kParts / 2) == half) {
 #pragma unroll
-      for (int j = 0; j < kTap; ++j) {
-        if (share.own || (share.bias && j == 0)) to[c * (L::kWeights + 1) + j] = sums[c][j];
+        for (int c = 0; c < kChannels; ++c) {
+#pragma unroll
+          for (int j = 0; j < kTap; ++j) {
+            float* const sum = to + c * (L::kWeights + 1) + j;
+            if (share.own || (share.bias && j == 0)) *sum = half == 1 ? sums[c][j] : *sum + sums[c][j];
+          }
+        }
       }
+      __syncthreads();
     }
-    __syncthreads();
     for (int i = threadIdx.x; i < kSums; i += threads) {
       float sum = partial[i];
 #pragma unroll
-      for (int p = 1; p < kParts; ++p) sum += partial[p * kSums + i];
+      for (int p = 1; p < kParts / 2; ++p) sum += partial[p * kSums + i];
       store(i, sum);
     }
   }
