@@ -137,11 +137,11 @@ __device__ __forceinline__ void linear_image(const float* in, int depth, const f
   const int share = lx::divide_up(depth, 4 * kLinearParts) * 4;
   const int end = column >= outputs ? 0 : (part + 1) * share < depth ? (part + 1) * share : depth;
   const float* const row = kept.of(weight, depth, column);
-  lx::Pack<float, 4> next[kAhead];
+  lx::Pack<float, 4> next[kAhead] = {};
   auto load = [&](int k) {
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) {
-      next[n] = k + 4 * n < end ? lx::load_pack<4>(row + k + 4 * n) : lx::Pack<float, 4>{};
+      if (k + 4 * n < end) next[n] = lx::load_pack<4>(row + k + 4 * n);
     }
   };
   load(part * share);
@@ -151,12 +151,13 @@ __device__ __forceinline__ void linear_image(const float* in, int depth, const f
   for (int k = part * share; k < end; k += 4 * kAhead) {
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) {
-      if (k + 4 * n >= end) break;
-      const lx::Pack<float, 4> a = lx::load_pack<4>(in + k + 4 * n);
+      if (k + 4 * n < end) {
+        const lx::Pack<float, 4> a = lx::load_pack<4>(in + k + 4 * n);
 #pragma unroll
-      for (int step = 0; step < 4; ++step) sum += a[step] * next[n][step];
+        for (int step = 0; step < 4; ++step) sum += a[step] * next[n][step];
+      }
     }
-    load(k + 4 * kAhead);
+    if (k + 4 * kAhead < end) load(k + 4 * kAhead);
   }
   if (column < outputs) partial[part * outputs + column] = sum;
   __syncthreads();
@@ -182,30 +183,42 @@ __device__ __forceinline__ void linear_grad_image(const float* grad_output, int 
                                                   float* partial, float* grad_input, float* __restrict__ result) {
   constexpr int kAhead = 12, kMostParts = 8;
   const int thread = lx::thread_read_here();
-  const int packs = inputs / 4, parts = kImageThreads / packs < kMostParts ? kImageThreads / packs : kMostParts;
-  const int pack = thread % packs, part = thread / packs, share = lx::divide_up(outputs, parts);
-  const int end = part >= parts ? 0 : (part + 1) * share < outputs ? (part + 1) * share : outputs;
-  lx::Pack<T, 4> next[kAhead];
+  constexpr int kPartsOfFc1 = kImageThreads / (kFeatures / 4);
+  static_assert(kPartsOfFc1 <= kMostParts && kMostParts * kHidden1 / 4 <= kImageThreads);
+  const bool fc1 = inputs == kFeatures;
+  const int packs = inputs / 4, parts = fc1 ? kPartsOfFc1 : kMostParts;
+  const int share = fc1 ? lx::divide_up(kHidden1, kPartsOfFc1) : lx::divide_up(outputs, kMostParts);
+  const int part = fc1                  ? lx::small_quotient<kFeatures / 4>(thread)
+                   : inputs == kHidden1 ? lx::small_quotient<kHidden1 / 4>(thread)
+                                        : lx::small_quotient<kHidden2 / 4>(thread);
+  const int pack = thread - part * packs;
+  const int begin = part * share;
+  const int end = part >= parts ? 0 : begin + share < outputs ? begin + share : outputs;
+  const bool is_kept = end <= kept.count;
+  const int pitch = is_kept ? kept.kPitch : inputs;
+  const T* const rows = (is_kept ? kept.values : weight) + pack * 4;
+  lx::Pack<T, 4> next[kAhead] = {};
   auto load = [&](int o) {
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) {
-      next[n] = o + n < end ? lx::load_pack<4>(kept.of(weight, inputs, o + n) + pack * 4) : lx::Pack<T, 4>{};
+      if (o + n < end) next[n] = lx::load_pack<4>(rows + (o + n) * pitch);
     }
   };
-  load(part * share);
+  load(begin);
   const bool open = mask == nullptr || thread >= inputs || !(lx::widen(mask[thread]) <= 0);
   __syncthreads();
   float sums[4] = {};
 #pragma unroll 1
-  for (int o = part * share; o < end; o += kAhead) {
+  for (int o = begin; o < end; o += kAhead) {
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) {
-      if (o + n >= end) break;
-      const float gradient = grad_output[o + n];
+      if (o + n < end) {
+        const float gradient = grad_output[o + n];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) sums[k] += gradient * lx::widen(next[n][k]);
+        for (int k = 0; k < 4; ++k) sums[k] += gradient * lx::widen(next[n][k]);
+      }
     }
-    load(o + kAhead);
+    if (o + kAhead < end) load(o + kAhead);
   }
   if (part < parts) {
     *reinterpret_cast<lx::Pack<float, 4>*>(partial + part * inputs + pack * 4) = {{sums[0], sums[1], sums[2], sums[3]}};
@@ -213,7 +226,10 @@ __device__ __forceinline__ void linear_grad_image(const float* grad_output, int 
   __syncthreads();
   if (thread < inputs) {
     float value = 0;
-    for (int p = 0; p < parts; ++p) value += partial[p * inputs + thread];
+#pragma unroll
+    for (int p = 0; p < kMostParts; ++p) {
+      if (p < parts) value += partial[p * inputs + thread];
+    }
     if (!open) value = 0;
     if (result != nullptr) result[thread] = value;
     grad_input[thread] = value;
