@@ -41,8 +41,10 @@ PREDICTED_US = {
     # The step was twelve launches (70, 183, 6579 us) where 21, 62 and 3700 were counted. It is two up to 2048 images:
     # forward, 28 us of gradients and 7 of sums as measured at 64 images; the layers as measured at 65536, with winners
     # found in half the instructions. Of this the gradient of conv2's input has become 9, 33 and 1110 us less, by its
-    # count of instructions: half of the dense products, and no border (csrc/cuda/lenet_grad_tiles.cuh).
-    ("float32", "step batch 64"): 41,
+    # count of instructions: half of the dense products, and no border (csrc/cuda/lenet_grad_tiles.cuh). With 64 images
+    # and 512 threads for each it is 25 us and 7 of sums: half of the instructions a warp, but all warps' together are
+    # half of that time, if nothing waits (csrc/cuda/lenet_step.cu).
+    ("float32", "step batch 64"): 32,
     ("float32", "step batch 1024"): 117,
     ("float32", "step batch 65536"): 5290,
     # Predicted by the counts of instructions and bytes (csrc/lenet/cuda.cpp): the convolutions at 1,800 clocks an

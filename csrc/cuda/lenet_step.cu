@@ -82,18 +82,22 @@ struct StepPass {
   }
 };
 
-// block -> one slice of the batch, `kImages` images at a time. Shared memory: 110 KB with 4 images of one channel, 57
-// KB with one.
+// block -> one slice of the batch, `kImages` images at a time. Shared memory: 110 KB with 4 images of one channel; with
+// one 53 KB, and what else there is for rows of fc1's weight: 110 of 120 on an H100, 70 on an A100.
 //
-// One image a block leaves half of an H100 idle with 64 of them, which are predicted to take 39 us (kernel_times.py). A
-// cluster of two blocks an image should take 28 to 31, counted and not built: of an image's 51,000 instructions some
-// 44,000 divide, by conv1's rows, conv2's channels, the linear layers' outputs, forward and backward, and the windows
-// of the gradient of conv2's input, with the order of each sum as it is: 36 us without the launch become 21. In
-// exchange what both blocks need passes through distributed shared memory nine times: conv1's output, features, hidden
-// layers and logits, then the gradients of these layers' inputs, and four planes of that of conv2's input, 2,784
-// floats, where the others are 588 at most. Each is half a microsecond to one, by the forward pass: an H100 took 10.5
-// us with eight blocks an image and 15.4 with two, which is 13 us divided among the blocks and 8.9, with the launch and
-// five exchanges, that do not divide.
+// With one image a block, 64 of them leave half of an H100 idle, and the time is that of the warp with most to do. Of
+// sm_90 that is counted as 7,200 instructions, where 256 threads have 14,100: what comes before the convolutions 700
+// (600), conv1 430 (950), conv2 880 (1,980), linear layers 940 (3,630), loss 400 (650); backward linear layers 1,370
+// (1,600), conv2's weights 930 (1,520, dense), its input 850 (1,600), conv1's weights 680 (1,580). All warps together
+// have 100,000, which take 15 us to begin where none waits, so that more threads would gain nothing. Predicted are 25
+// us instead of 39 (kernel_times.py).
+//
+// A cluster of two such blocks an image is counted as 21 to 26 us, and not built. With half of the windows, channels or
+// outputs each, a block has 56,000 instructions and the warp with most to do 5,450: it saves 650 in conv1 and conv2,
+// 930 in the gradients of conv2's input and of the weights, 170 in the linear layers, whose forward sums have four
+// parts however many threads there are. In exchange what both blocks need passes through distributed shared memory nine
+// times, half a microsecond to one each, by the forward pass: an H100 took 10.5 us with eight blocks an image and 15.4
+// with two, which is 13 us divided among the blocks and 8.9, with the launch and five exchanges, that do not divide.
 template <typename First, int kImages>
 __global__ void __launch_bounds__(kPassThreads<kImages>, 1)
     lenet_step_data_kernel(LenetStep call, StepWorkspace w, int kept_rows) {
