@@ -84,6 +84,7 @@ int main(int argc, char** argv) {
     test_lenet_backward(dtype, 5, 1, 2, false);    // pairs of images, the last alone
     test_lenet_backward(dtype, 17, 128, 9, true);  // passes of 4, 4 and 1 images
     test_lenet_backward(dtype, 3, 127, 3, true);   // a pass that is not full
+    test_lenet_backward(dtype, 2, 128, 1, true);   // passes of one image
   }
   for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
     if (!has_lenet_tensor_core_backward(dtype, 1)) continue;  // on this GPU
@@ -108,6 +109,7 @@ int main(int argc, char** argv) {
   // Several stages, the last not full.
   if (has_lenet_linear_gradients(DType::kBFloat16, 7)) test_lenet_linear_gradients(DType::kBFloat16, 140, 7, 140);
   test_lenet_step({1, 1, 10, 1, Loss::kCrossEntropy, Optimizer::kSgd, false});
+  test_lenet_step({2, 3, 128, 1, Loss::kCrossEntropy, Optimizer::kAdamW, true});
   test_lenet_step({5, 1, 128, 2, Loss::kCrossEntropy, Optimizer::kSgd, true});
   test_lenet_step({7, 3, 33, 2, Loss::kCrossEntropy, Optimizer::kAdam, true});
   test_lenet_step({5, 1, 1, 3, Loss::kMeanSquaredError, Optimizer::kAdam, false});
