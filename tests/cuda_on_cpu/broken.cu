@@ -98,6 +98,21 @@ __global__ void copies_kernel(float* out) {
   out[threadIdx.x] = values[threadIdx.x];
 }
 
+// Copies to where other threads may not have read yet.
+__global__ void hasty_copies_kernel(float* out) {
+  LX_SMEM(shared);
+  float* values = lx::take<float>(shared, kThreads);
+  values[threadIdx.x] = 2, out[threadIdx.x] = 1;
+  __syncthreads();
+  const unsigned other = kThreads - 1 - threadIdx.x;
+  lx::copy_async<4>(values + other, out + other);
+  lx::end_copy_group();
+  const float seen = values[threadIdx.x];
+  __syncthreads();
+  lx::wait_for_copies<0>();
+  out[threadIdx.x] = seen;
+}
+
 }  // namespace
 
 int main(int, char** argv) {
@@ -113,6 +128,7 @@ int main(int, char** argv) {
                            : name == "early_block"             ? early_block_kernel
                            : name == "copies"                  ? copies_kernel<0>
                            : name == "unfinished_copies"       ? copies_kernel<1>
+                           : name == "hasty_copies"            ? hasty_copies_kernel
                                                                : unwritten_kernel;
   const bool cluster = name.find("cluster") != std::string::npos || name == "early_block";
   const int64_t bytes = name == "too_much_shared" ? lx_shim::kMaxSharedBytes + 16 : kThreads * sizeof(float);

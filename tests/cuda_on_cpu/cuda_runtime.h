@@ -13,7 +13,8 @@
 //   - sizes beyond the limits of a launch.
 // Shared memory and cudaMalloc'ed memory start out as NaN, whatever the type, so an element that is read before it was
 // written shows in the result; results that depend on the schedule show a missing barrier. Asynchronous copies are made
-// when the thread waits for them.
+// when the thread waits for them, under the shuffled schedule at once: a GPU may do either, so that what is read too
+// early shows under the others, and what is overwritten too early under this one.
 // It cannot see bank conflicts, occupancy or the memory order of a real GPU; compute-sanitizer and Nsight can.
 #pragma once
 
@@ -194,6 +195,10 @@ inline void* shared_memory_of(const void* mine, unsigned rank, size_t bytes) {
 inline void copy_later(void* to, const void* from, size_t bytes) {
   require(reinterpret_cast<uintptr_t>(to) % bytes == 0 && reinterpret_cast<uintptr_t>(from) % bytes == 0,
           "an asynchronous copy is misaligned");
+  if (state().schedule == Schedule::kShuffled) {
+    memcpy(to, from, bytes);
+    return;
+  }
   Thread& thread = *state().current;
   thread.copies.push_back({to, from, bytes, thread.copy_groups});
 }

@@ -87,4 +87,7 @@ def test_the_stand_in_shows_races_and_unwritten_memory():
     assert rows("cluster") == [["2"] * 64] * 3
     assert len({*map(tuple, rows("missing_cluster_barrier"))}) > 1
     assert rows("copies") == [["1"] * 64] * 3
-    assert rows("unfinished_copies") == [["1", "nan"] * 32] * 3
+    assert rows("unfinished_copies") == [["1", "nan"] * 32] * 2 + [["1"] * 64]
+    forward, reverse, shuffled = rows("hasty_copies")
+    assert forward == reverse == ["2"] * 64
+    assert {*shuffled} == {"1", "2"}
