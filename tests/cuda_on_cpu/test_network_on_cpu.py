@@ -1011,6 +1011,26 @@ def test_a_training_step_is_two_launches(ops, control, batch, channels, name):
         torch.testing.assert_close(one.double(), other.double(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_one_image_is_trained_on_where_a_block_has_least_shared_memory(ops, control, channels):
+    """64 KB, as GPUs of compute capability 7.5 have: the backward pass and the step have no other way."""
+    _, parameters = reference_net(channels, 10, torch.float32)
+    x, targets, g = torch.randn(1, channels, 32, 32), torch.tensor([3]), torch.randn(1, 10)
+    activations = ops.lenet_with_activations(x, parameters)[1:]
+
+    def both():
+        changed = [p.clone() for p in parameters]
+        options = [0.1, *[0.0] * 6]
+        value, _ = ops.lenet_training_step(x, targets, None, changed, [], "cross_entropy", 0.0, -100, "sgd", options)
+        return value, *changed, *gradients(ops, g, x, parameters, activations)
+
+    expected = both()
+    with without_tensor_cores(control), shared_memory(control, 64):
+        got = both()
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_training_steps_that_have_no_kernels(ops, control):
     """Other images, another dtype: forward pass, PyTorch's loss, backward pass, PyTorch's update."""
     for channels, dtype in [(2, torch.float32), (1, torch.float64)]:
