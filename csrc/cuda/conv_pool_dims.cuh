@@ -37,8 +37,9 @@ struct ConvPoolDims {
         conv_w(static_cast<int>(s.conv_w)),
         pool_kernel_h(static_cast<int>(s.pool_kernel_h)),
         pool_kernel_w(static_cast<int>(s.pool_kernel_w)),
-        pool_stride_h(static_cast<int>(s.pool_stride_h)),
-        pool_stride_w(static_cast<int>(s.pool_stride_w)),
+        // A window that is alone needs no stride, and a large one makes sums that 32 bits do not hold.
+        pool_stride_h(static_cast<int>(s.out_h > 1 ? s.pool_stride_h : 1)),
+        pool_stride_w(static_cast<int>(s.out_w > 1 ? s.pool_stride_w : 1)),
         pool_pad_h(static_cast<int>(s.pool_pad_h)),
         pool_pad_w(static_cast<int>(s.pool_pad_w)),
         pool_dilation_h(static_cast<int>(s.pool_dilation_h)),

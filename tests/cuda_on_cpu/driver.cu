@@ -17,6 +17,7 @@ int main(int argc, char** argv) {
     const std::string suffix = " dtype " + std::to_string(static_cast<int>(dtype));
     test_convolution("odd" + suffix, dtype, odd(2));
     test_convolution("plain" + suffix, dtype, plain(3, 3, 9, 5, 3));
+    test_convolution("one window" + suffix, dtype, one_window());
     test_product(dtype, 5, 37, 70, false, true);
     test_product(dtype, 37, 33, 3, true, true);
     test_product(dtype, 16, 32, 130, true, false);

@@ -269,6 +269,14 @@ ConvPoolShape odd(int64_t batch) {
   return s;
 }
 
+// A map with room for one window, and the largest stride.
+ConvPoolShape one_window() {
+  ConvPoolShape s = plain(2, 1, 6, 2, 3);
+  s.pool_stride_h = s.pool_stride_w = 0x7fffffff;
+  s.out_h = s.out_w = 1;
+  return s;
+}
+
 // ---------------------------------------------------------------------------------------------------- matrix product
 
 void test_product(DType dtype, int64_t rows, int64_t columns, int64_t depth, bool transposed, bool extras) {
