@@ -248,7 +248,7 @@ def _backward_data(arguments: list[str]) -> Work:
     if images == "1":
         return _one_image(59_000, 4_100, 2 * colour, 10_100, 680)
     batch = 512 if images == "2" else 2048
-    return Work(f"{batch} images", batch, (WINDOWS, conv1, 40), 0.25, waiting=WAITING_ALONE)
+    return Work(f"{batch} images", batch, (WINDOWS, conv1, WINDOWS_OF_WEIGHTS), 0.25, waiting=WAITING_ALONE)
 
 
 def _step_data(arguments: list[str]) -> Work:

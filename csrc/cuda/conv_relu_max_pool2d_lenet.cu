@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int present = static_cast<int>(slice_end - first < kConv2Images ? slice_end - first : kConv2Images);
     __syncthreads();
     const bool finite = copy_planes(pixels, input + first * L::kImage, present * L::kIn);
-    expand_rows(rows, grad_output + first * L::kPooled, indices + first * L::kPooled, present);
+    expand_rows_and_codes(rows, grad_output + first * L::kPooled, indices + first * L::kPooled, present);
     const bool zeros_count = __syncthreads_or(!finite) != 0;
     gradient.add(pixels, rows, present);
     if (zeros_count) gradient.add_zeros(pixels, rows, present);

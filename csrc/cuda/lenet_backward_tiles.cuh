@@ -172,7 +172,7 @@ __device__ __forceinline__ void convolutions_backward(float* region, const float
                                                       StoreGradPooled1 store_grad_pooled1) {
   {  // conv2's weights
     float *rows = region, *partial = region + kImages * kRowPairs;
-    expand_rows(rows, grad_features, indices2, present);
+    expand_rows_and_codes(rows, grad_features, indices2, present);
     const bool finite = all_finite(pooled1, present * Conv2::kImage);
     const bool zeros_count = __syncthreads_or(!finite) != 0;
     WeightGradOfPass<kImages> gradient;

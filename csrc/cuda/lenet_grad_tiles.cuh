@@ -388,7 +388,7 @@ LX_DEVICE const uint8_t* codes_of(const float* window) {
   return reinterpret_cast<const uint8_t*>(window + 2 * Conv2::kOut);
 }
 template <typename T>
-LX_DEVICE void expand_rows(float* rows, const T* grad_output, const uint8_t* indices, int present) {
+LX_DEVICE void expand_rows_and_codes(float* rows, const T* grad_output, const uint8_t* indices, int present) {
   using L = Conv2;
   for (int i = threadIdx.x; i < present * L::kPooled; i += blockDim.x) {
     const int code = indices[i];
@@ -414,13 +414,13 @@ LX_DEVICE bool all_finite(const float* values, int count) {
   return zero == 0;
 }
 
-// In a block of `threads`, whose images have planes of pixels `plane` apart.
-template <unsigned threads, int plane>
+// In a block of kThreads, whose images have planes of pixels kPlane apart.
+template <unsigned kThreads, int kPlane>
 struct Conv2GradWeight {
   using L = Conv2;
-  static constexpr int kParts = 4;                            // into which the windows of all images are cut
-  static constexpr int kWarpsOfPart = threads / 32 / kParts;  // which share the output channels
-  static constexpr int kChannels = L::kOut / kWarpsOfPart;    // of a warp
+  static constexpr int kParts = 4;                             // into which the windows of all images are cut
+  static constexpr int kWarpsOfPart = kThreads / 32 / kParts;  // which share the output channels
+  static constexpr int kChannels = L::kOut / kWarpsOfPart;     // of a warp
   static constexpr int kSums = L::kOut * (L::kWeights + 1);
   static constexpr int kPartialFloats = kParts / 2 * kSums;
 
@@ -437,9 +437,9 @@ struct Conv2GradWeight {
       part = warp % kParts, first_channel = warp / kParts * kChannels;
       const int place = lane < kPlaces ? lane : kPlaces - 1;
       // In this order fewest lanes read from the same bank: none with padded planes, otherwise two.
-      constexpr bool kPadded = plane > L::kSize * L::kSize;
+      constexpr bool kPadded = kPlane > L::kSize * L::kSize;
       in_channel = kPadded ? place / kTap : place % L::kIn, tap_row = kPadded ? place % kTap : place / L::kIn;
-      first_pixel = in_channel * plane + tap_row * L::kSize;
+      first_pixel = in_channel * kPlane + tap_row * L::kSize;
       bias = lane == kPlaces, own = lane < kPlaces;
     }
     LX_DEVICE int begin(int present) const { return present * L::kWindows * part / kParts; }
@@ -449,7 +449,7 @@ struct Conv2GradWeight {
   // From the pixels of the first window to those of window `item`, of all images.
   static LX_DEVICE int pixels_before(int item) {
     return item * 2 + lx::small_quotient<L::kPool>(item) * 2 * (L::kSize - L::kPool) +
-           lx::small_quotient<L::kWindows>(item) * (L::kIn * plane - L::kPool * 2 * L::kSize);
+           lx::small_quotient<L::kWindows>(item) * (L::kIn * kPlane - L::kPool * 2 * L::kSize);
   }
 
   // The pixels that a thread sees of a window, the first of which is `corner`.
@@ -460,8 +460,8 @@ struct Conv2GradWeight {
     for (int i = 0; i < 4; ++i) rows[i / 2][i % 2] = lx::computed_here(bias ? 1.0f : rows[i / 2][i % 2]);
   }
 
-  // `pixels` and `rows`, as expand_rows writes them, are in shared memory. All pixels are finite, or add_zeros() is
-  // called as well.
+  // `pixels` and `rows`, as expand_rows_and_codes writes them, are in shared memory. All pixels are finite, or
+  // add_zeros() is called as well.
   __device__ __forceinline__ void add(const float* pixels, const float* rows, int present) {
     const Share share;
     const int begin = share.begin(present), end = share.end(present);
@@ -552,7 +552,7 @@ struct Conv2GradWeight {
       }
       __syncthreads();
     }
-    for (int i = threadIdx.x; i < kSums; i += threads) {
+    for (int i = threadIdx.x; i < kSums; i += kThreads) {
       float sum = partial[i];
 #pragma unroll
       for (int p = 1; p < kParts / 2; ++p) sum += partial[p * kSums + i];
