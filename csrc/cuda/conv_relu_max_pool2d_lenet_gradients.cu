@@ -6,9 +6,9 @@
 // What is not finite reaches what it reaches in PyTorch, whose products are dense, too: zeros of windows times a weight
 // or a pixel that is not finite are NaN.
 //
-// Counted as in lenet_tensor_core_backward.cu, for an image: conv2 525 products, 850 clocks of a multiprocessor, and
-// 1,100 accesses to shared memory, in TF32 1,150 products, 1,860 clocks, and 2,720; conv1 137 products, 220 clocks, and
-// 350, in TF32 273, 440 clocks, and 800. No GPU has run these kernels yet.
+// Counted as in lenet_tensor_core_backward.cu, for an image: conv2 475 products, 770 clocks of a multiprocessor, and
+// 690 accesses to shared memory, in TF32 950 products, 1,530 clocks, and 1,440; conv1 124 products, 200 clocks, and
+// 470, in TF32 247, 400 clocks, and 730. No GPU has run these kernels yet.
 #include "conv_relu_max_pool2d_lenet.cuh"
 #include "lenet_tensor_core_gradients.cuh"
 
@@ -67,12 +67,10 @@ struct ToInput {
   int present;
 
   template <typename Sums>
-  __device__ __forceinline__ void operator()(uint32_t places, int t, const Sums& sums) const {
+  __device__ __forceinline__ void operator()(int image, int y, int x, int t, const Sums& sums) const {
     using T = typename Pass::Stored;
-    const int first = static_cast<int>(places & 0xffffu), image = first >= Conv1::kWindows;
-    static_assert(Pass::kImages <= 2);
     if (image >= present) return;
-    T* const to = grad_input + first + image * (Conv2::kImage - Conv1::kWindows) + 2 * t * Conv1::kWindows;
+    T* const to = grad_input + image * Conv2::kImage + 2 * t * Conv1::kWindows + 2 * y * Conv2::kSize + 2 * x;
 #pragma unroll
     for (int dy = 0; dy < 2; ++dy) {
       const Pack<float, 2> left = sums(dy, 0), right = sums(dy, 1);
@@ -89,7 +87,7 @@ struct ToInput {
   }
 };
 
-// block -> as above. Shared memory: 54 KB, in TF32 65 KB; less for one of the gradients alone.
+// block -> as above. Shared memory: 39 KB, in TF32 46 KB; less for one of the gradients alone.
 template <typename T, GradientsOf kOf>
 __global__ void __launch_bounds__(kGradientThreads, 2) lenet_tensor_core_conv2_gradients_kernel(Layer<T> layer) {
   using Pass = GradientPass<T, kOf>;
@@ -125,7 +123,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2) lenet_tensor_core_conv2_g
     }
   };
   if constexpr (Pass::kOfInput) {
-    const PooledGradient<Pass> gradient(pass, layer.weight);
+    const PooledGradient<Pass> gradient(layer.weight);
     gradient.look_at(pass, layer.weight);
     with_weights([&](int64_t first, int present) {
       T* const to = layer.grad_input + first * Conv2::kImage;
@@ -165,8 +163,9 @@ LaunchResult gradients(const ConvPoolBackward& call, cudaStream_t stream) {
 
 template <typename T>
 bool supported() {
-  return lx::has_tensor_cores(lenet_tensor_core_conv1_gradients_kernel<T>) &&
-         lx::fits_shared_memory(GradientPass<T, GradientsOf::kConv2>::shared_bytes());
+  static_assert(GradientPass<T, GradientsOf::kConv1>::shared_bytes() <= lx::kDefaultSharedBytes);
+  static_assert(GradientPass<T, GradientsOf::kConv2>::shared_bytes() <= lx::kDefaultSharedBytes);
+  return lx::has_tensor_cores(lenet_tensor_core_conv1_gradients_kernel<T>);
 }
 
 }  // namespace

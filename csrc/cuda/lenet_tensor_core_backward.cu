@@ -4,12 +4,12 @@
 // The gradient between the convolutions is rounded as operands are; to the storage type it is where the layers pass it
 // through memory, too.
 //
-// Counted in the machine code for sm_90 (benchmarks/gpu/machine_code_sm_90.json): in 16 bits an image is 662 products,
-// 1,070 clocks of a multiprocessor if it begins 0.62 of them a clock, as others have measured on an H100, and 1,530
-// loads and stores of 128 bytes of shared memory, one a clock: four for each load of four matrices. The strict kernels
-// of the layers took 12,600 (measured, in float32 as well). In TF32 it is 1,423 products of half the depth, 2,300
-// clocks so, and 3,440 accesses, of which nearly a half are the operands of the gradient of conv2's input. No GPU has
-// run these kernels yet.
+// Counted: in 16 bits an image is 600 products, 970 clocks of a multiprocessor if it begins 0.62 of them a clock, as
+// others have measured on an H100, and 1,170 accesses of 128 bytes to shared memory, one a clock, by the addresses of a
+// warp's lanes: four for each load of four matrices, more where rows come from the same banks. The strict kernels of
+// the layers took 12,600 clocks (measured, in float32 as well). In TF32 it is 1,200 products of half the depth, 1,930
+// clocks so, and 2,170 accesses, of which 620 are for conv2's weights, 510 for its input, 360 for conv1's weights, and
+// the others make operands. No GPU has run these kernels yet.
 #include "lenet_tensor_core_gradients.cuh"
 #include "lenet_weight_sums.cuh"
 
@@ -17,7 +17,7 @@ namespace lenet_ext::cuda {
 namespace {
 
 // block -> one slice of the batch, two images at a time, in TF32 one, while what the next ones need arrives. Shared
-// memory: 97 KB, in TF32 99 KB, two blocks a multiprocessor.
+// memory: 82 KB, in TF32 80 KB, two blocks a multiprocessor.
 template <typename T>
 __global__ void __launch_bounds__(kGradientThreads, 2)
     lenet_tensor_core_backward_kernel(LenetConvolutionsBackwardOf<T> call, float* __restrict__ partials1,
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   LX_SMEM(shared);
   const Pass pass(shared);
   pass.prepare();
-  const PooledGradient<Pass> pooled_gradient(pass, call.weight2);
+  const PooledGradient<Pass> pooled_gradient(call.weight2);
   Conv2WeightSums<Pass> sums2;
   Conv1WeightSums<Pass> sums1;
   each_pass<Pass>(

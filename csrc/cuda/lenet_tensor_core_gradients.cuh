@@ -7,8 +7,9 @@
 //   - The gradient of conv2's output is made dense once, for both of conv2's gradients, as four planes by the parities
 //     of the position, so that a window is one place in each of them: its value in one, zeros in the others.
 //   - The product for conv2's input has patches of 2 x 2 positions as rows. The tiles of their four positions share
-//     every operand, and a tap's weights serve all four: in 16 bits they stay in registers; in TF32, where they would
-//     take twice as many, each tap's are loaded once a tile.
+//     every operand, and neighbouring tiles most. All taps' weights stay in registers: in 16 bits a warp has those of
+//     all channels, in TF32 of half of them.
+//   - Taps of conv2's weights that lie next to each other share operands, too: a warp has six in a rectangle.
 //   - A lane that has the gradient of a pooled value writes it at once, with three zeros, to where it is an operand of
 //     conv1's gradient: between both layers nothing passes through global memory.
 //   - A one in an empty slot beside conv1's output makes the bias's gradient a tap's column; a row of ones does for
@@ -30,10 +31,9 @@ using lx::Pack;
 constexpr int kGradientWarps = 4;
 constexpr unsigned kGradientThreads = 32 * kGradientWarps;
 
-constexpr int kPatchesOfImage = Conv1::kPool * Conv1::kPool / 2;  // of 2 x 4 positions in conv1's output
+constexpr int kPatchesInRow = Conv1::kPool / 2;  // of 2 x 4 positions in conv1's output, or 2 x 2 in conv2's input
+constexpr int kPatchesOfImage = Conv1::kPool * kPatchesInRow;  // of conv1's output
 constexpr int kPatchRows = 6, kPatchPixels = 8, kPatchPlaces = 8 * Conv1::kOut;
-constexpr int kTapsOfWarp = 7;  // of conv2's weight gradient: 7, 6, 6, 6
-static_assert(kTapsOfWarp + (kGradientWarps - 1) * (kTapsOfWarp - 1) == kTaps);
 
 // What a block computes gradients of: of both layers' weights and biases, by way of that of conv2's input; of conv1's
 // weights and biases; of conv2's input and of its weights and biases, or of one of these.
@@ -75,23 +75,27 @@ struct GradientPass {
   static constexpr int kPooledBytes = 2 / kPerWord * kPooledVector;
 
   // The gradient of conv2's output: [plane, by the parities of row and column][vector of channels][window], 16 bytes a
-  // window; around the 5 x 5 windows of an image lie two of zeros. Rows are 7 and images 1 modulo 8 windows apart, so
-  // that 8 neighbouring patches come from different banks.
-  static constexpr int kGridRow = 15, kGridImage = 137, kGridRim = 2;  // windows
+  // window; beside the 5 windows of a row lie two of zeros and more, and behind the 5 rows of an image one. Rows are 5
+  // and images 1 modulo 8 windows apart, so that 8 windows come from different banks, in a row or as they are counted.
+  static constexpr int kGridRow = 13, kGridImage = 81, kGridRim = 2;  // windows
+  static_assert(kGridImage > Conv2::kPool * kGridRow + kPatchesInRow + kGridRim);
   static constexpr int kGridVectors = Conv2::kOut / kInVector;
   static constexpr int kGridVector = vectors_apart(kImages * kGridImage) * kVectorBytes;
   static constexpr int kGridPlane = kGridVectors * kGridVector, kGridBytes = 4 * kGridPlane;
   static LX_DEVICE constexpr int grid_plane(int dy, int dx) { return (dy * 2 + dx) * kGridPlane; }
 
-  // The gradient of conv1's output: [patch of 2 x 4 positions][2 windows][4 positions][6 channels]; the last patch is
-  // none, and zero.
-  static constexpr int kPatchBytes = 56 * sizeof(T), kPatchWindowBytes = 4 * Conv1::kOut * sizeof(T);
+  // The gradient of conv1's output: [patch][2 x 4 positions][6 channels]; the last patch is none, and zero.
+  static constexpr int kPatchBytes = 56 * sizeof(T);
   static constexpr int kNoPatch = kImages * kPatchesOfImage;
-  static_assert(kPatchBytes >= 2 * kPatchWindowBytes);
-  // The depth of its product with the pixels: the patches in even places of their row (4 of them), then those in odd
-  // ones (3), step by step.
-  static constexpr int kEvenDepth = kImages * Conv1::kPool * 4, kOddDepth = kImages * Conv1::kPool * 3;
-  static constexpr int kDepthSteps = kEvenDepth / kStep + (kOddDepth + kStep - 1) / kStep;
+  static_assert(kPatchBytes >= kPatchPlaces * static_cast<int>(sizeof(T)));
+  // Where the gradients begin of a window's position, 0 to 3.
+  static LX_DEVICE constexpr int patch_position(int window, int position) {
+    return (position / 2 * 4 + window * 2 + position % 2) * Conv1::kOut * static_cast<int>(sizeof(T));
+  }
+  // The depth of its product with the pixels: the patches, step by step. In 16 bits those in even places of their row
+  // (4 of them), then those in odd ones (3): so more of a step's come from different banks. In TF32 all do as they are.
+  static constexpr int kDepthSteps = (kNoPatch + kStep - 1) / kStep;
+  static constexpr int kEvenDepth = kCopies == 2 ? kImages * Conv1::kPool * 4 : 0;
   static_assert(kEvenDepth % kStep == 0);
 
   // The winners of conv1's windows, a bit for each position: [pair of channels][image][window][2]. Pairs are 8 modulo
@@ -99,14 +103,12 @@ struct GradientPass {
   static constexpr int kWinnerPair = (kImages * Conv1::kWindows * 2 + 95) / 128 * 128 + 32;  // bytes
   static_assert(kWinnerPair >= kImages * Conv1::kWindows * 2 && kWinnerPair / 4 % 32 == 8);
 
-  static constexpr int kInputPatches = kImages * Conv2::kSize * Conv2::kSize / 4;  // of 2 x 2 positions in its input
-  static constexpr int kInputTiles = (kInputPatches + 15) / 16;
-  static constexpr int kStepWindows = kStep / 2;  // of conv2's weight gradient, at dy = 0, then at dy = 1
+  static constexpr int kStepWindows = kStep / 2;  // of conv2's weight gradient, at one position, then at another
   static constexpr int kWindowRows = (kWindows + kStepWindows - 1) / kStepWindows * kStepWindows;
 
-  // conv2's weights as operands, a lane's four words of a tap together, where they do not stay in registers.
-  static constexpr bool kResident = kPerWord == 2;
-  static constexpr int kWeightWords = kResident ? 0 : kTaps * 32 * 4;
+  // Of the gradient of conv2's input: warps that share a sum, a half of the channels each, and what they hand over.
+  static constexpr int kSharers = 2 / kPerWord;
+  static constexpr int kSharedSums = kSharers == 2 ? kGradientThreads * 16 : 0;
 
   static constexpr int needed(bool by_these, int count) { return by_these ? count : 0; }
   static constexpr int kPixelsTaken = needed(kOfConv1, kImages* kPixelImage),
@@ -114,10 +116,8 @@ struct GradientPass {
                        kPatchesTaken = needed(kOfConv1, (kNoPatch + 1) * kPatchBytes),
                        kWinnersTaken = needed(kBoth, Conv1::kOut / 2 * kWinnerPair);
   static constexpr int kPooledPlaces = needed(kOfWeights, kImages* Conv1::kWindows),
-                       kWindowWords = needed(kOfConv2, kWindowRows * 2),
-                       kInputPatchWords = needed(kOfInput, kInputTiles * 16),
-                       kDepths = needed(kOfConv1, kDepthSteps* kStep),
-                       kWeightWordsTaken = needed(kOfInput, kWeightWords),
+                       kWindowWords = needed(kOfConv2, kWindowRows * 2), kDepths = needed(kOfConv1, kDepthSteps* kStep),
+                       kSharedSumsTaken = needed(kOfInput, kSharedSums),
                        kFlags = needed(kOfInput && !kBoth, kGradientWarps);
   // Of the next images.
   static constexpr int kNextInput = needed(kOfConv1, kImages* Conv1::kImage),
@@ -130,9 +130,8 @@ struct GradientPass {
   unsigned char *pixels, *pooled, *grid, *patches, *winners;
   uint32_t* pooled_places;  // [image, window of conv1]: in `pooled`
   uint32_t* windows;        // [image, window of conv2][2]: in `pooled`, in `grid`; behind the last: zeros in both
-  uint32_t* input_patches;  // [image, patch]: its first window of conv1; conv1's patch there in the upper half
   uint32_t* depths;         // [step][kStep]: in `patches`; in `pixels` in the upper half
-  uint32_t* weights;        // [tap][lane][4]
+  float* shared_sums;       // [warp][4][lane][4]
   uint32_t* finite;         // [warp]: whether those of conv2's weights are that this warp has looked at
   GradientImages<T, uint8_t> next;
 
@@ -144,9 +143,8 @@ struct GradientPass {
     winners = lx::take<unsigned char>(shared, kWinnersTaken);
     pooled_places = lx::take<uint32_t>(shared, kPooledPlaces);
     windows = lx::take<uint32_t>(shared, kWindowWords);
-    input_patches = lx::take<uint32_t>(shared, kInputPatchWords);
     depths = lx::take<uint32_t>(shared, kDepths);
-    weights = lx::take<uint32_t>(shared, kWeightWordsTaken);
+    shared_sums = lx::take<float>(shared, kSharedSumsTaken);
     finite = lx::take<uint32_t>(shared, kFlags);
     next.input = lx::take<T>(shared, kNextInput);
     next.pooled1 = lx::take<T>(shared, kNextPooled1);
@@ -159,10 +157,10 @@ struct GradientPass {
     return lx::taken<unsigned char>(kPixelsTaken) + lx::taken<unsigned char>(kPooledTaken) +
            lx::taken<unsigned char>(kGridTaken) + lx::taken<unsigned char>(kPatchesTaken) +
            lx::taken<unsigned char>(kWinnersTaken) + lx::taken<uint32_t>(kPooledPlaces) +
-           lx::taken<uint32_t>(kWindowWords) + lx::taken<uint32_t>(kInputPatchWords) + lx::taken<uint32_t>(kDepths) +
-           lx::taken<uint32_t>(kWeightWordsTaken) + lx::taken<uint32_t>(kFlags) + lx::taken<T>(kNextInput) +
-           lx::taken<T>(kNextPooled1) + lx::taken<T>(kNextGrad1) + lx::taken<T>(kNextGrad2) +
-           lx::taken<uint8_t>(kNextIndices1) + lx::taken<uint8_t>(kNextIndices2);
+           lx::taken<uint32_t>(kWindowWords) + lx::taken<uint32_t>(kDepths) + lx::taken<float>(kSharedSumsTaken) +
+           lx::taken<uint32_t>(kFlags) + lx::taken<T>(kNextInput) + lx::taken<T>(kNextPooled1) +
+           lx::taken<T>(kNextGrad1) + lx::taken<T>(kNextGrad2) + lx::taken<uint8_t>(kNextIndices1) +
+           lx::taken<uint8_t>(kNextIndices2);
   }
 
   // The block begins to copy what `present` images need. conv1's images of indices begin at multiples of 8 bytes, all
@@ -194,24 +192,18 @@ struct GradientPass {
       const bool none = i >= kWindows;
       const int pixel = none ? kImages * Pixels::kImage : image * Pixels::kImage + Pixels::at(2 * y, 2 * x);
       windows[2 * i] = pixel * kVectorBytes;
-      windows[2 * i + 1] = none ? 0 : (image * kGridImage + (y + kGridRim) * kGridRow + x + kGridRim) * kVectorBytes;
-    }
-    for (int i = threadIdx.x; i < kInputPatchWords; i += kGradientThreads) {
-      constexpr int kRow = Conv2::kSize / 2, kOfImage = kRow * kRow;
-      const int p = i < kInputPatches ? i : kInputPatches - 1, image = p / kOfImage, y = p % kOfImage / kRow,
-                x = p % kRow;
-      input_patches[i] = (image * Conv1::kWindows + y * 2 * Conv1::kPool + x * 2) |
-                         static_cast<uint32_t>(image * kPatchesOfImage + y * 2 * kRow + x) << 16;
+      windows[2 * i + 1] = none ? 0 : (image * kGridImage + y * kGridRow + x + kGridRim) * kVectorBytes;
     }
     for (int i = threadIdx.x; i < kDepths; i += kGradientThreads) {
       const bool even = i < kEvenDepth;
-      const int k = even ? i : i - kEvenDepth, in_row = even ? 4 : 3, of_image = Conv1::kPool * in_row;
-      const int image = k / of_image, y = k % of_image / in_row, x = k % in_row;
+      const int in_row = kCopies == 1 ? kPatchesInRow : even ? 4 : 3, of_image = Conv1::kPool * in_row;
+      const int k = even ? i : i - kEvenDepth, image = k / of_image, y = k % of_image / in_row;
+      const int x = kCopies == 1 ? k % in_row : 2 * (k % in_row) + (even ? 0 : 1);
       const bool none = image >= kImages;
-      const int patch = none ? kNoPatch : image * kPatchesOfImage + y * (Conv1::kPool / 2) + 2 * x + (even ? 0 : 1);
-      const int from = none ? kZeroPixels
-                            : image * kPixelImage + (even ? 0 : kNextPatch) + 2 * y * kPixelRow +
-                                  x * static_cast<int>(8 * sizeof(T));
+      const int patch = none ? kNoPatch : image * kPatchesOfImage + y * kPatchesInRow + x;
+      const int from =
+          none ? kZeroPixels
+               : image * kPixelImage + 2 * y * kPixelRow + x % 2 * kNextPatch + x / 2 * static_cast<int>(8 * sizeof(T));
       depths[i] = patch * kPatchBytes | static_cast<uint32_t>(from) << 16;
     }
   }
@@ -328,12 +320,12 @@ __device__ __forceinline__ void load_pooled(const Pass& pass, int present) {
 }
 
 // The gradient of conv1's output, from that of its pooled output, where that is not computed here. thread -> a patch,
-// all channels: 16 bytes at a time, which 8 neighbouring patches have in different banks, in TF32 every two in the
-// same.
+// all channels: 16 bytes at a time, which 8 neighbouring patches have in different banks. In TF32 every two would have
+// them in the same, if half of the threads did not begin with the second of each two.
 template <typename Pass>
 __device__ __forceinline__ void load_patches(const Pass& pass, int present) {
   using T = typename Pass::Stored;
-  constexpr int kPairs = Conv1::kOut / 2, kWords = 4 * Conv1::kOut / Pass::kPerWord, kOfPair = 2 / Pass::kPerWord;
+  constexpr int kPairs = Conv1::kOut / 2, kWords = kPatchPlaces / Pass::kPerWord, kOfPair = 2 / Pass::kPerWord;
   static_assert(Conv1::kPool % 2 == 0);  // a patch is two windows in a row
   for (int i = threadIdx.x; i < Pass::kImages * kPatchesOfImage; i += kGradientThreads) {
     const int image = i / kPatchesOfImage;
@@ -354,18 +346,22 @@ __device__ __forceinline__ void load_patches(const Pass& pass, int present) {
         for (int window = 0; window < 2; ++window) values[window][pair] = lx::operands<T>(a[window], b[window]);
       }
     }
+    uint32_t words[kWords];  // [position][channel]
 #pragma unroll
-    for (int window = 0; window < 2; ++window) {
-      uint32_t words[kWords];  // [position][channel]
+    for (int w = 0; w < kWords; ++w) {
+      const int pair = w / kOfPair % kPairs, at = w / (kOfPair * kPairs), y = at / 4, window = at % 4 / 2, x = at % 2;
+      words[w] = won<T>(values[window][pair], winners[pair], window, y * 2 + x)[w % kOfPair];
+    }
+    const int turned = Pass::kPerWord == 1 ? i / 4 % 2 : 0;
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        const int pair = w / kOfPair % kPairs, position = w / (kOfPair * kPairs);
-        words[w] = won<T>(values[window][pair], winners[pair], window, position)[w % kOfPair];
-      }
-      unsigned char* const to = pass.patches + i * Pass::kPatchBytes + window * Pass::kPatchWindowBytes;
+    for (int w = 0; w < kWords; w += 8) {
 #pragma unroll
-      for (int w = 0; w < kWords; w += 4) {
-        *reinterpret_cast<Pack<uint32_t, 4>*>(to + w * 4) = {{words[w], words[w + 1], words[w + 2], words[w + 3]}};
+      for (int v = 0; v < 2; ++v) {
+        Pack<uint32_t, 4> vector;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) vector.values[k] = turned == 0 ? words[w + 4 * v + k] : words[w + 4 - 4 * v + k];
+        *reinterpret_cast<Pack<uint32_t, 4>*>(pass.patches + i * Pass::kPatchBytes + w * 4 +
+                                              (v ^ turned) * kVectorBytes) = vector;
       }
     }
   }
@@ -411,27 +407,45 @@ __device__ __forceinline__ void load_gradients(const Pass& pass, int present) {
 // ---------------------------------------------------------------------------------------------------------- products
 
 // The sums of conv2's weights and biases over all images of a block: rows are the output channels, columns the slots of
-// the input, one tap at a time, of which this warp has some; the depth is some windows at dy = 0, then at dy = 1.
+// the input, one tap at a time; the depth is some windows at one of their four positions, then at the one across.
+//
+// A warp has a rectangle of 2 x 3 taps, which share 3 x 4 operands: of all windows the pixels that lie `u` across and
+// `v` along it. Four rectangles, each a quarter turn from the last, leave the tap in the middle:
+//   0 0 0 1 1
+//   0 0 0 1 1
+//   3 3 m 1 1
+//   3 3 2 2 2
+//   3 3 2 2 2
+// Those of odd warps lie on their side: there `across` is along a row.
 template <typename Pass>
 struct Conv2WeightSums {
   using T = typename Pass::Stored;
   using Rows = lx::Transposed<T>;
+  static constexpr int kAcross = 2, kAlong = 3, kRectangle = kAcross * kAlong;
+  static constexpr int kOperands = (kAcross + 1) * (kAlong + 1), kMiddle = kTaps / 2;
+  static_assert(kGradientWarps * kRectangle + 1 == kTaps && kOperands % 4 == 0);
 
-  float sums[kTapsOfWarp][4] = {};
-  int first_tap, taps;
-  int tap_places[kTapsOfWarp][Rows::kNamed];  // from a window's pixel on, of the matrices that this lane names rows of
+  float sums[kRectangle + 1][4] = {};
+  int places[kOperands / 4][Rows::kNamed];  // from a window's pixel on, of the matrices that this lane names rows of
+
+  static LX_DEVICE int warp() { return threadIdx.x / 32; }
+  static LX_DEVICE bool on_side() { return warp() % 2 == 1; }
+  // An odd warp: these have less to do for the gradient of conv2's input.
+  static LX_DEVICE bool has_middle() { return warp() == 1; }
+  static LX_DEVICE int first_tap() { return warp() == 0 ? 0 : warp() == 1 ? 3 : warp() == 2 ? 3 * kTap + 2 : 2 * kTap; }
+  static LX_DEVICE int tap(int k) {
+    const int u = k / kAlong, v = k % kAlong;
+    return k == kRectangle ? kMiddle : first_tap() + (on_side() ? v * kTap + u : u * kTap + v);
+  }
 
   LX_DEVICE Conv2WeightSums() {
-    const int warp = threadIdx.x / 32;
-    first_tap = warp == 0 ? 0 : 1 + (kTapsOfWarp - 1) * warp;
-    taps = warp == 0 ? kTapsOfWarp : kTapsOfWarp - 1;
 #pragma unroll
-    for (int k = 0; k < kTapsOfWarp; ++k) {
-      const int tap = first_tap + (k < taps ? k : 0);
+    for (int four = 0; four < kOperands / 4; ++four) {
 #pragma unroll
       for (int i = 0; i < Rows::kNamed; ++i) {
-        const int dy = Rows::matrix(i) % 2, dx = Rows::matrix(i) / 2;
-        tap_places[k][i] = Pass::Pixels::at(tap / kTap + dy, tap % kTap + dx) * kVectorBytes;
+        const int at = four * 4 + Rows::matrix(i), u = at % (kAcross + 1), v = at / (kAcross + 1);
+        const int row = first_tap() / kTap + (on_side() ? v : u), column = first_tap() % kTap + (on_side() ? u : v);
+        places[four][i] = Pass::Pixels::at(row, column) * kVectorBytes;
       }
     }
   }
@@ -439,27 +453,46 @@ struct Conv2WeightSums {
   __device__ __forceinline__ void add(const Pass& pass) {
     const unsigned char* const pooled = pass.pooled + Rows::column(Pass::kPooledVector);
     const unsigned char* const grid = pass.grid + Rows::column(Pass::kGridVector);
+    const int plane_across = on_side() ? Pass::grid_plane(0, 1) : Pass::grid_plane(1, 0);
+    const int plane_along = on_side() ? Pass::grid_plane(1, 0) : Pass::grid_plane(0, 1);
 #pragma unroll 1
     for (int first = 0; first < Pass::kWindows; first += Pass::kStepWindows) {
       const Pack<uint32_t, 2> window = lx::load_pack<2>(pass.windows + 2 * (first + Rows::row()));
       const unsigned char* rows[Rows::kNamed];
+      uint32_t a[2][4];  // [along]
 #pragma unroll
-      for (int i = 0; i < Rows::kNamed; ++i) {
-        const int half = Rows::matrix(i) % 2, dy = Rows::matrix(i) / 2;  // half of the channels
-        rows[i] = grid + window[1] + Pass::grid_plane(dy, 0) + half * (Pass::kGridVectors / 2 * Pass::kGridVector);
+      for (int v = 0; v < 2; ++v) {
+#pragma unroll
+        for (int i = 0; i < Rows::kNamed; ++i) {
+          const int half = Rows::matrix(i) % 2, u = Rows::matrix(i) / 2;  // half of the channels
+          rows[i] = grid + window[1] + u * plane_across + v * plane_along +
+                    half * (Pass::kGridVectors / 2 * Pass::kGridVector);
+        }
+        lx::load_transposed<T>(a[v], rows, 0);
       }
-      uint32_t a[2][4];  // [dx]
+      auto load = [&](uint32_t (&x)[4], auto place) {
 #pragma unroll
-      for (int dx = 0; dx < 2; ++dx) lx::load_transposed<T>(a[dx], rows, Pass::grid_plane(0, dx));
-#pragma unroll
-      for (int k = 0; k < kTapsOfWarp; ++k) {
-        if (k >= taps) break;  // of the whole warp
-#pragma unroll
-        for (int i = 0; i < Rows::kNamed; ++i) rows[i] = pooled + window[0] + tap_places[k][i];
-        uint32_t x[4];  // [dx][dy]
+        for (int i = 0; i < Rows::kNamed; ++i) rows[i] = pooled + window[0] + place(i);
         lx::load_transposed<T>(x, rows, 0);
-        lx::multiply_accumulate<T>(sums[k], a[0], x[0], x[1]);
-        lx::multiply_accumulate<T>(sums[k], a[1], x[2], x[3]);
+      };
+      uint32_t x[kOperands / 4][4];
+#pragma unroll
+      for (int four = 0; four < kOperands / 4; ++four) load(x[four], [&](int i) { return places[four][i]; });
+#pragma unroll
+      for (int k = 0; k < kRectangle; ++k) {
+#pragma unroll
+        for (int v = 0; v < 2; ++v) {
+          const int at = (k % kAlong + v) * (kAcross + 1) + k / kAlong;
+          lx::multiply_accumulate<T>(sums[k], a[v], x[at / 4][at % 4], x[(at + 1) / 4][(at + 1) % 4]);
+        }
+      }
+      if (has_middle()) {
+        load(x[0], [](int i) {  // on its side
+          const int u = Rows::matrix(i) % 2, v = Rows::matrix(i) / 2;
+          return Pass::Pixels::at(kTap / 2 + v, kTap / 2 + u) * kVectorBytes;
+        });
+        lx::multiply_accumulate<T>(sums[kRectangle], a[0], x[0][0], x[0][1]);
+        lx::multiply_accumulate<T>(sums[kRectangle], a[1], x[0][2], x[0][3]);
       }
     }
   }
@@ -469,14 +502,14 @@ struct Conv2WeightSums {
   __device__ __forceinline__ void finish(Store store) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-    for (int k = 0; k < kTapsOfWarp; ++k) {
-      if (k >= taps) break;
+    for (int k = 0; k <= kRectangle; ++k) {
+      if (k == kRectangle && !has_middle()) break;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row = (g + i / 2 * 8) * (Conv2::kWeights + 1), slot = 2 * t + i % 2, tap = first_tap + k;
+        const int row = (g + i / 2 * 8) * (Conv2::kWeights + 1), slot = 2 * t + i % 2;
         if (slot % 4 < 3) {
-          store(row + (slot / 4 * 3 + slot % 4) * kTaps + tap, sums[k][i]);
-        } else if (slot == 3 && tap == 0) {
+          store(row + (slot / 4 * 3 + slot % 4) * kTaps + tap(k), sums[k][i]);
+        } else if (slot == 3 && tap(k) == 0) {
           store(row + Conv2::kWeights, sums[k][i]);
         }
       }
@@ -485,35 +518,36 @@ struct Conv2WeightSums {
 };
 
 // The gradient of conv2's input: a row of the product is a patch of 2 x 2 positions, a column an input channel, one
-// tile for each position; the depth is the 16 output channels, tap by tap, in TF32 in two products. Around the windows
-// the weights are multiplied by zeros, which makes no difference as long as the weights are finite.
+// tile for each position; the depth is output channels, tap by tap. A tile's 16 rows are two rows of the image's
+// patches, 7 and an empty one: then a row of windows is an operand of all tiles near it, is loaded once for those of a
+// warp, and where it would be above or below the image, the product is left out. Beside the windows weights are
+// multiplied by zeros, which makes no difference as long as they are finite.
+//
+// A warp has two tiles: the rows 0 to 3 of an image's patches, or 4 to 6. In 16 bits two warps have an image; in TF32,
+// where weights would take twice as many registers, four: two share each half, with 8 of the 16 output channels for
+// each, and hand each other the sums of a tile.
 template <typename Pass>
 struct PooledGradient {
   using T = typename Pass::Stored;
-  static constexpr int kProducts = Conv2::kOut / Pass::kStep;
+  using Sums = float[2][2][4];  // [dy][dx] of a tile
 
-  uint32_t weights[Pass::kResident ? kTaps : 1][kProducts][2] = {};
+  uint32_t weights[kTaps][2];
 
-  // Where weights do not stay in registers, the block writes them to shared memory; the caller puts a barrier behind
-  // it.
-  LX_DEVICE PooledGradient(const Pass& pass, const T* __restrict__ weight2) {
+  static LX_DEVICE int warp() { return threadIdx.x / 32; }
+  static LX_DEVICE int half() { return warp() % 2; }
+  static LX_DEVICE int image() { return Pass::kSharers == 1 ? warp() / 2 : 0; }
+  static LX_DEVICE int channels() { return Pass::kSharers == 1 ? 0 : warp() / 2; }  // which half of them
+
+  LX_DEVICE explicit PooledGradient(const T* __restrict__ weight2) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    auto word = [&](int tap, int i) {
-      return lx::operand_word<T>([&](int k) {
-        const int out = (4 * i + t) * Pass::kPerWord + k;
-        return g < Conv2::kIn ? weight2[(out * Conv2::kIn + g) * kTaps + tap] : T{0};
-      });
-    };
-    if constexpr (Pass::kResident) {
 #pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) {
+    for (int tap = 0; tap < kTaps; ++tap) {
 #pragma unroll
-        for (int i = 0; i < 2 * kProducts; ++i) weights[tap][i / 2][i % 2] = word(tap, i);
-      }
-    } else {
-      for (int tap = threadIdx.x / 32; tap < kTaps; tap += kGradientWarps) {
-        *reinterpret_cast<Pack<uint32_t, 4>*>(pass.weights + (tap * 32 + threadIdx.x % 32) * 4) = {
-            {word(tap, 0), word(tap, 1), word(tap, 2), word(tap, 3)}};
+      for (int i = 0; i < 2; ++i) {
+        weights[tap][i] = lx::operand_word<T>([&](int k) {
+          const int out = (4 * (2 * channels() + i) + t) * Pass::kPerWord + k;
+          return g < Conv2::kIn ? weight2[(out * Conv2::kIn + g) * kTaps + tap] : T{0};
+        });
       }
     }
   }
@@ -532,66 +566,95 @@ struct PooledGradient {
   }
 
   // Hands the gradients of a patch's positions in channels 2 t and 2 t + 1, t < 3, to
-  // store(places in input_patches, t, sums of the position at (dy, dx)).
+  // store(image, row, column, t, sums of the position at (dy, dx)). The whole block is here.
   template <typename Store>
   __device__ __forceinline__ void compute(const Pass& pass, const Store& store) const {
-    constexpr int kReach = kTap + 1;  // rows of positions that a patch's two are connected with
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
-#pragma unroll 1
-    for (int tile = warp; tile < Pass::kInputTiles; tile += kGradientWarps) {
-      // These divisions are 30 of a tile's 377 instructions in 16 bits: 26 clocks an image, behind the 1,070 that its
-      // products take.
-      const int pixel = static_cast<int>(pass.input_patches[tile * 16 + lane % 16] & 0xffffu);
-      const int image = pixel / Conv1::kWindows, y = pixel % Conv1::kWindows / (2 * Conv2::kSize),
-                x = pixel % Conv2::kSize / 2;
-      const unsigned char* const from = pass.grid + lane / 16 * Pass::kGridVector +
-                                        (image * Pass::kGridImage + y * Pass::kGridRow + x) * kVectorBytes;
-      float sums[2][2][4] = {};  // [dy][dx]
-      // Of two rows of taps, the one that positions at dy = 0 and the one that those at dy = 1 have for the same q.
-      [[maybe_unused]] uint32_t of_row[2][kTap][kProducts][2];
+    Sums inner = {}, outer = {};  // of the rows 2 and 3, and 0 and 1; or 4 and 5, and 6
+    if (half() == 0) {
+      multiply<0>(pass, inner, outer);
+    } else {
+      multiply<1>(pass, inner, outer);
+    }
+    if constexpr (Pass::kSharers == 1) {
+      hand_out(inner, 2 + 2 * half(), store);
+      hand_out(outer, 6 * half(), store);
+    } else {
+      const bool second = channels() == 1;
+      auto at = [&](int warp, int i) { return pass.shared_sums + ((warp * 4 + i) * 32 + threadIdx.x % 32) * 4; };
 #pragma unroll
-      for (int q = 0; q < kReach; ++q) {
-        if constexpr (!Pass::kResident) {
+      for (int i = 0; i < 4; ++i) {
+        Pack<float, 4> sent;
 #pragma unroll
-          for (int j = 0; j < kTap && q < kTap; ++j) {
-            const int tap = (kTap - 1 - q) * kTap + j;
-            const Pack<uint32_t, 4> words = lx::load_pack<4>(pass.weights + (tap * 32 + lane) * 4);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) of_row[q % 2][j][i / 2][i % 2] = words[i];
-          }
+        for (int k = 0; k < 4; ++k) {
+          const float in = inner[i / 2][i % 2][k], out = outer[i / 2][i % 2][k];
+          sent.values[k] = second ? in : out;
+          inner[i / 2][i % 2][k] = second ? out : in;
         }
+        *reinterpret_cast<Pack<float, 4>*>(at(warp(), i)) = sent;
+      }
+      __syncthreads();
 #pragma unroll
-        for (int r = 0; r < kReach; ++r) {
+      for (int i = 0; i < 4; ++i) {
+        const Pack<float, 4> others = lx::load_pack<4>(at(warp() ^ 2, i));
 #pragma unroll
-          for (int p = 0; p < kProducts; ++p) {
-            uint32_t a[4];
-            lx::load_matrices(
-                a, reinterpret_cast<const uint32_t*>(from + Pass::grid_plane(q % 2, r % 2) + 2 * p * Pass::kGridVector +
-                                                     (q / 2 * Pass::kGridRow + r / 2) * kVectorBytes));
+        for (int k = 0; k < 4; ++k) inner[i / 2][i % 2][k] += others[k];
+      }
+      hand_out(inner, second ? 6 * half() : 2 + 2 * half(), store);
+    }
+  }
+
+ private:
+  template <int kHalf>
+  __device__ __forceinline__ void multiply(const Pass& pass, Sums& inner, Sums& outer) const {
+    const int lane = threadIdx.x % 32;
+    const unsigned char* const from =
+        pass.grid + (2 * channels() + lane / 16) * Pass::kGridVector +
+        (image() * Pass::kGridImage + (2 * kHalf + lane / 8 % 2) * Pass::kGridRow + lane % 8) * kVectorBytes;
 #pragma unroll
-            for (int dy = 0; dy < 2; ++dy) {
+    for (int plane = 0; plane < 2; ++plane) {
 #pragma unroll
-              for (int dx = 0; dx < 2; ++dx) {
-                const int i = dy + kTap - 1 - q, j = dx + kTap - 1 - r;
-                if (i < 0 || i >= kTap || j < 0 || j >= kTap) continue;
-                if constexpr (Pass::kResident) {
-                  lx::multiply_accumulate<T>(sums[dy][dx], a, weights[i * kTap + j][p][0], weights[i * kTap + j][p][1]);
-                } else {
-                  const uint32_t (&b)[2] = of_row[(q - dy) % 2][j][p];
-                  lx::multiply_accumulate<T>(sums[dy][dx], a, b[0], b[1]);
-                }
-              }
+      for (int r = 0; r <= kTap; ++r) {
+        // Two rows of windows each, from the inner tile's first on; behind the image's last there are zeros.
+        uint32_t first[4], last[4];
+        const unsigned char* const rows = from + Pass::grid_plane(plane, r % 2) + r / 2 * kVectorBytes;
+        lx::load_matrices(first, reinterpret_cast<const uint32_t*>(rows));
+        lx::load_matrices(last, reinterpret_cast<const uint32_t*>(rows + 2 * Pass::kGridRow * kVectorBytes));
+        const uint32_t between[4] = {first[1], last[0], first[3], last[2]}, above[4] = {0, first[0], 0, first[2]};
+        // Of the products with windows `down` rows below those of the tile's first tap.
+        auto add = [&](Sums& sums, const uint32_t (&windows)[4], int down) {
+#pragma unroll
+          for (int dy = 0; dy < 2; ++dy) {
+#pragma unroll
+            for (int dx = 0; dx < 2; ++dx) {
+              const int i = dy + kTap - 1 - (2 * down + plane), j = dx + kTap - 1 - r;
+              if (i < 0 || i >= kTap || j < 0 || j >= kTap) continue;
+              const uint32_t (&weight)[2] = weights[i * kTap + j];
+              lx::multiply_accumulate<T>(sums[dy][dx], windows, weight[0], weight[1]);
             }
           }
+        };
+        add(inner, first, 0);
+        add(inner, between, 1);
+        add(inner, last, 2);
+        if constexpr (kHalf == 0) {
+          add(outer, above, 1);
+          add(outer, first, 2);
+        } else {
+          add(outer, last, 0);
         }
       }
-      if (t >= Conv2::kIn / 2) continue;  // these lanes have the empty columns
+    }
+  }
+
+  template <typename Store>
+  static __device__ __forceinline__ void hand_out(const Sums& sums, int first_row, const Store& store) {
+    const int x = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    if (x >= kPatchesInRow || t >= Conv2::kIn / 2) return;  // these lanes have the empty rows and columns
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = tile * 16 + half * 8 + g;
-        if (row >= Pass::kInputPatches) break;
-        store(pass.input_patches[row], t,
-              [&](int dy, int dx) { return Pack<float, 2>{{sums[dy][dx][2 * half], sums[dy][dx][2 * half + 1]}}; });
+    for (int row = 0; row < 2; ++row) {
+      if (first_row + row < kPatchesInRow) {
+        store(image(), first_row + row, x, t,
+              [&](int dy, int dx) { return Pack<float, 2>{{sums[dy][dx][2 * row], sums[dy][dx][2 * row + 1]}}; });
       }
     }
   }
@@ -613,8 +676,7 @@ __device__ __forceinline__ void compute_without_rim(const Pass& pass, const type
     for (int tap = 0; tap < kTaps; ++tap) {
       const int row = y - tap / kTap, column = x - tap % kTap;
       if (row < 0 || row >= Conv2::kConv || column < 0 || column >= Conv2::kConv) continue;
-      const int window =
-          image * Pass::kGridImage + (row / 2 + Pass::kGridRim) * Pass::kGridRow + column / 2 + Pass::kGridRim;
+      const int window = image * Pass::kGridImage + row / 2 * Pass::kGridRow + column / 2 + Pass::kGridRim;
       const unsigned char* const from = pass.grid + Pass::grid_plane(row % 2, column % 2) + window * kVectorBytes;
 #pragma unroll 1
       for (int out = 0; out < Conv2::kOut; ++out) {
@@ -634,10 +696,12 @@ struct ToWinners {
   const Pass& pass;
 
   template <typename Sums>
-  __device__ __forceinline__ void operator()(uint32_t places, int t, const Sums& sums) const {
+  __device__ __forceinline__ void operator()(int image, int y, int x, int t, const Sums& sums) const {
     using T = typename Pass::Stored;
-    const unsigned char* const winners = pass.winners + t * Pass::kWinnerPair + (places & 0xffffu) * 2;
-    unsigned char* const to = pass.patches + (places >> 16) * Pass::kPatchBytes + t * 2 * sizeof(T);
+    const int patch = image * kPatchesOfImage + 2 * y * kPatchesInRow + x;  // of two windows
+    const unsigned char* const winners =
+        pass.winners + t * Pass::kWinnerPair + (image * Conv1::kWindows + (2 * y * kPatchesInRow + x) * 2) * 2;
+    unsigned char* const to = pass.patches + patch * Pass::kPatchBytes + t * 2 * sizeof(T);
 #pragma unroll
     for (int dy = 0; dy < 2; ++dy) {
       const uint32_t bytes = *reinterpret_cast<const uint32_t*>(winners + dy * Conv1::kPool * 2);
@@ -647,8 +711,8 @@ struct ToWinners {
         const lx::Operands<T, 2> values = lx::rounded<T>(both.values);
 #pragma unroll
         for (int position = 0; position < 4; ++position) {
-          *reinterpret_cast<lx::Operands<T, 2>*>(to + dy * Conv1::kPool / 2 * Pass::kPatchBytes +
-                                                 dx * Pass::kPatchWindowBytes + position * Conv1::kOut * sizeof(T)) =
+          *reinterpret_cast<lx::Operands<T, 2>*>(to + dy * kPatchesInRow * Pass::kPatchBytes +
+                                                 Pass::patch_position(dx, position)) =
               won<T>(values, bytes, dx, position);
         }
       }
@@ -657,8 +721,8 @@ struct ToWinners {
 };
 
 // The sums of conv1's weights and biases over all images of a block: rows are a patch's 48 gradients, columns its 6 x 8
-// pixels, the depth the patches. What lies on the band of rows and columns that belong together is, added up, the
-// gradient of the weights.
+// pixels and ones, the depth the patches. What lies on the band of rows and columns that belong together is, added up,
+// the gradient of the weights.
 template <typename Pass>
 struct Conv1WeightSums {
   using T = typename Pass::Stored;
@@ -668,6 +732,13 @@ struct Conv1WeightSums {
   static constexpr int kBandFloats = kPatchPlaces * kColumns;
 
   float sums[kTiles][kPatchRows + 1][4] = {};
+
+  // Whether some of a tile's positions, which are in the upper row, or the lower one, or both, meet some of these
+  // pixels: the last are the ones.
+  static LX_DEVICE constexpr bool meet(int tile, int row) {
+    constexpr int kOfRow = kPatchPlaces / 2;
+    return row == kPatchRows || (row >= tile * 16 / kOfRow && row < (tile * 16 + 15) / kOfRow + kTap);
+  }
 
   __device__ __forceinline__ void add(const Pass& pass) {
     constexpr int kHalf = 8 * sizeof(T);  // of the rows of a tile, in bytes
@@ -694,6 +765,7 @@ struct Conv1WeightSums {
       for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
         for (int row = 0; row < kPatchRows; ++row) {
+          if (!meet(tile, row)) continue;
           lx::multiply_accumulate<T>(sums[tile][row], a[tile], x[row / 2][row % 2 * 2], x[row / 2][row % 2 * 2 + 1]);
         }
         lx::multiply_accumulate<T>(sums[tile][kPatchRows], a[tile], ones, ones);
@@ -717,7 +789,9 @@ struct Conv1WeightSums {
         for (int i = 0; i < 4; ++i) {
           float* const row = band + (tile * 16 + g + i / 2 * 8) * kColumns;
 #pragma unroll
-          for (int k = 0; k < kPatchRows; ++k) add(row + k * kPatchPixels + 2 * t + i % 2, sums[tile][k][i]);
+          for (int k = 0; k < kPatchRows; ++k) {
+            if (meet(tile, k)) add(row + k * kPatchPixels + 2 * t + i % 2, sums[tile][k][i]);
+          }
           // All columns of the ones are the same.
           if (t == 0 && i % 2 == 0) add(row + kColumns - 1, sums[tile][kPatchRows][i]);
         }
@@ -728,8 +802,7 @@ struct Conv1WeightSums {
       const int channel = at / (kTaps + 1), tap = at % (kTaps + 1);
       float sum = 0;
       for (int place = 0; place < kPatchPlaces / Conv1::kOut; ++place) {
-        // Places are [window][position within it].
-        const int y = place % 4 / 2, x = place / 4 * 2 + place % 2;
+        const int y = place / 4, x = place % 4;
         const int column = tap == kTaps ? kColumns - 1 : (y + tap / kTap) * kPatchPixels + x + tap % kTap;
         sum += band[(place * Conv1::kOut + channel) * kColumns + column];
       }

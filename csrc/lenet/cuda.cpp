@@ -208,9 +208,9 @@ struct BackwardProblem {
 };
 
 // The cost rule for large batches on the tensor cores, predicted and not yet measured: by their counts of accesses to
-// shared memory the convolutions take some 1,530 clocks of a multiprocessor an image in 16 bits, 1,800 with a fifth of
-// waiting, and in TF32, which is taken where both kinds of layers may be rounded to it, 3,440 and 4,100, where the
-// layers' kernels took 12,600 on an H100. For 4096 images that is 34 us, or 75, in place of 230, for which no other
+// shared memory the convolutions take some 1,170 clocks of a multiprocessor an image in 16 bits, 1,400 with a fifth of
+// waiting, and in TF32, which is taken where both kinds of layers may be rounded to it, 2,170 and 2,600, where the
+// layers' kernels took 12,600 on an H100. For 4096 images that is 26 us, or 48, in place of 230, for which no other
 // bound is needed than that of the two launches: below it, what is saved is in doubt, and they stay until somebody
 // measures. Training has no use for the gradient of the images; who wants it has the other ways.
 BackwardPath backward_path(const BackwardProblem& p) {

@@ -20,7 +20,6 @@ from cuda_on_cpu.stand_in import (
     extended,
     gradients,
     moved,
-    shared_memory,
     stock,
     tf32_allowed,
     under_schedules,
@@ -470,7 +469,7 @@ def test_the_layers_gradients_are_those_of_the_whole_network(ops, control, preci
 
 @pytest.mark.parametrize("name", ["conv1", "conv2"])
 def test_a_layers_gradients_are_tf32_only_where_convolutions_may_be(ops, control, name):
-    """Otherwise, without tensor cores, and where shared memory does not suffice, bit by bit what they always were."""
+    """Otherwise, and without tensor cores, bit by bit what they always were."""
     (g, codes, x, w), rest = gradient_operands(name, torch.float32, 3)
 
     def rounds():
@@ -485,8 +484,6 @@ def test_a_layers_gradients_are_tf32_only_where_convolutions_may_be(ops, control
     with tf32_allowed(True, False):
         assert rounds()
         with without_tensor_cores(control):
-            assert not rounds()
-        with shared_memory(control, 60):
             assert not rounds()
 
 
