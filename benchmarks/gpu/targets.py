@@ -47,15 +47,15 @@ PREDICTED_US = {
     ("float32", "step batch 64"): 32,
     ("float32", "step batch 1024"): 117,
     ("float32", "step batch 65536"): 5290,
-    # Predicted by the counts of instructions and bytes (csrc/lenet/cuda.cpp): the convolutions at 1,800 clocks an
-    # image, and 4,100 in TF32; the linear layers at 27 and 96 us, in TF32 33 and 170, where an H100 took 103 and 350,
+    # Predicted by the counts of instructions and bytes (csrc/lenet/cuda.cpp): the convolutions at 1,400 clocks an
+    # image, and 2,600 in TF32; the linear layers at 27 and 96 us, in TF32 33 and 170, where an H100 took 103 and 350,
     # or 105 and 500, for them as layers.
-    ("bfloat16", "backward batch 4096"): 64,
-    ("bfloat16", "backward batch 65536"): 630,
-    ("tf32", "backward batch 4096"): 110,
-    ("tf32", "backward batch 65536"): 1380,
-    ("bfloat16", "forward + backward batch 65536"): 900,
-    ("tf32", "forward + backward batch 65536"): 1820,
+    ("bfloat16", "backward batch 4096"): 56,
+    ("bfloat16", "backward batch 65536"): 500,
+    ("tf32", "backward batch 4096"): 82,
+    ("tf32", "backward batch 65536"): 940,
+    ("bfloat16", "forward + backward batch 65536"): 775,
+    ("tf32", "forward + backward batch 65536"): 1380,
     ("float32", "forward + backward batch 65536"): 5190,
     # On an H100, between its times for 1024 and for 8192 images as if they lay on a line (csrc/lenet/cuda.cpp): the
     # whole network in float32, and layers whose convolutions are in TF32.
