@@ -40,13 +40,13 @@ PREDICTED_US = {
     ("bfloat16", "forward batch 65536"): 215,
     # The step was twelve launches (70, 183, 6579 us) where 21, 62 and 3700 were counted. It is two up to 2048 images:
     # forward, 28 us of gradients and 7 of sums as measured at 64 images; the layers as measured at 65536, with winners
-    # found in half the instructions. Of this the gradient of conv2's input has become 9, 33 and 1110 us less, by its
-    # count of instructions: half of the dense products, and no border (csrc/cuda/lenet_grad_tiles.cuh). With 64 images
-    # and 512 threads for each it is 25 us and 7 of sums: half of the instructions a warp, but all warps' together are
-    # half of that time, if nothing waits (csrc/cuda/lenet_step.cu).
+    # found in half the instructions. Of this the gradients of conv2 have become less by their counts of instructions,
+    # its input's 33 and 1110 us (half of the dense products, and no border), its weights' 7 and 270
+    # (csrc/cuda/lenet_grad_tiles.cuh). With 64 images and 512 threads for each it is 25 us and 7 of sums: half of the
+    # instructions a warp, but all warps' together are half of that time, if nothing waits (csrc/cuda/lenet_step.cu).
     ("float32", "step batch 64"): 32,
-    ("float32", "step batch 1024"): 117,
-    ("float32", "step batch 65536"): 5290,
+    ("float32", "step batch 1024"): 110,
+    ("float32", "step batch 65536"): 5020,
     # Predicted by the counts of instructions and bytes (csrc/lenet/cuda.cpp): the convolutions at 1,400 clocks an
     # image, and 2,600 in TF32; the linear layers at 27 and 96 us, in TF32 33 and 170, where an H100 took 103 and 350,
     # or 105 and 500, for them as layers.
@@ -56,7 +56,7 @@ PREDICTED_US = {
     ("tf32", "backward batch 65536"): 940,
     ("bfloat16", "forward + backward batch 65536"): 775,
     ("tf32", "forward + backward batch 65536"): 1380,
-    ("float32", "forward + backward batch 65536"): 5190,
+    ("float32", "forward + backward batch 65536"): 4920,
     # On an H100, between its times for 1024 and for 8192 images as if they lay on a line (csrc/lenet/cuda.cpp): the
     # whole network in float32, and layers whose convolutions are in TF32.
     ("float32", "kernelbench_float32"): 155,

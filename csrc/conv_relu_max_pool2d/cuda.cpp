@@ -41,9 +41,9 @@ bool tf32_is_faster(const ConvPoolShape& s) {
 
 // The same of the gradients, in 16 bits as well; predicted from counts, not measured (conv_relu_max_pool2d_lenet.cu,
 // conv_relu_max_pool2d_lenet_gradients.cu, benchmarks/gpu/kernel_times.py). For 65536 images the second layer's take
-// 270 us in 16 bits and 540 in TF32, strict 1,940; the first layer's 170 and 260, strict 520. From so many images on
-// each block has two, and both of a multiprocessor's something to do: at most 12 and 17 us for the second
-// layer, strict 29. What fewer would save is in doubt until somebody measures.
+// 270 us in 16 bits and 540 in TF32, strict 1,670; the first layer's 170 and 260, strict 520. From so many images on
+// each block has two, and both of a multiprocessor's something to do: at most 12 and 17 us for the second layer, strict
+// 25. What fewer would save is in doubt until somebody measures.
 bool gradients_are_faster_on_tensor_cores(const ConvPoolShape& s) {
   constexpr int64_t kFewestImages = 512;
   return choose_algorithm(s.batch >= kFewestImages ? Algorithm::Direct : Algorithm::Vendor) == Algorithm::Direct;
