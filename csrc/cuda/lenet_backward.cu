@@ -1,7 +1,8 @@
 // The gradients of LeNet's parameters in two launches, in float32 arithmetic on the ordinary units: first image by
 // image down to conv1, with the convolutions' weight gradients on the way, then the linear layers' weight gradients,
-// which are sums over the whole batch. No sum depends on the GPU or on the order of blocks. What passes from layer to
-// layer and from launch to launch is float32 whatever the storage type.
+// which are sums over the whole batch. No sum depends on the order of blocks, nor on the GPU, if it has the shared
+// memory for four images. What passes from layer to layer and from launch to launch is float32 whatever the storage
+// type.
 #include "lenet_weight_sums.cuh"
 
 namespace lenet_ext::cuda {
