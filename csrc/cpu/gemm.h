@@ -262,15 +262,17 @@ LENET_EXT_INLINE void finish_sums(const Vec<A, kLanes<A>> (&sums)[count], A* tot
 }
 
 // Dot products of `rows` rows of a with `columns` rows of b, the lanes along k: needs no transposed weight, and is
-// the better choice for few rows. What is left of k is the upper lanes of the last vector, the lower ones cleared: its
-// lower elements have been added before.
+// the better choice for few rows. Of long rows kGemmDepth vectors at a time are added up by themselves, for the sake of
+// accuracy. What is left of k is the upper lanes of the last vector, the lower ones cleared: its lower elements have
+// been added before.
 template <typename A, int rows, int columns>
 void gemm_nt_tile(const GemmNT<A>& g, int64_t row, int64_t column) {
   constexpr int lanes = kLanes<A>, count = rows * columns;
   using V = Vec<A, lanes>;
   const A* a = g.a + row * g.k;
   const A* b = g.b + column * g.k;
-  V sum[count] = {};
+  V sum[count] = {}, earlier[count];
+  bool parts = false;  // whether there are earlier ones
   auto add = [&](int64_t k, auto part) __attribute__((always_inline)) {
     V left[rows];
     LENET_EXT_UNROLL for (int r = 0; r < rows; ++r)
@@ -282,7 +284,16 @@ void gemm_nt_tile(const GemmNT<A>& g, int64_t row, int64_t column) {
     }
   };
   int64_t k = 0;
-  for (; k + lanes <= g.k; k += lanes) add(k, [](V v) __attribute__((always_inline)) { return v; });
+  for (;;) {
+    const int64_t end = min_of(k + kGemmDepth * lanes, g.k);
+    for (; k + lanes <= end; k += lanes) add(k, [](V v) __attribute__((always_inline)) { return v; });
+    if (k + lanes > g.k) break;
+    LENET_EXT_UNROLL for (int i = 0; i < count; ++i) {
+      earlier[i] = parts ? earlier[i] + sum[i] : sum[i];
+      sum[i] = V{};
+    }
+    parts = true;
+  }
   const bool by_lanes = k > 0;
   if (by_lanes && k < g.k) {
     IntVec<A, lanes> lane;
@@ -291,6 +302,11 @@ void gemm_nt_tile(const GemmNT<A>& g, int64_t row, int64_t column) {
     const IntVec<A, lanes> wanted = lane >= static_cast<typename VecOf<A, lanes>::Integer>(lanes - (g.k - k));
     add(g.k - lanes, [&](V v) __attribute__((always_inline)) { return wanted ? v : V{}; });
     k = g.k;
+  }
+
+  if (parts) {
+    LENET_EXT_UNROLL for (int i = 0; i < count; ++i)
+      sum[i] += earlier[i];
   }
 
   alignas(64) A totals[divide_up(count, lanes) * lanes];
