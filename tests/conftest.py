@@ -27,7 +27,7 @@ _COMMON = {
     "phases": [Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
 }
 settings.register_profile("repeatable", derandomize=True, max_examples=100, database=None, print_blob=True, **_COMMON)
-settings.register_profile("thorough", parent=settings.get_profile("repeatable"), max_examples=1000)
+settings.register_profile("thorough", parent=settings.get_profile("repeatable"), max_examples=500)
 settings.register_profile("explore", max_examples=2000, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
@@ -36,6 +36,18 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 torch.backends.disable_global_flags = lambda: None  # type: ignore[attr-defined]
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+# Of those that are longest, which are begun first: otherwise one of them is left when all others are done.
+LONGEST = (
+    "test_driver_under_the_sanitizers",
+    "test_the_sdist_builds_and_installs_elsewhere",
+    "test_hot_kernels_live_in_registers",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.name not in LONGEST)
 
 
 @pytest.fixture(scope="session", params=DEVICES)

@@ -48,6 +48,7 @@ def test_each_kernel_runs_and_computes_what_its_title_says() -> None:
     assert len(results["Net, gradients"][1]) == 10
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(cxx_compiler() is None, reason="the peak needs a compiler")
 def test_the_table(tmp_path: Path) -> None:
     rows = floors.measure(2, SHORT)

@@ -805,7 +805,7 @@ def test_check_reads_its_processes_answers_and_not_their_warnings(
 
 def test_bench(tmp_path: Path) -> None:
     providers = ("fused", "eager", "channels_last")
-    args = ["--quick", "--cases", "conv2,fc3,net", "--batch-sizes", "1,5", "--providers", ",".join(providers)]
+    args = ["--quick", "--cases", "fc3,net", "--batch-sizes", "1", "--providers", ",".join(providers)]
     done = lenet("bench", *args, "--threads", 1, "--json", "b.json", "--plot", "b.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "speedup" in done.stdout
@@ -815,7 +815,7 @@ def test_bench(tmp_path: Path) -> None:
     assert content["torch"] == torch.__version__
     assert content["cpu_capability"] == lenet_ext.build_info()["cpu_capability"]
     assert content["machine"]["cpu"]
-    workloads = (3 * 2 + 1) * 2 + 3  # a whole step is measured of networks alone; "net" also begins "net3"
+    workloads = 2 * 2 + 1 + 3  # a whole step is measured of networks alone; "net" also begins "net3"
     assert len(content["rows"]) == workloads * 3
     assert {row["provider"] for row in content["rows"]} == set(providers)
     for row in content["rows"]:

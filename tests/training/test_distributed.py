@@ -159,6 +159,7 @@ ONE_OPERATOR = """
 """
 
 
+@pytest.mark.extended
 def test_the_network_as_one_operator(tmp_path: Path) -> None:
     script = tmp_path / "one_operator.py"
     script.write_text(textwrap.dedent(ONE_OPERATOR))

@@ -316,5 +316,6 @@ MODELS = """
 """
 
 
+@pytest.mark.extended
 def test_models(tmp_path: Path) -> None:
     run_together(MODELS, tmp_path, processes=2)
