@@ -128,11 +128,9 @@ def stays_behind(name: str) -> bool:
     """What the repository has and a source distribution does not."""
     folders = ("benchmarks/", "docs/", "tests/bench/", "tests/docs/")
     is_a_result = name.startswith("tools/") and name.endswith(".json")
-    return (
-        name.startswith(folders)
-        or is_a_result
-        or name in ("mkdocs.yml", "tests/build/test_machine_code.py", "tests/coverage.md")
-    )
+    of_coverage = name in ("tests/coverage.md", "tests/uncovered.py")
+    others = name in ("mkdocs.yml", "tests/build/test_machine_code.py")
+    return name.startswith(folders) or is_a_result or of_coverage or others
 
 
 def test_the_sdist_holds_what_it_takes_to_build_and_to_test(tree: Path, sdist: Path) -> None:
