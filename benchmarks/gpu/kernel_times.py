@@ -28,7 +28,7 @@ BYTES_A_US = 2.99e6  # measured: a copy in global memory
 # them: 172 of 318 and 380 of 662 in conv1's kernels.
 OUTSIDE = 0.55
 # Measured over counted, on an H100 at commit e811d08. In large batches: in float32 conv1 1.4, conv2 1.5, the gradients
-# of conv2's input, which had no branches then, 1.5, of its weights 1.6, of conv1's weights 1.9; on the tensor cores
+# of conv2's input 1.5, of its weights 1.6, which had no branches then, of conv1's weights 1.9; on the tensor cores
 # conv1 1.7 to 2.2, conv2 2.8. In small ones, a block or two on a multiprocessor: conv1 1.3, conv2 2.5, the gradients of
 # the whole network 4.8.
 WAITING, WAITING_ON_TENSOR_CORES, WAITING_ALONE = 1.5, 2.2, 2.5

@@ -66,6 +66,10 @@ LX_DEVICE void add_row(float (&sums)[kTap + 1], const float (&weights)[kTap], fl
   for (int j = 0; j < kTap; ++j) sums[j + 1] += right * weights[j];
 }
 
+// The gradients in the winners' rows, in shared memory: [window][out][left, right], and room for a byte for each
+// channel.
+constexpr int kWindowPitch = 2 * Conv2::kOut + Conv2::kOut / 4, kRowPairs = Conv2::kWindows * kWindowPitch;
+
 // In 1, 2, 4 or 8 images by one block; of kKept output channels a lane keeps the weights in registers.
 template <int kImages, int kKept = Conv2::kOut>
 struct GradInput {
@@ -88,9 +92,6 @@ struct GradInput {
     return true;
   }
   static_assert(rows_suffice());
-  // The gradients in the winners' rows: [window][out][left, right].
-  static constexpr int kWindowPitch = 2 * L::kOut + 4;
-  static constexpr int kRowPairs = L::kWindows * kWindowPitch;
   static constexpr int kFloats = kImages * kRowPairs + kWarps * kPlanes;
 
   // Hands the gradients of four pixels at a time, of the `present` first images, to store(position, gradients).
@@ -380,9 +381,8 @@ struct Conv1GradWeight {
 // instead of 13 or 14: with half of them closed it is 1,350 clocks. With 16 channels a warp there are 11% fewer, but
 // only 16 warps by registers, where here are 24, and the sums of eight parts to be added.
 
-// The block writes the gradients in the winners' rows, [image][window][out][left, right], and behind those of a window
-// its codes, a byte for each channel.
-constexpr int kWindowPitch = 2 * Conv2::kOut + Conv2::kOut / 4, kRowPairs = Conv2::kWindows * kWindowPitch;
+// The block writes the gradients in the winners' rows, kRowPairs an image, and behind those of a window its codes, a
+// byte for each channel.
 LX_DEVICE uint8_t* codes_of(float* window) { return reinterpret_cast<uint8_t*>(window + 2 * Conv2::kOut); }
 LX_DEVICE const uint8_t* codes_of(const float* window) {
   return reinterpret_cast<const uint8_t*>(window + 2 * Conv2::kOut);

@@ -22,7 +22,7 @@ HOT = {
     "lenet_forward_cluster_kernel": 128,
     "lenet_backward_data_kernel": 128,
     "lenet_backward_weight_kernel": 128,
-    "lenet_step_data_kernel": 255,  # one block of 256 threads a multiprocessor
+    "lenet_step_data_kernel": 255,  # one block of 256 threads a multiprocessor; one of 512 has at most 128 anyway
     "lenet_step_update_kernel": 128,
     "lenet_tensor_core_kernel": 128,
     "lenet_tensor_core_conv1_kernel": 128,
